@@ -1,0 +1,1 @@
+"""Portrait background removal at any scale."""

@@ -1,0 +1,138 @@
+"""Process group, ranks, device, seeds and rank-0 printing. Works with torchrun and without.
+
+Without torchrun (no RANK in the environment) there is one rank and no process group. With torchrun the backend is nccl on
+GPUs and gloo on CPUs. ``rank`` is always the global one; ``local_rank`` only picks the device.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Global rank of this process, 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Rank within this node, 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks on all nodes, 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_by_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_initialized() -> bool:
+    """Is there a process group? Does not import torch.distributed where nobody has."""
+    torch_distributed = sys.modules.get("torch.distributed")
+    return bool(torch_distributed and torch_distributed.is_available() and torch_distributed.is_initialized())
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Device of this rank.
+
+    Args:
+        name: ``auto`` (this rank's GPU if there is one, else the CPU), ``cpu`` or ``cuda``.
+    """
+    import torch
+
+    from portrait_dist.errors import InputError
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("train.device=cuda: torch sees no GPU here; use train.device=cpu, or see 'portrait-dist doctor'")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise InputError(
+            f"local rank {local_rank()} has no GPU: torch sees {torch.cuda.device_count()} here; "
+            f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(local_rank())
+    return torch.device("cuda", local_rank())
+
+
+def start(device: torch.device, timeout_seconds: float = 600.0) -> None:
+    """Join the process group when launched by torchrun; without torchrun do nothing.
+
+    Args:
+        device: this rank's device; GPUs use nccl, CPUs gloo.
+        timeout_seconds: a collective that takes longer ends the process.
+    """
+    if not launched_by_torchrun():
+        return
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if is_initialized():
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_initialized():
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank."""
+    if not is_initialized():
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
+    """Add up each tensor over all ranks, in place."""
+    if is_initialized():
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch with seed + global rank."""
+    import numpy as np
+    import torch
+
+    random.seed(seed + rank())
+    np.random.seed((seed + rank()) % 2**32)
+    torch.manual_seed(seed + rank())
+
+
+def print0(message: str) -> None:
+    """Print one line on stderr, on rank 0 only."""
+    if rank() == 0:
+        print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,43 @@
+"""The errors a user can cause or meet. Raised where the fact is known, caught once, in ``portrait_dist.cli``.
+
+Every message is one line that says where (file or option), what is wrong, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class PortraitDistError(Exception):
+    """Base class. ``exit_code`` is the process's exit status."""
+
+    exit_code = 1
+
+
+class InputError(PortraitDistError):
+    """The input or the options are wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class DamagedDataError(PortraitDistError):
+    """The data is damaged: a file is truncated, missing or not what the manifest says (exit code 3)."""
+
+    exit_code = 3
+
+
+class Stopped(PortraitDistError):
+    """Stopped by a signal after saving; the same command goes on (exit code 75, EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """ " Did you mean …?" for a misspelt word, or an empty string where nothing known is near.
+
+    Args:
+        word: what the user wrote.
+        known: the words that exist.
+    """
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
