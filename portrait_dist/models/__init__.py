@@ -1,0 +1,5 @@
+"""Networks."""
+
+from portrait_dist.models.unet import UNet
+
+__all__ = ["UNet"]
