@@ -76,7 +76,8 @@ def run(arguments: list[str]) -> int:
     except PortraitDistError as error:
         if "--debug" in arguments:
             raise
-        complain(f"portrait-dist: {error}")
+        if not error.quiet:
+            complain(f"portrait-dist: {error}")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         complain("portrait-dist: interrupted; nothing half-written is left, run the same command again")

@@ -44,11 +44,13 @@ class RunConfig:
     root: str = knob("runs", "folder that holds the run folders")
     name: str = knob("", "name of the run; its folder is <root>/<name>; the recipe's name when empty")
     resume: bool = knob(True, "go on if the run exists; false refuses to touch an existing run")
+    max_requeues: int = knob(20, "times a SLURM job puts itself back into the queue", minimum=0)
 
 
 @dataclass
 class DataConfig:
     shards: str = knob("", "folder or address of the shards that 'portrait-dist pack' wrote")
+    size: int = knob(0, "side of the square training picture, pixels, for shards of original size; 0 means 256", minimum=0)
     workers: int = knob(2, "decoding threads of each rank; changes the speed, never the batches", minimum=0)
     prefetch_batches: int = knob(4, "batches decoded ahead, per rank", minimum=1)
     order: str = knob("full", "shuffle: the whole split, or by blocks (few shards open at a time)", choices=("full", "block"))
@@ -97,7 +99,8 @@ class TrainConfig:
     warmup_steps: int = knob(0, "steps of linear warm-up", minimum=0)
     lr_final_ratio: float = knob(0.01, "learning rate at the end of the cosine, as a share of lr", minimum=0, maximum=1)
     optimizer: str = knob("adam", "optimiser", choices=("adam", "adamw", "sgd"))
-    weight_decay: float = knob(0.0, "weight decay, not applied to norms and biases", minimum=0)
+    weight_decay: float = knob(0.0, "weight decay", minimum=0)
+    decay_norms: bool = knob(False, "weight decay on norms and biases too")
     clip_grad_norm: float = knob(0.0, "largest L2 norm of the gradient; 0 means no clipping", minimum=0)
     ema: bool = knob(False, "keep an exponential moving average of the weights, validated and saved")
     ema_decay: float = knob(0.999, "decay of that average", minimum=0, maximum=1)
@@ -107,6 +110,7 @@ class TrainConfig:
     channels_last: bool = knob(True, "memory format of model and images")
     compile: bool = knob(False, "compile the model with torch.compile")
     sync_bn: bool = knob(False, "batch statistics over all ranks (SyncBatchNorm)")
+    average_best: bool = knob(True, "keep average_model.pth, the mean of the ten best models")
     save_every_steps: int = knob(0, "save within the epoch every so many steps; 0 means never", minimum=0)
     save_every_seconds: float = knob(600.0, "save within the epoch every so many seconds; 0 means never", minimum=0)
     log_every_steps: int = knob(50, "steps between two lines of progress", minimum=1)

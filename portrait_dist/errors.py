@@ -10,6 +10,8 @@ class PortraitDistError(Exception):
     """Base class. ``exit_code`` is the process's exit status."""
 
     exit_code = 1
+    quiet = False
+    """True on the ranks that leave the message to another one."""
 
 
 class InputError(PortraitDistError):
@@ -24,7 +26,7 @@ class DamagedDataError(PortraitDistError):
     exit_code = 3
 
 
-class Stopped(PortraitDistError):
+class Stopped(PortraitDistError):  # noqa: N818  nothing went wrong
     """Stopped by a signal after saving; the same command goes on (exit code 75, EX_TEMPFAIL)."""
 
     exit_code = 75

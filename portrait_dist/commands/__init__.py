@@ -32,7 +32,7 @@ def command(name: str, *, summary: Callable[[dict[str, Any]], str], **attributes
     def decorate(function: Callable[..., Result]) -> click.Command:
         @functools.wraps(function)
         def run(*, as_json: bool, debug: bool, **options: Any) -> None:
-            with _stdout_for_json(as_json) as write_json:
+            with _StdoutForJson(as_json) as write_json:
                 result = function(**options)
                 if result is None:
                     return
@@ -50,7 +50,7 @@ def command(name: str, *, summary: Callable[[dict[str, Any]], str], **attributes
     return decorate
 
 
-class _stdout_for_json:
+class _StdoutForJson:
     """While a command runs with ``--json``, file descriptor 1 is stderr, also for libraries and child processes."""
 
     def __init__(self, enabled: bool) -> None:
