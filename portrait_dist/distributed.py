@@ -94,6 +94,21 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def first_to_fail() -> int:
+    """Which rank failed first? Tell the others that it is this one if nobody was before.
+
+    A rank that fails makes the others fail in their next collective; they need not report that.
+    """
+    if not is_initialized():
+        return rank()
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    try:
+        return int(_get_default_store().compare_set("portrait_dist/failed", "", str(rank())))
+    except (RuntimeError, ValueError):  # the store is gone too
+        return rank()
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if is_initialized():

@@ -97,6 +97,24 @@ def _score(model: torch.nn.Module, loader: Any, device: torch.device) -> tuple[l
     return rows, pooled, loss
 
 
+def baseline_iou(shards: str, size: tuple[int, int], split: str = "test") -> float:
+    """IoU on a split of one constant mask: the mean matte of the training split, cut at 0.5.
+
+    Args:
+        shards: folder or address of the shards.
+        size: (H, W) at which both are compared.
+    """
+    total, count = torch.zeros(size, dtype=torch.float64), 0
+    for batch in build_loader(shards, "train", 16, shuffle=False, size=size, drop_last=False, rank=0, world_size=1):
+        total += batch.alpha.to(torch.float64).sum(0) / 255
+        count += len(batch.alpha)
+    mean = (total / max(count, 1)).to(torch.float32)
+    pooled = SoftIoU()
+    for batch in build_loader(shards, split, 16, shuffle=False, size=size, drop_last=False, rank=0, world_size=1):
+        pooled.update(mean.expand(len(batch.alpha), *size), batch.alpha.to(torch.float32) / 255)
+    return float(pooled.compute())
+
+
 def write_table(rows: list[dict[str, Any]], path: Path) -> None:
     """Write one CSV line for each sample, atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

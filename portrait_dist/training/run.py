@@ -112,18 +112,20 @@ def train(config: Config) -> dict[str, Any] | None:
         _use_threads(config.train.threads, device)
         distributed.start(device, config.train.timeout_seconds)
         try:
-            return _train(config, device, signals)
+            result = _train(config, device, signals)
         except Stopped as stopped:
             _leave_trace(config, "stop", str(stopped))
             stopped.quiet = distributed.rank() != 0
+            distributed.stop()
             raise
         except Exception as error:
-            _leave_trace(config, "error", f"rank {distributed.rank()}: {type(error).__name__}: {error}")
+            first = distributed.first_to_fail()
+            if first != distributed.rank():
+                raise PortraitDistError(f"rank {distributed.rank()} ended because rank {first} failed") from None
+            _leave_trace(config, "error", f"rank {first}: {type(error).__name__}: {error}")
             raise
-        finally:
-            if signals.received == "" or distributed.world_size() == 1:
-                pass
-            distributed.stop()
+        distributed.stop()
+        return result
 
 
 def _use_threads(threads: int, device: torch.device) -> None:

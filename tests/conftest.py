@@ -1,0 +1,51 @@
+"""Data shared by all tests: a generated raw tree, its split, and small shards. The real sample is used where it is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+REAL_SAMPLE = REPOSITORY.parent / "shared" / "data" / "aisegment-sample"
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def raw_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated raw AISegment tree of 71 pairs, 600×800 (so that 80/10/10 gives 57, 7 and 7)."""
+    from portrait_dist.data import synthetic
+
+    folder = tmp_path_factory.mktemp("raw") / "tree"
+    synthetic.generate(folder, 71, seed=7)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def split_dir(raw_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generated tree, split and arranged."""
+    from portrait_dist.data import split
+
+    folder = tmp_path_factory.mktemp("split") / "data"
+    split.prepare(raw_tree, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(split_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32×32 shards of the split, 10 samples a shard: 57 train, 7 val, 7 test."""
+    from portrait_dist.data import shards
+
+    folder = tmp_path_factory.mktemp("tiny") / "shards"
+    shards.pack(split_dir, folder, size=(32, 32), samples_per_shard=10)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_sample() -> Path:
+    """The real portraits in the raw AISegment layout, where this machine has them."""
+    if not REAL_SAMPLE.is_dir():
+        pytest.skip("the real sample is not on this machine; generated data covers the same path")
+    return REAL_SAMPLE

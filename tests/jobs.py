@@ -1,0 +1,139 @@
+"""Start training jobs as users do: real torchrun, real processes, and look at what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+# Small enough that a job is little more than its imports; no batch norm, so that ranks change nothing but rounding.
+TINY = ("model.init_features=2", "model.norm=group", "train.max_epochs=3", "train.average_best=false", "train.pictures=0")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+@dataclass
+class Job:
+    """A started job and where its output goes."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait(self, timeout: float = 240) -> int:
+        """Exit code of torchrun, or of the only process."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise AssertionError(f"still running after {timeout} s:\n{self.text()[-4000:]}") from None
+
+    def text(self) -> str:
+        """stdout and stderr of all ranks."""
+        return self.log.read_text(errors="replace")
+
+    def result(self) -> dict[str, Any]:
+        """The JSON object on stdout; the job must have succeeded."""
+        code = self.wait()
+        assert code == 0, f"exit code {code}:\n{self.text()[-6000:]}"
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.read())
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train, in the order of their ranks."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        found = [child for child in children if "RANK" in _environment(child) and "torch.distributed.run" not in child.cmdline()]
+        return sorted(found, key=lambda child: int(_environment(child)["RANK"]))
+
+    def end(self) -> None:
+        """Kill what is left of the job."""
+        try:
+            family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        for process in family:
+            with _gone_is_fine():
+                process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def _gone_is_fine() -> Iterator[None]:
+    with suppress(psutil.NoSuchProcess, ProcessLookupError):
+        yield
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return {}
+
+
+def train(
+    folder: Path,
+    shards: Path,
+    *keys: str,
+    ranks: int = 1,
+    launcher: tuple[str, ...] = (),
+    prefix: tuple[str, ...] = (),
+    name: str = "run",
+    recipe: str = "aisegment_unet",
+) -> Job:
+    """Start ``portrait-dist train --json`` alone (``ranks=0``), or under torchrun with ``ranks`` processes.
+
+    Args:
+        folder: run.root; the log stands beside the runs.
+        launcher: torchrun options in place of ``--standalone --nproc-per-node ranks``.
+        prefix: words before the command, such as ``ip netns exec NAME``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    options = launcher or ("--standalone", f"--nproc-per-node={ranks}")
+    start = (sys.executable,) if ranks == 0 else (*TORCHRUN, *options)
+    words = [*prefix, *start, "-m", "portrait_dist", "train", "--json", "--recipe", recipe]
+    words += [f"data.shards={shards}", f"run.root={folder}", f"run.name={name}", *TINY, *keys]
+    log = folder / f"{name}-{time.time_ns()}.log"
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with open(log, "wb") as file:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=file, env=environment)
+    return Job(process, log)
+
+
+def wait_for(condition: Callable[[], Any], what: str, job: Job | None = None, seconds: float = 120) -> Any:
+    """Poll until the condition holds and return its value."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        if job is not None and job.process.poll() is not None and not condition():
+            raise AssertionError(f"the job ended before {what}:\n{job.text()[-4000:]}")
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not happen within {seconds} s:\n{job.text()[-4000:] if job else ''}")
+
+
+def lines(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl, of one kind or all."""
+    path = run / "metrics.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in found if kind in (None, line["kind"])]
+
+
+def checkpoint(run: Path, name: str = "ckpt_latest.pth") -> dict[str, Any]:
+    """A checkpoint, read as anybody may read it."""
+    return torch.load(run / name, map_location="cpu", weights_only=True)
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Largest absolute difference of two state dicts."""
+    assert one.keys() == other.keys()
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
