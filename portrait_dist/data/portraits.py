@@ -9,6 +9,7 @@ the same palettes as skin, hair and cloth, so that colour alone does not tell th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 HEIGHT, WIDTH = 800, 600  # pixels, as the AISegment set
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]  # float32 unless said otherwise
 Generator = np.random.Generator
 
 # sRGB in 0..1. Backgrounds draw from the same lists on purpose.
@@ -147,7 +148,9 @@ def draw_background(rng: Generator) -> Array:
     """A wall, street, room, or foliage, sharp or out of focus: RGB [H, W, 3] in 0..1."""
     top, bottom = _any_colour(rng), _any_colour(rng)
     ramp = np.linspace(0, 1, HEIGHT, dtype=np.float32)[:, None, None]
-    scene = np.broadcast_to(top + (bottom - top) * ramp * rng.uniform(0.1, 1), (HEIGHT, WIDTH, 3)).astype(np.float32, order="C")
+    scene: Array = np.broadcast_to(top + (bottom - top) * ramp * rng.uniform(0.1, 1), (HEIGHT, WIDTH, 3)).astype(
+        np.float32, order="C"
+    )
     painter = (_stripes, _clutter, _foliage, _bokeh, _plain)[rng.choice(5, p=[0.15, 0.3, 0.2, 0.2, 0.15])]
     scene = painter(rng, scene)
     grain = _noise(rng, int(rng.integers(4, 40)), 4) * rng.uniform(0.01, 0.07)
@@ -279,7 +282,7 @@ def _paint_body(rng: Generator, canvas: Canvas, figure: Figure, cloth: Array, li
     drop, waist = h * rng.uniform(0.25, 0.6), s * rng.uniform(0.68, 1.0)
     hips = x + figure.lean
     slope = rng.normal(0, 0.12) * h
-    torso = [
+    torso: list[Array] = [
         np.array(p)
         for p in (
             (neck[0] - 0.75 * w, neck[1] - 0.02 * h),
@@ -295,7 +298,7 @@ def _paint_body(rng: Generator, canvas: Canvas, figure: Figure, cloth: Array, li
         )
     ]
     canvas.paint(_polygon(torso, roundness=0.28 * w, edge=rng.uniform(1.4, 3)), np.asarray(cloth * light, np.float32))
-    throat = [
+    throat: list[Array] = [
         figure.at(-0.55, 0.4),
         figure.at(0.55, 0.4),
         neck + [0.62 * w, 0.15 * h],
@@ -304,7 +307,7 @@ def _paint_body(rng: Generator, canvas: Canvas, figure: Figure, cloth: Array, li
     throat.append(neck + [-0.62 * w, 0.15 * h])
     canvas.paint(_polygon(throat, roundness=0.15 * w), np.asarray(figure.skin * 0.86 * light, np.float32))
     if rng.random() < 0.3:  # a jacket over it
-        inner = [neck + [-0.75 * w, 0], neck + [0.75 * w, 0], neck + [0.1 * w, 3.2 * h], neck + [-0.1 * w, 3.2 * h]]
+        inner: list[Array] = [neck + [-0.75 * w, 0], neck + [0.75 * w, 0], neck + [0.1 * w, 3.2 * h], neck + [-0.1 * w, 3.2 * h]]
         opening = _polygon(inner, roundness=3) * (canvas.alpha > 0.98) * (1 - _polygon(throat, roundness=0.15 * w))
         canvas.paint(opening, np.asarray(_any_colour(rng) * light, np.float32))
 
@@ -349,7 +352,7 @@ class HairStyle:
 def _hair_style(rng: Generator) -> HairStyle:
     length = rng.choice([0.0, rng.uniform(0.15, 0.5), rng.uniform(0.8, 2.6)], p=[0.07, 0.48, 0.45])
     return HairStyle(
-        length, rng.uniform(0.05, 0.4), rng.choice([0.02, 0.08, 0.2]), rng.integers(250, 700), rng.uniform(-0.75, -0.45)
+        length, rng.uniform(0.05, 0.4), rng.choice([0.02, 0.08, 0.2]), int(rng.integers(250, 700)), rng.uniform(-0.75, -0.45)
     )
 
 

@@ -109,11 +109,18 @@ def _make(out: Path, indices: list[int], seed: int, workers: int | None) -> Iter
         yield from map(make, indices)
         return
     # Not forked: this process may hold threads of libraries that a fork would leave locked.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
         try:
             yield from pool.map(make, indices, chunksize=4)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _one_thread() -> None:
+    """There is one process for each core already."""
+    import cv2
+
+    cv2.setNumThreads(1)
 
 
 def write_pair(out: Path, seed: int, index: int) -> int:
@@ -122,7 +129,6 @@ def write_pair(out: Path, seed: int, index: int) -> int:
 
     from portrait_dist.data.portraits import draw_portrait
 
-    cv2.setNumThreads(0)  # one process for each core already
     image, alpha = draw_portrait(np.random.default_rng([seed, index]))
     image_path, matte_path = paths(out, index)
     matte = np.dstack([np.where(alpha[..., None] > 0, image, 0)[..., ::-1], alpha])
