@@ -36,9 +36,9 @@ def synth(out: Path, pairs: int, seed: int, workers: int | None) -> dict[str, An
         portrait-dist synth --out raw --pairs 300
         portrait-dist synth --out raw --pairs 34427 --workers 16     as many as AISegment has
     """
-    from portrait_dist.data.synthetic import synthesize
+    from portrait_dist.data.synthetic import generate
 
-    return synthesize(out, pairs, seed, workers)
+    return generate(out, pairs, seed, workers)
 
 
 def _prepare_summary(result: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ def paths(out: Path, index: int) -> tuple[Path, Path]:
     )
 
 
-def synthesize(out: Path, pairs: int, seed: int = 0, workers: int | None = None) -> dict[str, Any]:
+def generate(out: Path, pairs: int, seed: int = 0, workers: int | None = None) -> dict[str, Any]:
     """Make the tree, or finish it.
 
     Args:
