@@ -1,0 +1,28 @@
+"""From raw pictures to batches: pairs, split, shards, the exact stream, augmentation. Nothing here knows SuperGradients."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from portrait_dist.data.folder import AISegmentDataset
+    from portrait_dist.data.loader import Batch, StreamLoader, build_loader
+    from portrait_dist.data.stream import AISegmentIterableDataset
+
+__all__ = ["AISegmentDataset", "AISegmentIterableDataset", "Batch", "StreamLoader", "build_loader"]
+
+_HOMES = {
+    "AISegmentDataset": "folder",
+    "AISegmentIterableDataset": "stream",
+    "Batch": "loader",
+    "StreamLoader": "loader",
+    "build_loader": "loader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: preparing and packing do without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
