@@ -400,7 +400,8 @@ def _strands(rng: Generator, figure: Figure, style: HairStyle, count: int, lengt
     start = outward * [1.0, 0.95]
     reach = length * rng.uniform(0.5, 1.15, count)[:, None]
     t = np.linspace(0, 1, 9)[None]
-    sideways = outward[:, :1] * (1 + style.volume * (np.sqrt(t) * 0.8 + rng.normal(0, 0.25, (count, 1)) * t))
+    stray = np.where(rng.random((count, 1)) < 0.25, 2.5, 1.0)
+    sideways = outward[:, :1] * (1 + style.volume * (np.sqrt(t) * 0.8 + rng.normal(0, 0.2, (count, 1)) * stray * t))
     weight = reach * t * (0.35 + 0.65 * min(1.0, length)) * np.clip(0.25 + np.abs(root)[:, None] * 0.6, 0, 1)
     down = start[:, 1:] - style.volume * 0.3 * np.sin(np.pi * t) + weight
     wave = style.curl * np.sin(t * rng.uniform(4, 12, (count, 1)) + rng.uniform(0, 6, (count, 1))) * t
@@ -416,9 +417,8 @@ def _draw_strands(rng: Generator, paths: Array) -> tuple[Array, Array]:
     """Coverage and factor of brightness, [H, W] each, of strands in five shades and widths."""
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     shade = np.full((HEIGHT, WIDTH), 100, np.uint8)  # per cent
-    for part in np.array_split(_fixed(paths), 5):
-        width = int(rng.choice([1, 1, 2, 3]))
-        opacity = int(rng.uniform(120, 255)) if width == 1 else 255
+    for part, width in zip(np.array_split(_fixed(paths), 5), rng.permutation([1, 1, 1, 2, 3]).tolist(), strict=True):
+        opacity = int(rng.uniform(70, 220)) if width == 1 else 255
         layer = np.zeros_like(mask)
         cv2.polylines(layer, list(part), False, opacity, width, cv2.LINE_AA, SUBPIXEL)
         np.maximum(mask, layer, out=mask)
