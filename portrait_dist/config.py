@@ -56,6 +56,7 @@ class DataConfig:
     order: str = knob("full", "shuffle: the whole split, or by blocks (few shards open at a time)", choices=("full", "block"))
     block_samples: int = knob(16384, "samples in a block when data.order=block", minimum=1)
     on_damage: str = knob("stop", "a damaged sample stops the run, or is skipped and counted", choices=("stop", "skip"))
+    log_keys: bool = knob(False, "write the keys of every training batch to keys-rank<r>.jsonl in the run folder")
     cache_dir: str = knob("", "folder for shards fetched from a remote address; the user's cache folder when empty")
     cache_gigabytes: float = knob(50.0, "size limit of that folder, GB", above=0)
 

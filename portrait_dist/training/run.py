@@ -151,8 +151,7 @@ def _leave_trace(config: Config, kind: str, message: str) -> None:
 def _train(config: Config, device: torch.device, signals: StopSignals) -> dict[str, Any] | None:
     lock = on_every_rank(lambda: _claim_run_folder(config))
     loaders = on_every_rank(lambda: _loaders(config))
-    for loader in loaders:
-        loader.check_ranks()
+    loaders[0].check_ranks()
     plan = on_every_rank(lambda: _plan(config, *loaders, device))
     distributed.print0(plan.table())
     trainer = _make_trainer(config, loaders[0], device, signals)
@@ -208,7 +207,7 @@ def _plan(config: Config, train_loader: Any, val_loader: Any, device: torch.devi
     train = config.train
     world = distributed.world_size()
     batches = min(len(train_loader), train.max_batches or len(train_loader))
-    samples = len(train_loader.dataset)
+    samples = train_loader.dataset.samples
     if batches == 0:
         raise InputError(
             f"{config.data.shards}: {samples} training samples do not fill one global batch of {train.batch_size * world} "
@@ -221,7 +220,7 @@ def _plan(config: Config, train_loader: Any, val_loader: Any, device: torch.devi
         global_batch=global_batch,
         steps_per_epoch=-(-batches // train.accumulate),
         train_samples=samples,
-        val_samples=len(val_loader.dataset),
+        val_samples=val_loader.dataset.samples,
         left_out=samples - batches * train.batch_size * world,
         lr=lr,
         warmup_steps=min(train.warmup_steps, batches),
@@ -269,10 +268,11 @@ def _make_trainer(config: Config, loader: Any, device: torch.device, signals: St
         save_every_steps=train.save_every_steps,
         save_every_seconds=train.save_every_seconds,
         log_every_steps=train.log_every_steps,
+        log_keys=config.data.log_keys,
     )
     about = {
         "model": {"init_features": config.model.init_features, "norm": config.model.norm},
-        "size": list(loader.size),
+        "size": list(loader.dataset.size),
         "config": dataclasses.asdict(config),
         "global_batch": train.batch_size * distributed.world_size() * train.accumulate,
     }
@@ -298,8 +298,8 @@ def _training_params(config: Config, plan: Plan, trainer: Any, resume: bool) -> 
         "lr_mode": "CosineLRScheduler",
         "cosine_final_lr_ratio": train.lr_final_ratio,
         "lr_warmup_steps": plan.warmup_steps,
-        "warmup_mode": "LinearBatchLRWarmup" if plan.warmup_steps else None,
-        "warmup_initial_lr": plan.lr / (plan.warmup_steps + 1),
+        "warmup_mode": "LinearBatchLRWarmup" if plan.warmup_steps else "LinearEpochLRWarmup",  # the latter does nothing
+        "warmup_initial_lr": plan.lr / (plan.warmup_steps + 1) if plan.warmup_steps else None,
         "lr_warmup_epochs": 0,
         "loss": _make_loss(config),
         "train_metrics_list": [SoftIoU()],

@@ -9,6 +9,8 @@ end: the position in the stream, the sums so far, and the random state of every 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import json
 import random
 import sys
 import time
@@ -28,6 +30,10 @@ from portrait_dist.training.batches import DeviceBatches, TensorBatch
 from portrait_dist.training.preemption import SAVE, STOP, Agreement, StopNotice, StopSignals
 from portrait_dist.training.sg_adapter import AdaptedTrainer, PhaseContext, unwrap_model
 
+# torch 2.15 renamed the option and warns of the old name.
+_DDP_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+_NO_BUFFER_SYNC = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers": False}
+
 
 @dataclass
 class LoopOptions:
@@ -37,6 +43,7 @@ class LoopOptions:
     save_every_steps: int = 0
     save_every_seconds: float = 0.0
     log_every_steps: int = 50
+    log_keys: bool = False
 
 
 class LossMeter:
@@ -135,7 +142,7 @@ class PortraitTrainer(AdaptedTrainer):
             model = nn.parallel.DistributedDataParallel(
                 model,
                 device_ids=gpu,
-                broadcast_buffers=False,  # rank 0's statistics are broadcast once, before validation
+                **_NO_BUFFER_SYNC,  # rank 0's statistics are broadcast once, before validation
                 gradient_as_bucket_view=True,
                 static_graph=params.batch_accumulate == 1,  # no_sync() changes the graph
             )
@@ -165,7 +172,7 @@ class PortraitTrainer(AdaptedTrainer):
         done = self._start_epoch(context)
         steps = self.steps_per_epoch
         batches = DeviceBatches(self.train_loader, self.torch_device, limit=steps - done, done=done)
-        bar = tqdm(initial=done, total=steps, desc=f"Train epoch {context.epoch}", disable=not show, dynamic_ncols=True)
+        bar = tqdm(initial=done, total=steps, desc=f"Train epoch {context.epoch}", disable=not _visible(show), dynamic_ncols=True)
         with bar, contextlib.closing(batches):
             for batch_idx, batch in enumerate(batches, start=done):
                 self._train_step(batch, batch_idx, context)
@@ -205,6 +212,8 @@ class PortraitTrainer(AdaptedTrainer):
         inputs, targets, extra = self._inputs(batch, training=True, epoch=context.epoch)
         if self.pre_prediction_callback is not None:
             inputs, targets = self.pre_prediction_callback(inputs, targets, batch_idx)
+        if self.options.log_keys and isinstance(batch, TensorBatch):
+            self._log_keys(context.epoch, batch_idx, batch.keys)
         context.update_context(batch_idx=batch_idx, inputs=inputs, target=targets, additional_batch_items=extra, **extra)
         self.phase_callback_handler.on_train_batch_start(context)
         first, last = self._accumulation_bounds(batch_idx)
@@ -222,6 +231,10 @@ class PortraitTrainer(AdaptedTrainer):
         if batch_idx == last:
             self._optimizer_step(batch_idx, context)
         self.phase_callback_handler.on_train_batch_end(context)
+
+    def _log_keys(self, epoch: int, batch: int, keys: list[str]) -> None:
+        with open(Path(self.checkpoints_dir_path) / f"keys-rank{distributed.rank()}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"epoch": epoch, "batch": batch, "keys": keys}) + "\n")
 
     def _accumulation_bounds(self, batch_idx: int) -> tuple[int, int]:
         """First and last batch of the group whose gradients make one optimiser step; the last group may be short."""
@@ -339,7 +352,7 @@ class PortraitTrainer(AdaptedTrainer):
         batches = DeviceBatches(loader, self.torch_device, limit=limit)
         stopped = False
         with (
-            tqdm(total=limit, desc=title, disable=not show, dynamic_ncols=True) as bar,
+            tqdm(total=limit, desc=title, disable=not _visible(show), dynamic_ncols=True) as bar,
             contextlib.closing(batches),
             torch.no_grad(),
         ):
@@ -512,6 +525,11 @@ class PortraitTrainer(AdaptedTrainer):
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and value.ndim == 4:
                     state[name] = value.contiguous(memory_format=torch.channels_last)
+
+
+def _visible(show: bool) -> bool:
+    """Bars are for terminals; elsewhere there is a line now and then."""
+    return show and sys.stderr.isatty()
 
 
 def _random_state() -> dict[str, Any]:
