@@ -15,11 +15,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms import ColorJitter
 from torchvision.transforms import functional as F
 
+from portrait_dist.data.augment import MEAN, STD
 from portrait_dist.data.pairs import Pair
 from portrait_dist.data.split import MANIFEST, SPLITS, pair_paths, read_split
 from portrait_dist.errors import DamagedDataError, InputError
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class AISegmentDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -60,7 +59,7 @@ class AISegmentDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         size = (self.input_width, self.input_height)
         image = image.resize(size, Image.Resampling.BILINEAR)
         mask = mask.resize(size, Image.Resampling.NEAREST)
-        return F.normalize(F.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD), F.to_tensor(mask)
+        return F.normalize(F.to_tensor(image), MEAN, STD), F.to_tensor(mask)
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Image (RGB) and mask (L) of a pair at their own size."""
