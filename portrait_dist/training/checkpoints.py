@@ -6,8 +6,10 @@ torch.compile, everything else is plain numbers, strings, lists and dicts, so lo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import io
 import os
 import socket
 from pathlib import Path
@@ -55,27 +57,23 @@ def save_atomically(path: str | Path, state: dict[str, Any]) -> None:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    buffer = io.BytesIO()  # first in memory: torch.save hides the reason when a disk refuses
+    torch.save(plain(state), buffer)
     try:
         with open(temporary, "wb") as file:
-            torch.save(plain(state), file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _fsync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        reason = "the disk is full; free some space" if _is_full(error, path.parent) else f"{error}; make the folder writable"
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full; free some space" if full else f"{error.strerror}; make the folder writable"
         raise PortraitDistError(
             f"{path}: the checkpoint was not written, the one before it is whole: {reason} and run again"
         ) from error
-
-
-def _is_full(error: BaseException, folder: Path) -> bool:
-    """torch.save may turn "no space left" into a RuntimeError of its own."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize < 1 << 20
 
 
 def _fsync_folder(folder: Path) -> None:
