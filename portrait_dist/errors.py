@@ -5,11 +5,23 @@ Every message is one line that says where (file or option), what is wrong, and w
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PortraitDistError(Exception):
-    """Base class. ``exit_code`` is the process's exit status."""
+    """Base class. ``exit_code`` is the process's exit status.
+
+    Args:
+        message: one line.
+        result: what the command has to report all the same (what was done, what was not); printed with ``--json``.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", result: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.result = result
+
     quiet = False
     """True on the ranks that leave the message to another one."""
 

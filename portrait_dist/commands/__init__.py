@@ -15,6 +15,8 @@ from typing import Any
 
 import click
 
+from portrait_dist.errors import PortraitDistError
+
 Result = dict[str, Any] | None
 
 
@@ -26,14 +28,20 @@ def command(name: str, *, summary: Callable[[dict[str, Any]], str], **attributes
         summary: makes the lines a person reads on stdout out of the result.
         attributes: passed to ``click.command`` (``epilog``, ``short_help``, …).
 
-    The decorated function returns the result, or None where another rank prints it.
+    The decorated function returns the result, or None where another rank prints it. An error that carries a ``result`` gets it
+    printed with ``--json`` too, before its exit code.
     """
 
     def decorate(function: Callable[..., Result]) -> click.Command:
         @functools.wraps(function)
         def run(*, as_json: bool, debug: bool, **options: Any) -> None:
             with _StdoutForJson(as_json) as write_json:
-                result = function(**options)
+                try:
+                    result = function(**options)
+                except PortraitDistError as error:
+                    if as_json and error.result is not None:
+                        write_json(json.dumps(error.result) + "\n")
+                    raise
                 if result is None:
                     return
                 if as_json:
