@@ -1,0 +1,283 @@
+"""A throw-away SLURM cluster on this machine: munged, slurmctld and two slurmd (n0, n1), everything in one temporary folder.
+
+    with Cluster(folder) as cluster:
+        job = cluster.sbatch("--nodes=2", "job.sh")
+        cluster.wait(job)
+
+Nothing outside the folder is written, so that clusters can stand side by side; ports are free ones of the loopback interface. By
+hand, to try commands on it: ``python tests/slurm/cluster.py FOLDER`` prints the line that points SLURM's commands at it, and runs
+until Ctrl-C. Needs Debian's slurm-wlm and munge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+NODES = ("n0", "n1")
+MARK = "PORTRAIT_DIST_TEST_CLUSTER"  # in the environment of every process of the cluster and of its jobs
+
+# cred_expire is also how long SLURM holds back a requeued job (120 s by default).
+CONFIGURATION = """
+ClusterName=portrait
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CryptoType=crypto/munge
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdSpoolDir={folder}/spool-%n
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdLogFile={folder}/slurmd-%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+SlurmctldParameters=idle_on_node_suspend
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+ReturnToService=2
+SlurmdTimeout=30
+KillWait=5
+MessageTimeout=10
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+JobAcctGatherType=jobacct_gather/none
+{nodes}
+PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL Default=NO MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def missing_programs() -> list[str]:
+    """Which of SLURM's and munge's programs this machine lacks."""
+    return [name for name in PROGRAMS if _program(name) is None]
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+class Cluster:
+    """Start with ``with``. ``environment`` points SLURM's commands at this cluster.
+
+    Args:
+        folder: an empty folder for configuration, logs and state; its path must be short enough for a socket (< 90 characters).
+        cpus: CPUs that each node claims to have.
+    """
+
+    def __init__(self, folder: Path, cpus: int = 2) -> None:
+        self.folder = folder
+        self.cpus = cpus
+        self.environment = dict(os.environ, SLURM_CONF=str(folder / "slurm.conf"), **{MARK: str(folder)})
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Cluster:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start all daemons and wait until both nodes are idle."""
+        (self.folder / "state").mkdir(parents=True)
+        controller_port, *node_ports = _free_ports(1 + len(NODES))
+        nodes = "\n".join(
+            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} RealMemory=1000"
+            for name, port in zip(NODES, node_ports, strict=True)
+        )
+        (self.folder / "slurm.conf").write_text(
+            CONFIGURATION.format(
+                folder=self.folder,
+                host=socket.gethostname(),
+                controller_port=controller_port,
+                user=pwd.getpwuid(os.getuid()).pw_name,
+                nodes=nodes,
+            )
+        )
+        self._start_munge()
+        self._start_daemon("slurmctld", "-D", "-c", "-f", str(self.folder / "slurm.conf"))
+        for name in NODES:
+            self.start_node(name)
+        self.until(lambda: self.states() == dict.fromkeys(NODES, "idle"), 30, "both nodes are idle")
+
+    def _start_munge(self) -> None:
+        key = self.folder / "munge.key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o400)
+        places = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        words = [f"--{option}={self.folder}/munge.{suffix}" for option, suffix in places.items()]
+        self._start_daemon("munged", "--foreground", "--force", "--num-threads=2", *words)
+        self.until((self.folder / "munge.socket").exists, 10, "munged listens")
+
+    def start_node(self, name: str) -> None:
+        """Start a node's slurmd."""
+        (self.folder / f"spool-{name}").mkdir(exist_ok=True)
+        self._start_daemon("slurmd", "-D", "-N", name, "-f", str(self.folder / "slurm.conf"), label=f"slurmd-{name}")
+
+    def lose_node(self, name: str) -> None:
+        """Kill a node's slurmd and everything that runs on the node, at once, as a power cut would."""
+        daemon = self.daemons.pop(f"slurmd-{name}")
+        daemon.kill()
+        daemon.wait()
+        victims = [pid for pid, variables in self.processes() if variables.get("SLURMD_NODENAME") == name]
+        for pid in {_parent(pid) for pid in victims if "slurmstepd" in _command(_parent(pid))} | set(victims):
+            _kill(pid)
+
+    def _start_daemon(self, program: str, *words: str, label: str = "") -> None:
+        path = _program(program)
+        assert path, f"{program} is not installed"
+        with (self.folder / f"{label or program}.out").open("ab") as output:
+            self.daemons[label or program] = subprocess.Popen(
+                [path, *words], env=self.environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL
+            )
+
+    def stop(self) -> None:
+        """Stop the jobs and the daemons; leave no process behind."""
+        for name in sorted(self.daemons, key=lambda name: name == "munged"):
+            self.daemons[name].terminate()
+        deadline = time.monotonic() + 3
+        for daemon in self.daemons.values():
+            try:
+                daemon.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        self.daemons.clear()
+        while leftovers := [pid for pid, _ in self.processes()]:
+            for pid in leftovers:
+                _kill(pid)
+            time.sleep(0.05)
+
+    def processes(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """(pid, environment) of every process of this cluster and of its jobs."""
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == os.getpid():
+                continue
+            try:
+                words = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+            except OSError:
+                continue
+            variables = dict(word.partition("=")[::2] for word in words)
+            if variables.get(MARK) == str(self.folder) and _alive(int(entry.name)):
+                yield int(entry.name), variables
+
+    def command(self, *words: str, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
+        """Run one of SLURM's commands on this cluster and return what it printed."""
+        done = subprocess.run(
+            words, env=self.environment | variables, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def sbatch(self, *words: str, cwd: Path | None = None, **variables: str) -> int:
+        """Queue a job; returns its number."""
+        return int(self.command("sbatch", "--parsable", *words, cwd=cwd, **variables).split(";")[0])
+
+    def states(self) -> dict[str, str]:
+        """State of each node, in sinfo's words."""
+        lines = self.command("sinfo", "-h", "-N", "-o", "%N %T", "-p", "normal", check=False).splitlines()
+        return dict(line.split() for line in lines)  # type: ignore[misc]
+
+    def job(self, number: int | str) -> dict[str, str]:
+        """What scontrol knows of a job: JobState, Restarts, ExitCode, Reason, …"""
+        text = self.command("scontrol", "show", "job", str(number), "--oneliner")
+        return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
+
+    def wait(self, number: int | str, seconds: float = 120) -> dict[str, str]:
+        """Wait until a job is over; returns what ``job`` does."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
+        self.until(lambda: self.job(number)["JobState"] in over, seconds, f"job {number} is over")
+        return self.job(number)
+
+    def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        """Poll a condition; TimeoutError that says what never happened."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {seconds} s it is still not so that {what}\n{self.report()}")
+            time.sleep(0.2)
+
+    def report(self) -> str:
+        """The ends of the daemons' logs and the queue, for a failing test."""
+        parts = [self.command("squeue", check=False), self.command("sinfo", "-N", check=False)]
+        for path in sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")]):
+            parts.append(f"== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:]))
+        return "\n".join(parts)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]).resolve()
+    if missing := missing_programs():
+        sys.exit(f"missing: {', '.join(missing)}; apt-get install slurm-wlm munge")
+    with Cluster(folder):
+        print(f"export SLURM_CONF={folder}/slurm.conf", flush=True)
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    main()
