@@ -80,6 +80,8 @@ def read(data: str, split: str, count: int, size: tuple[int, int] | None = None)
 
     if (Path(data) / MANIFEST).is_file() or (Path(data) / "clip_img").is_dir():
         return _from_folder(data, split, count, size or DEFAULT_SIZE)
+    if "://" not in data and not (Path(data) / "manifest.json").is_file():
+        raise InputError(f"--data {data}: holds neither split.json nor manifest.json; give what 'prepare' or 'pack' wrote")
     return _from_shards(data, split, count, size)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -109,18 +110,26 @@ def _make(out: Path, indices: list[int], seed: int, workers: int | None) -> Iter
         yield from map(make, indices)
         return
     # Not forked: this process may hold threads of libraries that a fork would leave locked.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
         try:
             yield from pool.map(make, indices, chunksize=4)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _one_thread() -> None:
-    """There is one process for each core already."""
+def _start_worker() -> None:
+    """One thread, as there is a process for each core; and an end when the parent is killed, for which the pool has no care."""
     import cv2
 
     cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
 
 
 def write_pair(out: Path, seed: int, index: int) -> int:
