@@ -63,23 +63,28 @@ def _ranked(names: Sequence[str], seed: int) -> list[str]:
 
 
 def _deal_groups(counts: Counter[str], seed: int, sizes: dict[str, int]) -> dict[str, str]:
-    """Split of each group. A group goes to val, then test, where that brings the split nearer to its size; else to train."""
+    """Split of each group.
+
+    The largest group is train's. Each other goes to val, or else test, where that brings the split nearer to its size, and to
+    train where it does not. A split left empty takes the smallest group that another can spare.
+    """
     wanted = [name for name in ("val", "test") if sizes[name]]
     if len(counts) <= len(wanted):
         raise InputError(f"--split-by group: there are {len(counts)} groups for {len(wanted) + 1} splits; use --split-by sample")
-    filled = {"val": 0, "test": 0}
-    split_of: dict[str, str] = {}
-    for group in _ranked(list(counts), seed):
-        nearer = [name for name in wanted if filled[name] + counts[group] / 2 <= sizes[name]]
-        split_of[group] = nearer[0] if nearer else "train"
-        if nearer:
-            filled[nearer[0]] += counts[group]
-    for name in wanted:  # groups larger than the split: take the smallest, rather than leave it empty
-        if not filled[name]:
-            left = [group for group in _ranked(list(counts), seed) if split_of[group] == "train"]
-            split_of[min(left, key=lambda group: counts[group])] = name
-    if "train" not in split_of.values():
-        raise InputError("--split-by group: no group is left for train; lower the fractions, or use --split-by sample")
+    ranked = _ranked(list(counts), seed)
+    largest = max(ranked, key=lambda group: counts[group])
+    split_of = {largest: "train"}
+    filled: Counter[str] = Counter()
+    for group in ranked:
+        if group != largest:
+            nearer = [name for name in wanted if filled[name] + counts[group] / 2 <= sizes[name]]
+            split_of[group] = nearer[0] if nearer else "train"
+            filled[split_of[group]] += counts[group]
+    for name in wanted:
+        groups_in = Counter(split_of.values())
+        if not groups_in[name]:
+            spare = [group for group in ranked if groups_in[split_of[group]] > 1 and group != largest]
+            split_of[min(spare, key=lambda group: counts[group])] = name
     return split_of
 
 
