@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def write(
         sheet.save(part)
         os.replace(part, out)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); give another file") from error
     return {"out": str(out), "split": split, "samples": len(keys), "keys": keys}
 
