@@ -55,7 +55,7 @@ def soft_iou(probabilities: Tensor, target: Tensor) -> Tensor:
 class _WeightedLoss(nn.Module):
     """``bce_weight`` × cross-entropy + ``iou_weight`` × (1 - IoU)."""
 
-    component_names = ("bce", "iou")
+    term_names = ("bce", "iou")
     takes_logits = False
     """Does ``forward`` want the network's output before the sigmoid?"""
 
@@ -64,7 +64,7 @@ class _WeightedLoss(nn.Module):
         self.bce_weight, self.iou_weight = bce_weight, iou_weight
 
     def components(self, preds: Tensor, target: Tensor) -> Tensor:
-        """Both terms, unweighted, in the order of ``component_names``: float32 [2]."""
+        """Both terms, unweighted, in the order of ``term_names``: float32 [2]."""
         with torch.autocast(preds.device.type, enabled=False):
             return torch.stack(self._terms(preds.float(), target.float()))
 

@@ -99,5 +99,5 @@ def test_sure_and_wrong_logits_in_bf16_give_a_finite_loss_with_a_gradient():
 def test_components_are_the_terms_of_the_loss(logits, target):
     loss = SoftIoULoss(0.3, 0.7)
     bce, iou = loss.components(logits, target)
-    assert loss.component_names == ("bce", "iou")
+    assert loss.term_names == ("bce", "iou")
     torch.testing.assert_close(loss(logits, target), 0.3 * bce + 0.7 * iou)

@@ -375,7 +375,8 @@ class AdaptedTrainer(Trainer):
     def _initialize_mixed_precision(self, mixed_precision_enabled: bool) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return super()._initialize_mixed_precision(False)  # bf16 autocast needs no gradient scaler
+            super()._initialize_mixed_precision(False)  # bf16 autocast needs no gradient scaler
+        return mixed_precision_enabled
 
     def _instantiate_ema_model(self, ema_params: dict[str, Any]) -> ModelEMA:
         with warnings.catch_warnings():
