@@ -62,6 +62,23 @@ def decode_pair(
     out_alpha[:] = grey if grey.shape == size else resize_alpha(grey, size)
 
 
+def decode_stored(image: bytes | memoryview, alpha: bytes | memoryview, codec: str) -> tuple[Pixels, Pixels]:
+    """A sample at the size it is stored in: uint8 [H, W, 3] and [H, W].
+
+    Raises:
+        ValueError: damaged, or image and alpha differ in size.
+    """
+    if codec == "raw":
+        pixels, mask = (np.load(io.BytesIO(member), allow_pickle=False) for member in (image, alpha))
+        if pixels.dtype != np.uint8 or mask.dtype != np.uint8 or pixels.shape != (*mask.shape[:2], 3):
+            raise ValueError("the .npy are not uint8 [H, W, 3] and [H, W]")
+    else:
+        pixels, mask = simplejpeg.decode_jpeg(image, "RGB"), decode_grey(alpha)
+    if pixels.shape[:2] != mask.shape:
+        raise ValueError(f"image {pixels.shape[0]}x{pixels.shape[1]} and alpha {mask.shape[0]}x{mask.shape[1]} differ in size")
+    return pixels, mask
+
+
 def decode_grey(png: bytes | memoryview) -> Pixels:
     """An 8-bit grey PNG as uint8 [H, W].
 

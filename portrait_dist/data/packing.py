@@ -38,10 +38,12 @@ from portrait_dist.data.shard_format import (
     ShardEntry,
     SplitEntry,
     index_bytes,
+    is_shard_file,
     keys_sha256,
     padded,
     parse_index,
     parse_manifest,
+    wids_index,
 )
 from portrait_dist.data.split import SPLITS, Split, pair_paths, read_split
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
@@ -253,7 +255,7 @@ def _pack_shards(split: Split, out: Path, settings: Settings, workers: int) -> t
     packed = sum(len(plan.keys) for plan in missing)
     encode = functools.partial(_encode, settings=settings)
     sources = ((key, *pair_paths(split.data, plan.split, key)) for plan in missing for key in plan.keys)
-    with contextlib.closing(_in_order(encode, sources, workers)) as encoded:
+    with contextlib.closing(in_order(encode, sources, workers)) as encoded:
         pairs = iter(track(encoded, total=packed, what="pairs"))
         for plan in missing:
             made_from = _made_from(plan, split, settings)
@@ -314,7 +316,7 @@ def _stat(path: Path) -> os.stat_result:
         raise DamagedDataError(f"{path}: is missing, though split.json has it; run 'portrait-dist prepare' again") from None
 
 
-def _in_order(function: Callable[[A], B], things: Iterable[A], workers: int) -> Generator[B, None, None]:
+def in_order(function: Callable[[A], B], things: Iterable[A], workers: int) -> Generator[B, None, None]:
     """``map`` on threads; at most four results a thread are waiting, so memory does not grow with the number of things."""
     waiting: deque[Future[B]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
@@ -445,12 +447,10 @@ def _write_whole(path: Path, data: bytes) -> None:
 def _finish(out: Path, manifest: Manifest) -> None:
     """Write the index for wids and the manifest, then remove what an interrupted run left."""
     for name, entry in manifest.splits.items():
-        shards = [{"url": shard.name, "nsamples": shard.samples} for shard in entry.shards]
-        text = json.dumps({"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": shards}, indent=1)
-        _write_whole(out / f"{name}.json", f"{text}\n".encode())
+        _write_whole(out / f"{name}.json", wids_index(name, entry))
     known = {name for entry in manifest.splits.values() for shard in entry.shards for name in (shard.name, shard.index_name)}
     for path in out.iterdir():
-        stale = re.fullmatch(r"(train|val|test)-\d{5,}\.(tar|index)", path.name) and path.name not in known
+        stale = is_shard_file(path.name) and path.name not in known
         if stale or re.fullmatch(r"\..*\.part", path.name):
             path.unlink()
     _write_whole(out / MANIFEST, manifest.to_json().encode())

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -169,6 +170,17 @@ def record_at(records: bytes, position: int) -> Record:
 def member_name(header: bytes | memoryview) -> str:
     """Name in a tar header block."""
     return bytes(header[:LONGEST_NAME]).rstrip(b"\0").decode("utf-8", "replace")
+
+
+def wids_index(split: str, entry: SplitEntry) -> bytes:
+    """The shards of a split as ``wids.ShardListDataset`` wants them described."""
+    shards = [{"url": shard.name, "nsamples": shard.samples, "filesize": shard.bytes} for shard in entry.shards]
+    return (json.dumps({"wids_version": 1, "name": split, "shardlist": shards}, indent=1) + "\n").encode()
+
+
+def is_shard_file(name: str) -> bool:
+    """Does a file's name say that it is a shard or its index?"""
+    return re.fullmatch(r"(train|val|test)-\d{5,}\.(tar|index)", name) is not None
 
 
 def padded(length: int) -> int:

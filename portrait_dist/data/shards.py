@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["DamagedSampleError", "Encoded", "ShardSet", "pack", "read_manifest"]
 
 MOST_OPEN = 256
-"""Shards mapped at a time; each takes two file descriptors, and 1,024 are what a process usually may have."""
+"""Shards mapped at a time; each takes a file descriptor, and 1,024 are what a process usually may have."""
+MOST_OPEN_BEYOND_CACHE = 8
+"""The same, where the split does not fit into the cache: what is open takes room on the disk."""
 
 
 class DamagedSampleError(DamagedDataError):
@@ -81,8 +83,15 @@ class ShardSet:
         self._ends = list(itertools.accumulate(self.shard_sizes))
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
-        self._cache = cache
+        self._opening: dict[int, threading.Lock] = {}
+        self._unreachable: dict[int, DamagedDataError] = {}
         self._most_open = MOST_OPEN
+        if self.remote:
+            from portrait_dist.data.remote import Cache
+
+            self.cache = cache or Cache()
+            if sum(shard.bytes for shard in self.shards) > self.cache.limit:
+                self._most_open = MOST_OPEN_BEYOND_CACHE
 
     def __len__(self) -> int:
         return self.samples
@@ -103,7 +112,28 @@ class ShardSet:
     def name(self, sample: int) -> str:
         """``DIR/train-00003.tar, sample 17``, for messages."""
         shard, position = self.locate(sample)
-        return f"{self.location.rstrip('/')}/{self.shards[shard].name}, sample {position}"
+        return f"{self.shard_name(shard)}, sample {position}"
+
+    def shard_name(self, number: int) -> str:
+        """``DIR/train-00003.tar``, for messages."""
+        return f"{self.location.rstrip('/')}/{self.shards[number].name}"
+
+    def files(self, number: int) -> tuple[Path, Path]:
+        """Tar and index of a shard on the local disk, fetched where they are remote; local ones need not be there.
+
+        Raises:
+            DamagedDataError: they cannot be fetched.
+        """
+        entry = self.shards[number]
+        if not self.remote:
+            return Path(self.location) / entry.name, Path(self.location) / entry.index_name
+        from portrait_dist.data.remote import FetchError, join
+
+        try:
+            tar = self.cache.fetch(join(self.location, entry.name), entry.sha256, entry.bytes)
+            return tar, self.cache.fetch(join(self.location, entry.index_name), entry.index_sha256)
+        except FetchError as error:
+            raise DamagedDataError(f"{self.shard_name(number)}: {error}; look whether the address is right and whole") from error
 
     def read(self, sample: int) -> Encoded:
         """A sample's key and encoded members, without a copy.
@@ -113,24 +143,61 @@ class ShardSet:
         """
         number, position = self.locate(sample)
         try:
-            return self._shard(number).read(position)
+            shard = self._shard(number)
+            try:
+                return shard.read(position)
+            except _DamageError:
+                if not self.remote:
+                    raise
+                return self._read_again(number, position)
         except _DamageError as damage:
             raise DamagedSampleError(f"{self.name(sample)}: {damage}", self.shards[number].name, position) from damage
+        except DamagedDataError as error:  # about the whole shard
+            raise DamagedSampleError(str(error), self.shards[number].name, position) from error
 
     def _shard(self, number: int) -> _OpenShard:
+        """The shard, opened, and fetched where it is remote, by the first thread that asks."""
         with self._lock:
-            shard = self._open.get(number)
-            if shard is not None:
+            if (shard := self._open.get(number)) is not None:
                 self._open.move_to_end(number)
                 return shard
-            shard = self._open[number] = self._open_shard(self.shards[number])
-            if len(self._open) > self._most_open:
-                self._open.popitem(last=False)  # closed when its last reader is done
-            return shard
+            opening = self._opening.setdefault(number, threading.Lock())
+        with opening:
+            with self._lock:
+                if (shard := self._open.get(number)) is not None:
+                    return shard
+            shard = self._open_shard(number)
+            with self._lock:
+                self._open[number] = shard
+                self._opening.pop(number, None)
+                if len(self._open) > self._most_open:
+                    self._open.popitem(last=False)  # closed when its last reader is done
+        return shard
 
-    def _open_shard(self, entry: ShardEntry) -> _OpenShard:
-        folder = Path(self.location)
-        return _OpenShard(folder / entry.name, folder / entry.index_name, entry, SUFFIXES[self.codec])
+    def _open_shard(self, number: int) -> _OpenShard:
+        entry = self.shards[number]
+        if number in self._unreachable:
+            raise self._unreachable[number]
+        for last in (not self.remote, False, True):
+            try:
+                return _OpenShard(*self.files(number), entry, SUFFIXES[self.codec])
+            except DamagedDataError as error:  # attempts were made already, so do not try for every sample
+                self._unreachable[number] = error
+                raise
+            except _DamageError:  # another process needed the room between fetching and opening, or the copy went bad
+                if last:
+                    raise
+                self.cache.discard(entry.index_sha256)
+        raise AssertionError
+
+    def _read_again(self, number: int, position: int) -> Encoded:
+        """Fetch a remote shard anew whose local copy turned out to be damaged."""
+        entry = self.shards[number]
+        with self._lock:
+            self._open.pop(number, None)
+            self.cache.discard(entry.sha256)
+            self.cache.discard(entry.index_sha256)
+        return self._shard(number).read(position)
 
 
 class _DamageError(Exception):
