@@ -73,7 +73,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _make_shards(raw: Path | None, folder: Path) -> Path:
-    from portrait_dist.data import shards, split, synthetic
+    from portrait_dist.data import packing, split, synthetic
 
     if raw is None:
         _say(f"1/5 {GENERATED_PAIRS} generated portraits")
@@ -81,7 +81,7 @@ def _make_shards(raw: Path | None, folder: Path) -> Path:
         synthetic.generate(raw, GENERATED_PAIRS, seed=1)
     _say("2/5 split and shards")
     split.prepare(raw, folder / "data")
-    shards.pack(folder / "data", folder / "shards", size=SIZE)
+    packing.pack(folder / "data", folder / "shards", size=SIZE)
     return folder / "shards"
 
 
@@ -133,11 +133,11 @@ def _train(shards: Path, folder: Path, processes: int) -> dict[str, Any]:
 
 def _cut_out(checkpoint: str, folder: Path) -> list[str]:
     """Mask, cut-out and side-by-side picture of the first four test pictures at their own resolution."""
-    from portrait_dist.commands import predict
+    from portrait_dist import prediction
     from portrait_dist.data import split
 
     images = [str(pair.image) for pair in split.read_split(folder / "data").pairs("test")[:4]]
-    written: list[str] = predict.predict_files(checkpoint, images, folder / "pictures", force=True)["files"]
+    written: list[str] = prediction.predict_files(checkpoint, images, folder / "pictures", force=True)["files"]
     return written
 
 

@@ -36,10 +36,10 @@ def split_dir(raw_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_shards(split_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32×32 shards of the split, 10 samples a shard: 57 train, 7 val, 7 test."""
-    from portrait_dist.data import shards
+    from portrait_dist.data import packing
 
     folder = tmp_path_factory.mktemp("tiny") / "shards"
-    shards.pack(split_dir, folder, size=(32, 32), samples_per_shard=10)
+    packing.pack(split_dir, folder, size=(32, 32), samples_per_shard=10)
     return folder
 
 

@@ -18,7 +18,14 @@ import psutil
 import torch
 
 # Small enough that a job is little more than its imports; no batch norm, so that ranks change nothing but rounding.
-TINY = ("model.init_features=2", "model.norm=group", "train.max_epochs=3", "train.average_best=false", "train.pictures=0")
+TINY = (
+    "train.threads=1",
+    "model.init_features=2",
+    "model.norm=group",
+    "train.max_epochs=3",
+    "train.average_best=false",
+    "train.pictures=0",
+)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 

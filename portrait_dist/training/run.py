@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from portrait_dist import distributed
+from portrait_dist import distributed, slurm
 from portrait_dist.config import Config
 from portrait_dist.data import build_loader
 from portrait_dist.data.augment import Augment, normalise
@@ -150,6 +150,8 @@ def _leave_trace(config: Config, kind: str, message: str) -> None:
 
 def _train(config: Config, device: torch.device, signals: StopSignals) -> dict[str, Any] | None:
     lock = on_every_rank(lambda: _claim_run_folder(config))
+    if distributed.world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        on_every_rank(lambda: slurm.check_shared_folder(config.run_dir))
     loaders = on_every_rank(lambda: _loaders(config))
     loaders[0].check_ranks()
     plan = on_every_rank(lambda: _plan(config, *loaders, device))
@@ -213,6 +215,8 @@ def _plan(config: Config, train_loader: Any, val_loader: Any, device: torch.devi
             f"{config.data.shards}: {samples} training samples do not fill one global batch of {train.batch_size * world} "
             f"({world} ranks × train.batch_size={train.batch_size}); lower train.batch_size"
         )
+    if train.sync_bn and device.type == "cpu":
+        raise InputError("train.sync_bn=true: torch has SyncBatchNorm for GPUs only; on CPUs use model.norm=group, or leave it out")
     global_batch = train.batch_size * world * train.accumulate
     lr = train.lr * global_batch / train.lr_base_batch if train.lr_base_batch else train.lr
     return Plan(
