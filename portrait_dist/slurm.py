@@ -195,9 +195,12 @@ def task_words(words: Sequence[str], task: int | None) -> list[str]:
     if task is None or not 0 <= task < len(rows):
         raise InputError(f"--sweep has {len(rows)} combinations: queue it as an array job, sbatch --array=0-{len(rows) - 1} …")
     recipe, overrides = split_words(rest)
-    base = config.load(recipe, overrides).run_dir.name
-    ending = ",".join(rows[task]).replace("/", "_")
-    return [*rest, *rows[task], f"run.name={base}-{ending}"]
+    return [*rest, *rows[task], f"run.name={task_name(config.load(recipe, overrides), rows[task])}"]
+
+
+def task_name(settings: config.Config, row: Sequence[str]) -> str:
+    """Name of the run of one task of a sweep: ``first-train.lr=1e-3``."""
+    return f"{settings.run_dir.name}-{','.join(row).replace('/', '_')}"
 
 
 def split_words(words: Sequence[str]) -> tuple[str, list[str]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from portrait_dist import config
 from portrait_dist.errors import DamagedDataError, InputError
-from portrait_dist.slurm import sweep
+from portrait_dist.slurm import sweep, task_name
 
 # In a checkout the scripts stand beside the package, in an installed wheel inside it.
 SCRIPTS = [parent / "launch" / "slurm.sbatch" for parent in (Path(__file__).parent.parent, Path(__file__).parent)]
@@ -56,14 +56,12 @@ def submit(recipe: str, overrides: Sequence[str], request: Request, dry_run: boo
     Raises:
         InputError: what would make the job fail, or what sbatch says; nothing is queued then.
     """
-    tasks = sweep(request.array) if request.array else [[]]
+    tasks = sweep(request.array)
     settings = [config.load(recipe, [*overrides, *task]) for task in tasks]
     figures = [check(one, request.ranks) for one in settings]
     command = sbatch_command(recipe, overrides, request, settings[0])
     line = shlex.join(command)
-    names = [one.run_dir.name for one in settings]
-    if request.array:
-        names = [f"{name}-{','.join(task).replace('/', '_')}" for name, task in zip(names, tasks, strict=True)]
+    names = [task_name(one, task) if task else one.run_dir.name for one, task in zip(settings, tasks, strict=True)]
     run_dirs = [str(one.run_dir.parent / name) for one, name in zip(settings, names, strict=True)]
     result = {"command": line, "script": str(script()), "run_dirs": run_dirs, "world_size": request.ranks, **figures[0]}
     job = None if dry_run else _queue(command, settings[0])
@@ -73,7 +71,7 @@ def submit(recipe: str, overrides: Sequence[str], request: Request, dry_run: boo
         **result,
         "logs": str(_log_folder(settings[0]) / (f"{shown}.log" if not request.array else f"{shown}_*.log")),
         "watch": f"portrait-dist status {shlex.quote(run_dirs[0])}",
-        "stop": f"scancel --signal=USR2 --batch {shown} (saves; comes back by itself), scancel {shown} (for good)",
+        "stop": f"scancel {shown}",
         "resume": line,
     }
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 NODES = ("n0", "n1")
+LAUNCH = Path(__file__).parents[2] / "launch"
 MARK = "PORTRAIT_DIST_TEST_CLUSTER"  # in the environment of every process of the cluster and of its jobs
 
 # cred_expire is also how long SLURM holds back a requeued job (120 s by default).
@@ -57,7 +58,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
-SlurmdTimeout=30
+SlurmdTimeout=15
 KillWait=5
 MessageTimeout=10
 AccountingStorageType=accounting_storage/none
