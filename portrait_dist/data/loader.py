@@ -100,7 +100,8 @@ class StreamLoader:
     """Iterable of :class:`Batch`: what a trainer expects of a DataLoader, and a state of a few integers.
 
     Iterating starts the epoch set by ``set_epoch`` from its beginning; only the first iteration after ``load_state_dict`` goes
-    on where the state was taken. Without ``set_epoch`` every iteration repeats the same epoch.
+    on where the state was taken. Without ``set_epoch`` every iteration repeats the same epoch. Where there is a process group
+    (and ``rank`` was not given by hand), the first iteration of a training loader calls ``check_ranks``.
 
     Attributes:
         damaged: what was skipped so far under ``on_damage=skip``: place of the sample → what is wrong.
@@ -194,6 +195,7 @@ class StreamLoader:
         Raises:
             InputError: on every rank, when data, seed, batch size or number of steps differ.
         """
+        self._unchecked = False
         names = ("samples", "data", "batch_size", "seed", "order", "steps")
         dataset = self.dataset
         mine = (dataset.samples, dataset.shards.identity, self.batch_size, dataset.seed, dataset.order.kind, len(self))
@@ -219,7 +221,6 @@ class StreamLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self._unchecked and distributed.is_initialized():
             self.check_ranks()
-        self._unchecked = False
         self._seen, self._resume_at = self._resume_at, 0
         batches = _Batches(self, self._epoch, self._seen)
         self._live = weakref.ref(batches)

@@ -37,7 +37,7 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
 
     With ``DataLoader(dataset, batch_size=dataset.batch_size, num_workers=n)`` the batches are those of ``build_loader``, for any
     n: worker w takes the batches w, w+n, …, and the DataLoader asks its workers in turn. ``set_epoch`` also reaches persistent
-    workers. With another batch size every sample still comes once, in another order.
+    workers. With another batch size, or where damaged samples are skipped, every sample still comes once, in other batches.
 
     Args:
         shards: folder or address that ``portrait-dist pack`` wrote.
