@@ -14,18 +14,16 @@ import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from portrait_dist.data import shard_format
 from portrait_dist.data.packing import pack
+from portrait_dist.data.remote import Cache, FetchError, fetch_manifest, join
 from portrait_dist.data.shard_format import BLOCK, MANIFEST, SUFFIXES, Manifest, ShardEntry, padded, parse_manifest
 from portrait_dist.errors import DamagedDataError, InputError, nearest
 
-if TYPE_CHECKING:
-    from portrait_dist.data.remote import Cache
-
 __all__ = ["DamagedSampleError", "Encoded", "ShardSet", "pack", "read_manifest"]
 
+MEND = "find all damage with 'portrait-dist verify', then pack or copy the shards again"
 MOST_OPEN = 256
 """Shards mapped at a time; each takes a file descriptor, and 1,024 are what a process usually may have."""
 MOST_OPEN_BEYOND_CACHE = 8
@@ -35,9 +33,9 @@ MOST_OPEN_BEYOND_CACHE = 8
 class DamagedSampleError(DamagedDataError):
     """A sample cannot be read. ``shard`` is its tar's name, ``position`` its place in it, counted from 0."""
 
-    def __init__(self, message: str, shard: str, position: int) -> None:
-        super().__init__(message)
-        self.shard, self.position = shard, position
+    def __init__(self, message: str = "", where: str = "", what: str = "", shard: str = "", position: int = -1) -> None:
+        super().__init__(message or f"{where}: {what}; {MEND}")  # worker processes pass errors on by their message alone
+        self.where, self.what, self.shard, self.position = where, what, shard, position
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +82,9 @@ class ShardSet:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         self._opening: dict[int, threading.Lock] = {}
-        self._unreachable: dict[int, DamagedDataError] = {}
+        self._unreachable: dict[int, str] = {}
         self._most_open = MOST_OPEN
         if self.remote:
-            from portrait_dist.data.remote import Cache
-
             self.cache = cache or Cache()
             if sum(shard.bytes for shard in self.shards) > self.cache.limit:
                 self._most_open = MOST_OPEN_BEYOND_CACHE
@@ -122,18 +118,13 @@ class ShardSet:
         """Tar and index of a shard on the local disk, fetched where they are remote; local ones need not be there.
 
         Raises:
-            DamagedDataError: they cannot be fetched.
+            FetchError: they cannot be fetched.
         """
         entry = self.shards[number]
         if not self.remote:
             return Path(self.location) / entry.name, Path(self.location) / entry.index_name
-        from portrait_dist.data.remote import FetchError, join
-
-        try:
-            tar = self.cache.fetch(join(self.location, entry.name), entry.sha256, entry.bytes)
-            return tar, self.cache.fetch(join(self.location, entry.index_name), entry.index_sha256)
-        except FetchError as error:
-            raise DamagedDataError(f"{self.shard_name(number)}: {error}; look whether the address is right and whole") from error
+        tar = self.cache.fetch(join(self.location, entry.name), entry.sha256, entry.bytes)
+        return tar, self.cache.fetch(join(self.location, entry.index_name), entry.index_sha256)
 
     def read(self, sample: int) -> Encoded:
         """A sample's key and encoded members, without a copy.
@@ -151,9 +142,7 @@ class ShardSet:
                     raise
                 return self._read_again(number, position)
         except _DamageError as damage:
-            raise DamagedSampleError(f"{self.name(sample)}: {damage}", self.shards[number].name, position) from damage
-        except DamagedDataError as error:  # about the whole shard
-            raise DamagedSampleError(str(error), self.shards[number].name, position) from error
+            raise DamagedSampleError("", self.name(sample), str(damage), self.shards[number].name, position) from damage
 
     def _shard(self, number: int) -> _OpenShard:
         """The shard, opened, and fetched where it is remote, by the first thread that asks."""
@@ -177,13 +166,13 @@ class ShardSet:
     def _open_shard(self, number: int) -> _OpenShard:
         entry = self.shards[number]
         if number in self._unreachable:
-            raise self._unreachable[number]
+            raise _DamageError(self._unreachable[number])
         for last in (not self.remote, False, True):
             try:
                 return _OpenShard(*self.files(number), entry, SUFFIXES[self.codec])
-            except DamagedDataError as error:  # attempts were made already, so do not try for every sample
-                self._unreachable[number] = error
-                raise
+            except FetchError as error:  # attempts were made already, so do not try for every sample
+                self._unreachable[number] = str(error)
+                raise _DamageError(str(error)) from error
             except _DamageError:  # another process needed the room between fetching and opening, or the copy went bad
                 if last:
                     raise
@@ -201,10 +190,7 @@ class ShardSet:
 
 
 class _DamageError(Exception):
-    """What is wrong with a shard or sample, and what to do."""
-
-
-MEND = "find all damage with 'portrait-dist verify', then pack or copy the shards again"
+    """What is wrong with a shard or sample."""
 
 
 class _OpenShard:
@@ -214,31 +200,31 @@ class _OpenShard:
         self.entry, self.suffixes = entry, suffixes
         data = _read_index(index)
         if hashlib.sha256(data).hexdigest() != entry.index_sha256:
-            raise _DamageError(f"{index.name} is not the index of this shard (its sha256 differs from the manifest's); {MEND}")
+            raise _DamageError(f"{index.name} is not the index of this shard (its sha256 differs from the manifest's)")
         _, self.records = shard_format.parse_index(data)
         try:
             with tar.open("rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
-            raise _DamageError(f"the shard is missing; {MEND}") from None
+            raise _DamageError("the shard is missing") from None
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-            raise _DamageError(f"the shard cannot be read ({error}); {MEND}") from error
+            raise _DamageError(f"the shard cannot be read ({error})") from error
         self.view = memoryview(self.map)
 
     def read(self, position: int) -> Encoded:
         # Touching a mapped page behind the end of a file kills the process, so look at the length first, each time.
         if self.map.size() != self.entry.bytes or len(self.view) != self.entry.bytes:
-            raise _DamageError(f"the shard has {self.map.size():,} bytes instead of {self.entry.bytes:,}; {MEND}")
+            raise _DamageError(f"the shard has {self.map.size():,} bytes instead of {self.entry.bytes:,}")
         record = shard_format.record_at(self.records, position)
         sample = self.view[record.offset : record.offset + record.length]
         if zlib.crc32(sample) != record.crc32:
-            raise _DamageError(f"the sample is damaged (its CRC-32 differs from the index's); {MEND}")
+            raise _DamageError("the sample is damaged (its CRC-32 differs from the index's)")
         alpha_at = BLOCK + padded(record.image)
         image_name = shard_format.member_name(sample[:BLOCK])
         alpha_name = shard_format.member_name(sample[alpha_at : alpha_at + BLOCK])
         key = image_name.removesuffix(self.suffixes[0])
         if image_name != key + self.suffixes[0] or alpha_name != key + self.suffixes[1]:
-            raise _DamageError(f"the shard has {image_name} and {alpha_name} there instead of an image and its mask; {MEND}")
+            raise _DamageError(f"the shard has {image_name} and {alpha_name} there instead of an image and its mask")
         alpha_at += BLOCK
         return Encoded(key, sample[BLOCK : BLOCK + record.image], sample[alpha_at : alpha_at + record.alpha])
 
@@ -247,9 +233,9 @@ def _read_index(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise _DamageError(f"its index {path.name} is missing; {MEND}") from None
+        raise _DamageError(f"its index {path.name} is missing") from None
     except OSError as error:
-        raise _DamageError(f"its index {path.name} cannot be read ({error.strerror}); {MEND}") from error
+        raise _DamageError(f"its index {path.name} cannot be read ({error.strerror})") from error
 
 
 def read_manifest(location: str | Path) -> Manifest:
@@ -260,8 +246,6 @@ def read_manifest(location: str | Path) -> Manifest:
         DamagedDataError: it is damaged.
     """
     if "://" in str(location):
-        from portrait_dist.data.remote import fetch_manifest
-
         return parse_manifest(fetch_manifest(str(location)), f"{str(location).rstrip('/')}/{MANIFEST}")
     path = Path(location) / MANIFEST
     try:

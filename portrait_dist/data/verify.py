@@ -7,18 +7,15 @@ import hashlib
 import os
 import tarfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from portrait_dist.data import shard_format
 from portrait_dist.data.decode import decode_stored
 from portrait_dist.data.packing import in_order
+from portrait_dist.data.remote import Cache, FetchError
 from portrait_dist.data.shard_format import BLOCK, SUFFIXES, ShardEntry, keys_sha256
-from portrait_dist.data.shards import ShardSet, read_manifest
-from portrait_dist.errors import DamagedDataError
+from portrait_dist.data.shards import DamagedSampleError, ShardSet, read_manifest
 from portrait_dist.progress import track
-
-if TYPE_CHECKING:
-    from portrait_dist.data.remote import Cache
 
 
 def verify(location: str | Path, workers: int | None = None, *, cache: Cache | None = None) -> dict[str, Any]:
@@ -78,8 +75,8 @@ def _check_shard(shards: ShardSet, number: int) -> tuple[list[str], list[str]]:
     entry, name = shards.shards[number], shards.shard_name(number)
     try:
         tar, index = shards.files(number)
-    except DamagedDataError as error:
-        return [], [str(error)]
+    except FetchError as error:
+        return [], [f"{name}: {error}"]
     if not tar.is_file() or not index.is_file():
         return [], [f"{path.parent / path.name}: is missing" for path in (tar, index) if not path.is_file()]
     data = index.read_bytes()
@@ -123,8 +120,8 @@ def _check_samples(shards: ShardSet, number: int) -> tuple[list[str], list[str]]
                     f"it has {image.shape[0]}x{image.shape[1]} pixels, the manifest {shards.size[0]}x{shards.size[1]}"
                 )
             keys.append(encoded.key)
-        except DamagedDataError as error:
-            errors.append(str(error))
+        except DamagedSampleError as error:
+            errors.append(f"{error.where}: {error.what}")
         except (ValueError, RuntimeError) as error:
             errors.append(f"{shards.name(sample)} ({encoded.key}): does not decode ({error})")
     return keys, errors
