@@ -17,6 +17,7 @@ from PIL import ImageColor
 
 from portrait_dist.errors import InputError, nearest
 from portrait_dist.inference import Alpha, read_picture
+from portrait_dist.visualize import checkerboard
 
 Picture = NDArray[np.uint8]
 Array = NDArray[np.floating[Any]]
@@ -58,14 +59,17 @@ def foreground_colours(picture: Picture, alpha: Alpha) -> Array:
 
 
 def _local_means(foreground: Array, background: Array, alpha: Alpha, radius: int) -> tuple[Array, Array]:
-    """Means over a box of the colours of foreground and background, weighted by alpha and 1 - alpha."""
+    """Means over a box of the colours of foreground and background, weighted by alpha² and (1 - alpha)².
+
+    Squares instead of the paper's plain weights: mixed pixels count less, which leaves half as much fringe behind wide soft edges.
+    """
     box = (2 * radius + 1, 2 * radius + 1)
-    share, weight = cv2.blur(alpha, box)[..., None], alpha[..., None]
     smallest = 1e-5
-    return (
-        cv2.blur(foreground * weight, box) / (share + smallest),
-        cv2.blur(background * (1 - weight), box) / (1 - share + smallest),
-    )
+
+    def mean(colours: Array, weight: Array) -> Array:
+        return cv2.blur(colours * weight[..., None], box) / (cv2.blur(weight, box)[..., None] + smallest)
+
+    return mean(foreground, alpha**2), mean(background, (1 - alpha) ** 2)
 
 
 def _unmix(image: Array, alpha: Alpha, foreground: Array, background: Array) -> Array:
@@ -112,7 +116,8 @@ def blurred(photo: Picture, alpha: Alpha) -> Array:
     scale = min(1.0, WORKING_SIDE / 2 / min(height, width))
     small = (max(1, round(width * scale)), max(1, round(height * scale)))
     image = cv2.resize(photo, small, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-    behind = 1 - cv2.resize(alpha, small, interpolation=cv2.INTER_AREA)[..., None]
+    # The fourth power: at soft edges the photo shows a mixture with the person, which hardly counts as background.
+    behind = (1 - cv2.resize(alpha, small, interpolation=cv2.INTER_AREA)[..., None]) ** 4
     sigma = BLUR * min(small)
     # Where the person hides the background for far around, what little is seen of it is spread by the widest blur.
     weight = np.full_like(behind, 1e-6)
@@ -162,11 +167,8 @@ def side_by_side(photo: Picture, alpha: Alpha, cutout: NDArray[np.uint8]) -> NDA
     panels = [cv2.resize(panel, small, interpolation=cv2.INTER_AREA) for panel in (photo, to_bytes(alpha), cutout[..., :3])]
     if cutout.shape[2] == 4:
         opacity = cv2.resize(alpha, small, interpolation=cv2.INTER_AREA)[..., None]
-        panels[2] = (opacity * panels[2] + (1 - opacity) * _checkerboard(*opacity.shape[:2])).astype(np.uint8)
+        panels[2] = (opacity * panels[2] + (1 - opacity) * checkerboard(opacity.shape[0], opacity.shape[1], square=16)).astype(
+            np.uint8
+        )
     panels[1] = np.repeat(panels[1][..., None], 3, axis=2)
     return np.concatenate(panels, axis=1)
-
-
-def _checkerboard(height: int, width: int, square: int = 16) -> Array:
-    y, x = np.mgrid[:height, :width] // square
-    return np.where((x + y) % 2, 255.0, 205.0).astype(np.float32)[..., None]

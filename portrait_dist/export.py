@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from portrait_dist.data.augment import MEAN, STD
 from portrait_dist.errors import InputError, PortraitDistError
-from portrait_dist.inference import MEAN, STD
 from portrait_dist.models import UNet
 
 FORMATS = ("onnx", "pt2")

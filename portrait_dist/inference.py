@@ -14,7 +14,7 @@ How a photo is brought to the network's size (``fit``): the network was trained 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,8 +26,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from portrait_dist.data.augment import MEAN, STD
 from portrait_dist.distributed import pick_device
 from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.models import fast
 from portrait_dist.models.unet import STRIDE, UNet
 
 if TYPE_CHECKING:
@@ -41,7 +43,6 @@ TRAINING_ASPECT = 600 / 800
 """Width / height of the pictures of the AISegment set before they are squeezed into the network's input."""
 LARGEST_STRETCH = 4
 """With ``cover``, the network's input is at most this many times the training size (panoramas are squeezed beyond it)."""
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def read_picture(picture: Picture) -> NDArray[np.uint8]:
@@ -145,10 +146,10 @@ class PortraitSegmenter:
     """Predicts the soft alpha of portraits.
 
     Args:
-        model: a trained network; it is put into evaluation mode on ``device``.
+        model: a trained network; it is not changed.
         size: (H, W) of its training pictures.
         device: ``auto`` (the GPU if there is one), ``cpu`` or ``cuda``.
-        precision: ``fp32``, ``bf16``, or ``auto``: bf16 on a GPU, fp32 on a CPU.
+        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it, see :mod:`portrait_dist.models.fast`.
         fit: how pictures of other shapes are brought to the network's size, see this module's docstring.
         refine: sharpen alpha along the edges of the full-size picture, see :mod:`portrait_dist.refine`.
         aspect: width / height of the training pictures before they were squeezed into ``size``.
@@ -169,7 +170,7 @@ class PortraitSegmenter:
             raise InputError(f"fit is one of {', '.join(FITS)}, not '{fit}'")
         self.device = pick_device(device)
         self.model, self.size, self.fit, self.refine, self.aspect = model, size, fit, refine, aspect
-        self.network = _network(model, self.device, precision)
+        self.network = fast.prepare(model, self.device, precision)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> PortraitSegmenter:
@@ -243,17 +244,3 @@ class PortraitSegmenter:
 
         pixels = max(alpha.shape[0] / placement.picture[2], alpha.shape[1] / placement.picture[3])
         return refine_alpha(picture, alpha, pixels)
-
-
-def _network(model: UNet, device: torch.device, precision: str) -> Callable[[Tensor], Tensor]:
-    """The network as a function from normalised float32 [B, 3, H, W] to probabilities, float32 [B, 1, H, W]."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    model = model.eval().to(device).to(memory_format=torch.channels_last)
-
-    @torch.inference_mode()
-    def run(x: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            logits = model(x.contiguous(memory_format=torch.channels_last), return_logits=True)
-        return torch.sigmoid(logits.float())
-
-    return run

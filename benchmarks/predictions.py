@@ -1,0 +1,123 @@
+"""How good full-resolution masks are: ways to fit photos of other shapes to the network, and refinement along edges.
+
+    python benchmarks/predictions.py --checkpoint runs/NAME/ckpt_best.pth --data prepared --split val test --json out.json
+
+Every picture is compared with its matte at the picture's own resolution. For the shapes, windows are cut out of the upright
+pictures around the person (the person is close, and cut by the frame), and the person is set into wide frames at the frame's
+full height, before the blurred background of the next picture (the person is far; only pictures whose person does not touch
+the sides). The network sees nothing but that window or frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+
+from portrait_dist import cutout, metrics
+from portrait_dist.data.split import read_split
+from portrait_dist.inference import FITS, PortraitSegmenter, read_picture
+from portrait_dist.refine import refine_alpha
+
+Pair = tuple[np.ndarray, np.ndarray]
+SHAPES = {"upright 3:4": None, "landscape 4:3": 4 / 3, "landscape 16:9": 16 / 9, "square": 1.0, "phone 9:16": 9 / 16}
+REFINEMENTS = [(radius, smoothness) for radius in (1.0, 2.0, 4.0) for smoothness in (1e-2, 1e-3, 1e-4)]
+
+
+def window(picture: np.ndarray, alpha: np.ndarray, aspect: float | None) -> Pair:
+    """The largest window of that width / height, around the middle of the person's upper half."""
+    if aspect is None:
+        return picture, alpha
+    height, width = alpha.shape
+    size = (min(height, round(width / aspect)), min(width, round(height * aspect)))
+    rows, columns = np.nonzero(alpha > 127)
+    centre = (np.quantile(rows, 0.3), np.quantile(columns, 0.5)) if len(rows) else (height / 2, width / 2)
+    top, left = (
+        int(np.clip(middle - side / 2, 0, whole - side)) for middle, side, whole in zip(centre, size, alpha.shape, strict=True)
+    )
+    cut = np.s_[top : top + size[0], left : left + size[1]]
+    return picture[cut], alpha[cut]
+
+
+def frames(loaded: list[Pair], aspect: float) -> list[Pair]:
+    """Wide frames of the pictures' height, the person in the middle, the next picture's blurred background behind."""
+    made = []
+    for (picture, alpha), (other, other_alpha) in zip(loaded, loaded[1:] + loaded[:1], strict=True):
+        if max(alpha[:, :4].mean(), alpha[:, -4:].mean()) > 0.05 * 255:
+            continue
+        height, width = alpha.shape
+        scene = cutout.to_bytes(cutout.blurred(other, other_alpha.astype(np.float32) / 255))
+        frame = np.asarray(Image.fromarray(scene).resize((round(height * aspect), height)))
+        left = (frame.shape[1] - width) // 2
+        matte = np.pad(alpha, ((0, 0), (left, frame.shape[1] - width - left)))
+        share = alpha[..., None].astype(np.float32) / 255
+        person = share * cutout.foreground_colours(picture, share[..., 0])
+        composed = frame.astype(np.float32) / 255
+        composed[:, left : left + width] = person + (1 - share) * composed[:, left : left + width]
+        made.append((cutout.to_bytes(composed), matte))
+    return made
+
+
+def score(pairs: Iterator[Pair]) -> dict[str, float]:
+    """Pooled IoU and the means of the per-sample figures of (alpha, matte) pairs."""
+    pooled, figures = metrics.SoftIoU(), metrics.AlphaFigures()
+    begin, count = time.perf_counter(), 0
+    for alpha, matte in pairs:
+        preds, target = torch.from_numpy(alpha)[None], torch.from_numpy(matte.astype(np.float32) / 255)[None]
+        pooled.update(preds, target)
+        figures.update(preds, target)
+        count += 1
+    means = {"mean_iou" if name == "iou" else name: float(value) for name, value in figures.compute().items()}
+    return {"iou": float(pooled.compute()), **means, "samples": count, "seconds": time.perf_counter() - begin}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--data", required=True, help="folder that 'portrait-dist prepare' wrote")
+    parser.add_argument("--split", nargs="+", default=["test"])
+    parser.add_argument("--limit", type=int, default=0, help="pictures; 0 means all")
+    parser.add_argument("--json", help="file for the rows")
+    options = parser.parse_args()
+    pairs = [pair for split in options.split for pair in read_split(options.data).pairs(split)]
+    pairs = pairs[: options.limit or None]
+    loaded = [(read_picture(pair.image), np.asarray(Image.open(pair.matte).split()[-1])) for pair in pairs]
+    segmenter = PortraitSegmenter.from_checkpoint(options.checkpoint, refine=False)
+    rows = []
+
+    def add(name: str, results: Iterator[Pair]) -> None:
+        rows.append({"name": name, **score(results)})
+        figures = " ".join(f"{key} {rows[-1][key]:.4f}" for key in ("iou", "mean_iou", "boundary_iou", "gradient_error", "mae"))
+        print(f"{name:36s} {figures}", flush=True)
+
+    shapes = {shape: [window(*pair, aspect) for pair in loaded] for shape, aspect in SHAPES.items()}
+    shapes |= {f"frame {name}": frames(loaded, aspect) for name, aspect in (("4:3", 4 / 3), ("16:9", 16 / 9))}
+    for shape, windows in shapes.items():
+        for fit in FITS:
+            segmenter.fit = fit
+            add(f"{shape}, {fit}", ((segmenter.predict(picture), matte) for picture, matte in windows))
+    segmenter.fit = "cover"
+    alphas = [segmenter.predict(picture) for picture, _ in loaded]
+    for radius, smoothness in REFINEMENTS:
+        refined = (
+            (refine_alpha(picture, alpha, picture.shape[0] / segmenter.size[0], radius=radius, smoothness=smoothness), matte)
+            for (picture, matte), alpha in zip(loaded, alphas, strict=True)
+        )
+        add(f"refined, radius {radius:g}, epsilon {smoothness:g}", refined)
+    if options.json:
+        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(
+                {"rows": rows, "machine": machine, "checkpoint": options.checkpoint, "splits": options.split}, file, indent=1
+            )
+
+
+if __name__ == "__main__":
+    main()

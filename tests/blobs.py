@@ -1,0 +1,63 @@
+"""A small network trained within seconds to find a bright ellipse, as a checkpoint: for tests of prediction and export."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from portrait_dist.data.augment import MEAN, STD
+from portrait_dist.inference import place, shrink
+from portrait_dist.losses import SoftIoULoss
+from portrait_dist.models import UNet
+
+SIZE = (64, 64)
+
+
+def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """RGB uint8 [H, W, 3] with a reddish ellipse before a bluish ground, and its alpha, float32 [H, W]."""
+    random = np.random.default_rng(seed)
+    alpha = np.zeros((height, width), np.float32)
+    side = min(height, width)
+    centre = (int(width * random.uniform(0.4, 0.6)), int(height * random.uniform(0.4, 0.6)))
+    axes = (int(side * random.uniform(0.2, 0.35)), int(side * random.uniform(0.25, 0.45)))
+    cv2.ellipse(alpha, centre, axes, 0, 0, 360, 1.0, -1)
+    alpha = cv2.GaussianBlur(alpha, (0, 0), side / 100)
+    person, ground = random.uniform((0.6, 0.3, 0.1), (0.9, 0.5, 0.3)), random.uniform((0.1, 0.3, 0.5), (0.3, 0.5, 0.8))
+    image = ground + alpha[..., None] * (person - ground) + random.normal(0, 0.03, (height, width, 1))
+    return (image.clip(0, 1) * 255).round().astype(np.uint8), alpha
+
+
+def framed(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Such a picture of any shape, letterboxed to the network's size: figures of many sizes, with bars."""
+    image, alpha = picture(height, width, seed)
+    placement = place(height, width, SIZE, "letterbox")
+    layer = shrink(np.repeat((alpha * 255).astype(np.uint8)[..., None], 3, axis=2), placement)[..., 0] / np.float32(255)
+    top, left, inner_height, inner_width = placement.picture
+    inside = np.zeros(SIZE, np.float32)
+    inside[top : top + inner_height, left : left + inner_width] = 1
+    return shrink(image, placement), layer * inside
+
+
+def train(steps: int = 60) -> UNet:
+    torch.manual_seed(0)
+    model, loss = UNet(init_features=4), SoftIoULoss()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    random = np.random.default_rng(0)
+    pairs = [framed(*random.integers(60, 240, 2), seed=seed) for seed in range(32)]
+    images = (torch.from_numpy(np.stack([image for image, _ in pairs])).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    images = images.permute(0, 3, 1, 2).contiguous()
+    alphas = torch.from_numpy(np.stack([alpha for _, alpha in pairs])).unsqueeze(1)
+    for step in range(steps):
+        part = slice(step % 4 * 8, step % 4 * 8 + 8)
+        value = loss(model(images[part], return_logits=True), alphas[part])
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def save(model: UNet, path: Path, size: tuple[int, int] = SIZE) -> Path:
+    """A checkpoint with the content that training writes."""
+    torch.save({"net": model.state_dict(), "portrait_dist": {"model": model.settings, "size": list(size), "config": {}}}, path)
+    return path
