@@ -1,0 +1,320 @@
+"""How fast the U-Net is, step by step from the PyTorch Hub model as it comes to the fastest exact form.
+
+    python benchmarks/unet.py --json unet.json                       # on a CPU
+    python benchmarks/unet.py --device cuda --json unet.json         # on a GPU, the same ladder and TF32, CUDA graphs
+    python benchmarks/unet.py --checkpoint runs/NAME/ckpt_best.pth --shards shards   # with IoU against float32 masks
+
+Rows (each step keeps those before it): hub-eager-fp32, tf32 (GPU), channels-last, bf16, bn-folded, merged
+(portrait_dist.models.fast), compiled (torch.compile of the bf16 model as it is), compiled-frozen (of the merged one, with frozen
+weights), max-autotune (GPU, with CUDA graphs), best; and train-… for forward, backward and Adam step. The share of the roofline
+is the fastest conceivable time of the original network on this machine (measured: a large matrix product in the row's
+precision, a large copy; activations read and written once) divided by the time taken. Rewrites that multiply less can exceed 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from torch import Tensor, nn
+
+from portrait_dist.losses import SoftIoULoss
+from portrait_dist.models import UNet, fast
+
+Work = Callable[[], Any]
+CHANNELS_LAST = torch.channels_last
+
+
+class Bench:
+    """Device, input and how to time on it."""
+
+    def __init__(self, device: str, size: int, features: int, checkpoint: Path | None) -> None:
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
+        self.size = size
+        self.model = _model(features, checkpoint).to(self.device).eval()
+        self.at_least = 0.3 if self.cuda else 0.0
+
+    def pictures(self, batch: int) -> Tensor:
+        torch.manual_seed(1)
+        return torch.randn(batch, 3, self.size, self.size, device=self.device)
+
+    def rate(self, work: Work, images: int) -> float:
+        """Images per second of one call of ``work``."""
+        synchronize = torch.cuda.synchronize if self.cuda else lambda: None
+        return images / measure.seconds_of(work, synchronize, self.at_least)
+
+
+def _model(features: int, checkpoint: Path | None) -> UNet:
+    if checkpoint is not None:
+        from portrait_dist.training.checkpoints import load_model
+
+        return load_model(checkpoint)[0]
+    torch.manual_seed(0)
+    model = UNet(init_features=features)
+    for module in model.modules():  # statistics as after training, not the zeros and ones of a new model
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+    return model
+
+
+def networks(bench: Bench, batch: int, compiled: tuple[str, ...]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Name → function from normalised float32 [B, 3, H, W] to probabilities, in the order of the ladder."""
+    plain, last = bench.model, copy.deepcopy(bench.model).to(memory_format=CHANNELS_LAST)
+    bf16 = copy.deepcopy(last).bfloat16()
+    ladder: dict[str, Callable[[Tensor], Tensor]] = {"hub-eager-fp32": _with_tf32(plain, False, bench.cuda)}
+    if bench.cuda:
+        ladder["tf32"] = _with_tf32(plain, True, True)
+    ladder["channels-last"] = _with_tf32(_reading(last, torch.float32), bench.cuda, bench.cuda)
+    ladder["bf16"] = _reading(bf16, torch.bfloat16)
+    folded = fast.fold_batch_norm(bench.model).to(memory_format=CHANNELS_LAST).bfloat16()
+    ladder["bn-folded"] = _reading(folded, torch.bfloat16)
+    ladder["merged"] = fast.prepare(bench.model, bench.device, "bf16")
+    if "compiled" in compiled:
+        ladder["compiled"] = _reading(torch.compile(bf16), torch.bfloat16)
+    if "compiled-frozen" in compiled:
+        ladder["compiled-frozen"] = _reading(_frozen(bench, {"freezing": True}), torch.bfloat16)
+    if "max-autotune" in compiled:
+        ladder["max-autotune"] = fast.prepare(bench.model, bench.device, "bf16", compile=True)
+    return ladder
+
+
+def _frozen(bench: Bench, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    merged = fast.merge_up_convolutions(fast.fold_batch_norm(bench.model)).to(memory_format=CHANNELS_LAST).bfloat16()
+    logits = torch.compile(merged, options=options)
+    return lambda x: torch.sigmoid(logits(x).float())
+
+
+def _reading(network: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The network, with its input brought to channels-last and ``dtype``: part of the price."""
+    return lambda x: network(x.to(dtype, memory_format=CHANNELS_LAST))
+
+
+def _with_tf32(network: Callable[[Tensor], Tensor], allowed: bool, cuda: bool) -> Callable[[Tensor], Tensor]:
+    if not cuda:
+        return network
+
+    def run(x: Tensor) -> Tensor:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+        return network(x)
+
+    return run
+
+
+def forward_rows(bench: Bench, batch: int, repeats: int, compiled: tuple[str, ...], real: Tensor | None) -> list[measure.Row]:
+    """The ladder of inference."""
+    x, ladder = bench.pictures(batch), networks(bench, batch, compiled)
+    with torch.no_grad():
+        ladder = _those_that_run(ladder, x)
+        exact = ladder["hub-eager-fp32"](x)
+        differences = {name: float((network(x).float() - exact).abs().max()) for name, network in ladder.items()}
+        cases = {name: (lambda network=network: bench.rate(lambda: network(x), batch)) for name, network in ladder.items()}
+        rates = measure.alternate(cases, repeats)
+        ious = {name: _iou(network, ladder["hub-eager-fp32"], real, batch) for name, network in ladder.items()}
+    limits = Roofline(bench)
+    rows = []
+    for name, values in rates.items():
+        rows.append(measure.row(name, values, batch_size=batch, **limits.share(name, values)))
+        rows[-1] |= {"largest_difference": float(f"{differences[name]:.1e}"), **ious[name]}
+    return _with_factors_and_best(rows, "best")
+
+
+def _those_that_run(ladder: dict[str, Callable[[Tensor], Tensor]], x: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Compile what is to be compiled; a form that this machine cannot run (no compiler, say) is left out and named."""
+    running = {}
+    for name, network in ladder.items():
+        try:
+            network(x)
+            running[name] = network
+        except Exception as error:  # compilers fail in many ways
+            print(f"  {name} does not run here: {str(error).splitlines()[0]}", file=sys.stderr)
+    return running
+
+
+def _iou(network: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor], real: Tensor | None, batch: int) -> measure.Row:
+    """Intersection over union of the masks with float32's, on real pictures with a trained network."""
+    if real is None:
+        return {}
+    both = either = 0
+    for part in real.split(batch):
+        if len(part) == batch:  # compiled forms take one shape
+            one, other = network(part) > 0.5, exact(part) > 0.5
+            both, either = both + int((one & other).sum()), either + int((one | other).sum())
+    return {"iou_with_fp32": round(both / max(1, either), 6)}
+
+
+def train_rows(bench: Bench, batch: int, repeats: int, compiled: tuple[str, ...]) -> list[measure.Row]:
+    """The ladder of a training step: forward, loss, backward, Adam."""
+    steps: dict[str, Work] = {"train-hub-eager-fp32": _train_step(bench, batch, False, False, False)}
+    steps["train-channels-last"] = _train_step(bench, batch, True, False, False)
+    steps["train-bf16"] = _train_step(bench, batch, True, True, False)
+    if compiled:
+        steps["train-compiled"] = _train_step(bench, batch, True, True, True)
+    if bench.cuda:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    cases = {name: (lambda work=work: bench.rate(work, batch)) for name, work in steps.items()}
+    rows = [measure.row(name, rates, batch_size=batch) for name, rates in measure.alternate(cases, repeats).items()]
+    return _with_factors_and_best(rows, "train-best")
+
+
+def _train_step(bench: Bench, batch: int, channels_last: bool, bf16: bool, compiled: bool) -> Work:
+    x = bench.pictures(batch)
+    target = (torch.rand(batch, 1, bench.size, bench.size, device=bench.device) > 0.5).float()
+    model = copy.deepcopy(bench.model).train()
+    if channels_last:
+        model, x = model.to(memory_format=CHANNELS_LAST), x.contiguous(memory_format=CHANNELS_LAST)
+    network: Callable[..., Tensor] = torch.compile(model) if compiled else model
+    optimizer, loss = torch.optim.Adam(model.parameters(), 1e-3, fused=bench.cuda), SoftIoULoss()
+
+    def step() -> None:
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=bf16):
+            value = loss(network(x, return_logits=True), target)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+
+    return step
+
+
+def _with_factors_and_best(rows: list[measure.Row], name: str) -> list[measure.Row]:
+    first = rows[0]["images_per_second"]
+    for line in rows:
+        line["times_eager"] = round(line["images_per_second"] / first, 2)
+        line["ms_per_image"] = float(f"{1e3 / line['images_per_second']:.4g}")
+    equal = [line for line in rows if line.get("iou_with_fp32", 1.0) >= 0.999]
+    fastest = max(equal, key=lambda line: line["images_per_second"])
+    return [*rows, {**fastest, "name": name, "note": fastest["name"]}]
+
+
+class Roofline:
+    """Time that the network takes at least on this machine: multiplications at the speed of a large matrix product, or
+    activations and weights moved once at the speed of a large copy, whichever is longer."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.flops, self.elements = _cost(bench)
+        self.copy = self._best(self._copy())
+        self.product = {dtype: self._best(self._product(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+
+    def share(self, name: str, rates: list[float]) -> measure.Row:
+        dtype = torch.float32 if name in ("hub-eager-fp32", "tf32", "channels-last") else torch.bfloat16
+        least = max(self.flops / self.product[dtype], self.elements * dtype.itemsize / self.copy)
+        return {"share_of_roofline": round(sorted(rates)[len(rates) // 2] * least, 3)}
+
+    def facts(self) -> dict[str, float]:
+        """What was measured, for the record."""
+        return {
+            "gflop_per_image": round(self.flops / 1e9, 2),
+            "fp32_tflops": round(self.product[torch.float32] / 1e12, 3),
+            "bf16_tflops": round(self.product[torch.bfloat16] / 1e12, 3),
+            "copy_gb_per_second": round(self.copy / 1e9, 1),
+        }
+
+    def _best(self, case: tuple[Work, float]) -> float:
+        work, amount = case
+        work()
+        return max(self.bench.rate(work, 1) * amount for _ in range(5))
+
+    def _product(self, dtype: torch.dtype) -> tuple[Work, float]:
+        side = 8192 if self.bench.cuda else 2048
+        a = torch.randn(side, side, device=self.bench.device).to(dtype)
+        return (lambda: a @ a), 2.0 * side**3
+
+    def _copy(self) -> tuple[Work, float]:
+        source = torch.zeros((1 << 28) if self.bench.cuda else (1 << 25), device=self.bench.device)
+        target = torch.empty_like(source)
+        return (lambda: target.copy_(source)), 2.0 * source.nbytes
+
+
+def _cost(bench: Bench) -> tuple[float, float]:
+    """Floating-point operations of one picture, and numbers moved when each convolution reads and writes once."""
+    elements = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal elements
+        elements += inputs[0].numel() + output.numel()
+
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = copy.deepcopy(bench.model)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            module.register_forward_hook(count)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(bench.pictures(1))
+    return float(counter.get_total_flops()), float(elements)
+
+
+def sweep(bench: Bench, batches: list[int], repeats: int) -> list[measure.Row]:
+    """Batch sizes, for the first row of the ladder and the form that PortraitSegmenter uses."""
+    forms = {"hub-eager-fp32": bench.model, "merged": fast.prepare(bench.model, bench.device, "bf16")}
+    rows = []
+    with torch.no_grad():
+        for batch in batches:
+            x = bench.pictures(batch)
+            cases = {name: (lambda form=form, x=x: bench.rate(lambda: form(x), len(x))) for name, form in forms.items()}
+            for name, rates in measure.alternate(cases, repeats).items():
+                rows.append(measure.row(name, rates, batch_size=batch))
+    return rows
+
+
+def real_pictures(shards: Path | None, size: int, device: torch.device) -> Tensor | None:
+    """Normalised pictures of the test split."""
+    if shards is None:
+        return None
+    from portrait_dist.data import build_loader
+    from portrait_dist.data.augment import normalise
+
+    batches = [batch for _, batch in zip(range(4), build_loader(shards, "test", batch_size=16, size=(size, size)), strict=False)]
+    return torch.cat([normalise(batch.image, batch.alpha)[0] for batch in batches]).to(device)
+
+
+def main(words: list[str] | None = None) -> dict[str, Any]:
+    options = _options(words)
+    bench = Bench(options.device, options.size, options.features, options.checkpoint)
+    batch = options.batch or (64 if bench.cuda else 4)
+    repeats = options.repeats or 5
+    real = real_pictures(options.shards, options.size, bench.device)
+    if bench.cuda:
+        torch.backends.cudnn.benchmark = True
+    rows = forward_rows(bench, batch, repeats, _compiled_forms(options, bench.cuda), real)
+    rows += train_rows(bench, batch, repeats, () if options.quick or options.no_compile else ("compiled",))
+    swept = [] if options.quick else sweep(bench, [1, 16, 64, 256, 512] if bench.cuda else [1, 2, 8, 16], repeats)
+    found = measure.result(
+        "unet", rows, sweep=swept, device=str(bench.device), size=options.size, threads=torch.get_num_threads()
+    )
+    found["roofline"] = Roofline(bench).facts()
+    measure.publish(found, options.json)
+    if swept:
+        print("\nbatch sizes\n" + measure.table(swept))
+    return found
+
+
+def _compiled_forms(options: argparse.Namespace, cuda: bool) -> tuple[str, ...]:
+    if options.no_compile:
+        return ()
+    forms = ("compiled-frozen",) if options.quick else ("compiled", "compiled-frozen")
+    return (*forms, "max-autotune") if cuda else forms
+
+
+def _options(words: list[str] | None) -> argparse.Namespace:
+    parser = measure.arguments(__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--features", type=int, default=32, help="channels of the first level")
+    parser.add_argument("--batch", type=int, help="pictures at once (default 64 on a GPU, 4 on a CPU)")
+    parser.add_argument("--checkpoint", type=Path, help="a trained network in place of a random one")
+    parser.add_argument("--shards", type=Path, help="with --checkpoint: pictures to compare masks on")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    main()
