@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -78,10 +78,10 @@ class Cache:
             FetchError: not there, cannot be reached after several attempts, or its content is another.
             InputError: the cache folder cannot be used, or is too small.
         """
-        path = self.folder / f"{sha256}.{address.rpartition('.')[2]}"
-        if self._has(path, size):
-            return path
+        path = self.folder / f"{sha256}{PurePosixPath(urlsplit(address).path).suffix}"
         try:
+            if self._has(path, size):
+                return path
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.folder / f".lock-{sha256[:2]}"):
                 if not self._has(path, size):
@@ -223,8 +223,9 @@ def _try_again(attempt: Callable[[], T], reached: Callable[[], int]) -> T:
 
 
 def _reason(error: Exception) -> str:
-    reason = getattr(error, "reason", None) or error
-    return f"{type(error).__name__}: {reason}"
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    return f"{type(error).__name__}: {getattr(error, 'reason', None) or error}"
 
 
 @contextlib.contextmanager

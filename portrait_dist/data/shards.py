@@ -24,6 +24,7 @@ from portrait_dist.errors import DamagedDataError, InputError, nearest
 __all__ = ["DamagedSampleError", "Encoded", "ShardSet", "pack", "read_manifest"]
 
 MEND = "find all damage with 'portrait-dist verify', then pack or copy the shards again"
+REACH = "look whether the address is right and its server is up, then run again"
 MOST_OPEN = 256
 """Shards mapped at a time; each takes a file descriptor, and 1,024 are what a process usually may have."""
 MOST_OPEN_BEYOND_CACHE = 8
@@ -33,8 +34,10 @@ MOST_OPEN_BEYOND_CACHE = 8
 class DamagedSampleError(DamagedDataError):
     """A sample cannot be read. ``shard`` is its tar's name, ``position`` its place in it, counted from 0."""
 
-    def __init__(self, message: str = "", where: str = "", what: str = "", shard: str = "", position: int = -1) -> None:
-        super().__init__(message or f"{where}: {what}; {MEND}")  # worker processes pass errors on by their message alone
+    def __init__(
+        self, message: str, where: str = "", what: str = "", shard: str = "", position: int = -1
+    ) -> None:  # with defaults, as worker processes pass an error on by its message alone
+        super().__init__(message)
         self.where, self.what, self.shard, self.position = where, what, shard, position
 
 
@@ -142,7 +145,9 @@ class ShardSet:
                     raise
                 return self._read_again(number, position)
         except _DamageError as damage:
-            raise DamagedSampleError("", self.name(sample), str(damage), self.shards[number].name, position) from damage
+            where, mend = self.name(sample), REACH if number in self._unreachable else MEND
+            message = f"{where}: {damage}; {mend}"
+            raise DamagedSampleError(message, where, str(damage), self.shards[number].name, position) from damage
 
     def _shard(self, number: int) -> _OpenShard:
         """The shard, opened, and fetched where it is remote, by the first thread that asks."""
