@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,7 @@ def sbatch_command(recipe: str, overrides: Sequence[str], request: Request, sett
     """sbatch with its options, the script, and the words for ``train``."""
     name = "%A_%a" if request.array else "%j"
     options = [f"--job-name={settings.run_dir.name}", f"--nodes={request.nodes}", f"--output={_log_folder(settings)}/{name}.log"]
+    options.append(f"--export=ALL,PYTHON={sys.executable}")  # the job runs this Python, whatever comes first on PATH
     if request.gpus_per_node:
         options.append(f"--gpus-per-node={request.gpus_per_node}")
     if cpus := request.cpus_per_node or 8 * request.gpus_per_node:

@@ -51,6 +51,18 @@ def test_a_job_with_a_wrong_key_ends_at_once_and_is_not_requeued(cluster: Cluste
 
 
 @pytest.mark.slurm
+@pytest.mark.timeout(300)
+def test_a_job_whose_ranks_find_wrong_input_ends_with_their_line_and_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    options = [f"--output={tmp_path}/log", str(LAUNCH / "slurm.sbatch")]
+    job = cluster.wait(cluster.sbatch(*options, "data.shards=none", cwd=tmp_path), 200)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
+    log = (tmp_path / "log").read_text()
+    assert "[rank 0] portrait-dist: none: there is no such folder" in log
+    assert "not requeued: failed with exit code 2" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.slurm
 def test_what_sbatch_refuses_is_said_in_one_line(cluster: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "portrait_dist", "submit", "--partition", "moon"]
     command += [f"data.shards={tiny_shards}", f"run.root={tmp_path}"]
@@ -99,34 +111,29 @@ import sys, torch
 from pathlib import Path
 from portrait_dist import distributed, errors, slurm
 distributed.start(torch.device("cpu"), 60)
-folder = Path(sys.argv[1 + distributed.rank()])
-try:
-    slurm.check_shared_folder(folder, seconds=0.5)
-    answer = "seen"
-except errors.InputError as error:
-    answer = str(error)
-Path(sys.argv[3], f"rank{distributed.rank()}").write_text(answer)
+here, answers = Path(sys.argv[1]), []
+for folder in (here / "shared", here / f"of-rank{distributed.rank()}"):
+    try:
+        slurm.check_shared_folder(folder, seconds=0.5)
+        answers.append("seen")
+    except errors.InputError as error:
+        answers.append(str(error))
+(here / f"rank{distributed.rank()}").write_text("\\n".join(answers))
 distributed.stop()
 """
 
 
-def _ask_two_ranks(folder: Path, one: Path, other: Path) -> list[str]:
-    (folder / "ask.py").write_text(SHARED)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launch, str(folder / "ask.py"), str(one), str(other), str(folder)], check=True, timeout=120)
-    return [(folder / f"rank{rank}").read_text() for rank in (0, 1)]
-
-
 def test_a_run_folder_that_another_node_does_not_see_is_named_on_every_rank(tmp_path: Path) -> None:
-    answers = _ask_two_ranks(tmp_path, tmp_path / "here", tmp_path / "there")
-    assert answers[0].startswith(f"{tmp_path}/here: rank 0 on ")
-    assert all("does not see it; set run.root to a folder that all nodes share" in answer for answer in answers)
-    assert list((tmp_path / "here").iterdir()) == []
-
-
-def test_a_shared_run_folder_passes_and_is_left_clean(tmp_path: Path) -> None:
-    assert _ask_two_ranks(tmp_path, tmp_path / "run", tmp_path / "run") == ["seen", "seen"]
-    assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "ask.py").write_text(SHARED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, str(tmp_path / "ask.py"), str(tmp_path)], check=True, timeout=200)
+    for rank in (0, 1):
+        shared, own = (tmp_path / f"rank{rank}").read_text().splitlines()
+        assert shared == "seen"
+        assert own.startswith(f"{tmp_path}/of-rank{rank}: rank 0 on ")
+        assert own.endswith("does not see it; set run.root to a folder that all nodes share")
+    assert list((tmp_path / "shared").iterdir()) == [], "nothing is left behind"
+    assert list((tmp_path / "of-rank0").iterdir()) == []
 
 
 def test_the_batch_script_outside_slurm_says_so(tmp_path: Path) -> None:
