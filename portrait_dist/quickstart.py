@@ -17,7 +17,7 @@ from portrait_dist.errors import InputError, PortraitDistError, Stopped
 
 GENERATED_PAIRS = 160
 SIZE = (128, 128)
-STEPS = 900  # optimiser steps in all, so that the time does not depend on the number of pictures
+STEPS = 450  # optimiser steps in all, so that the time does not depend on the number of pictures
 MAX_EPOCHS = 100
 
 
