@@ -28,15 +28,16 @@ def see(shards: str, options: dict[str, Any]) -> dict[str, Any]:
     loader.set_epoch(options["state"]["epoch"])
     seen["rest"] = [batch.keys for batch in loader]
     seen["val"] = [batch.keys for batch in build_loader(shards, "val", options["batch_size"])]
-    seen["refusal"] = begin_with_another_seed(shards, options["batch_size"])
+    seen["other seed"] = begin(shards, options["batch_size"], seed=dist.get_rank())
+    seen["other shards"] = begin(options["copies"][dist.get_rank() > 0], options["batch_size"], seed=0)
     seen["skipping"] = step(options["damaged"], {"batch_size": options["batch_size"], "on_damage": "skip"})
     return seen
 
 
-def begin_with_another_seed(shards: str, batch_size: int) -> str:
-    """What the first iteration says when each rank has a seed of its own."""
+def begin(shards: str, batch_size: int, seed: int) -> str:
+    """What the first iteration says where the ranks were given different things."""
     try:
-        next(iter(build_loader(shards, "train", batch_size, seed=dist.get_rank())))
+        next(iter(build_loader(shards, "train", batch_size, seed=seed)))
     except InputError as error:
         return str(error)
     return "nothing"

@@ -63,7 +63,12 @@ def ranks(tiny_shards: Path, damaged_shards: Path, tmp_path_factory: pytest.Temp
     """What three ranks saw."""
     out = tmp_path_factory.mktemp("three") / "out"
     state = {"epoch": 2, "samples_seen": 24, "samples": 57, "seed": 3}  # taken by one process with batches of 12
-    options = {"batch_size": 4, "state": state, "damaged": str(damaged_shards)}
+    copy = tmp_path_factory.mktemp("copy")  # the same pictures, packed in other bytes
+    manifest = (tiny_shards / "manifest.json").read_text()
+    first_hash = json.loads(manifest)["splits"]["train"]["shards"][0]["sha256"]
+    (copy / "manifest.json").write_text(manifest.replace(first_hash, first_hash[::-1]))
+    copies = [str(tiny_shards), str(copy)]
+    options = {"batch_size": 4, "state": state, "damaged": str(damaged_shards), "copies": copies}
     seen, errors, code = torchrun(3, "see", tiny_shards, out, **options)
     assert code == 0, errors
     assert errors.count("skipped: ") == 1
@@ -92,7 +97,8 @@ def test_ranks_validate_every_key_once(ranks, alone):
 
 
 def test_ranks_that_would_see_other_batches_are_refused_before_the_first_step(ranks):
-    assert all("seed is 0 on rank 0 and 1 on rank 1" in rank["refusal"] for rank in ranks)
+    assert all("seed is 0 on rank 0 and 1 on rank 1" in rank["other seed"] for rank in ranks)
+    assert all("data is" in rank["other shards"] and "on rank 1; give every rank" in rank["other shards"] for rank in ranks)
 
 
 def test_skipping_damage_keeps_the_ranks_in_step(ranks):
