@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 wrong input or options, 3 damaged data, 75 stopped by a si
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import sys
@@ -91,10 +92,18 @@ def complain(message: str) -> None:
 
 def main() -> None:
     """Entry point of the ``portrait-dist`` script and of ``python -m portrait_dist``."""
+    rank_of_a_job = "TORCHELASTIC_RUN_ID" in os.environ
+    if rank_of_a_job:
+        faulthandler.enable()  # a native crash of a rank tells where
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    if rank_of_a_job:
+        # Everything is written and the process group is left. Native threads (gloo's, decoders') may abort an interpreter
+        # that shuts down under them, and torchrun would take the finished rank for a failed one.
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

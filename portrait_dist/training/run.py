@@ -124,6 +124,7 @@ def train(config: Config) -> dict[str, Any] | None:
                 raise PortraitDistError(f"rank {distributed.rank()} ended because rank {first} failed") from None
             _leave_trace(config, "error", f"rank {first}: {type(error).__name__}: {error}")
             raise
+        distributed.barrier()  # rank 0 may still be writing; a rank that leaves early would end it
         distributed.stop()
         return result
 
@@ -216,7 +217,7 @@ def _plan(config: Config, train_loader: Any, val_loader: Any, device: torch.devi
             f"({world} ranks × train.batch_size={train.batch_size}); lower train.batch_size"
         )
     if train.sync_bn and device.type == "cpu":
-        raise InputError("train.sync_bn=true: torch has SyncBatchNorm for GPUs only; on CPUs use model.norm=group, or leave it out")
+        raise InputError("train.sync_bn=true: torch has SyncBatchNorm for GPUs only; on CPUs use model.norm=group")
     global_batch = train.batch_size * world * train.accumulate
     lr = train.lr * global_batch / train.lr_base_batch if train.lr_base_batch else train.lr
     return Plan(
