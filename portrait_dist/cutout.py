@@ -61,7 +61,7 @@ def foreground_colours(picture: Picture, alpha: Alpha) -> Array:
 def _local_means(foreground: Array, background: Array, alpha: Alpha, radius: int) -> tuple[Array, Array]:
     """Means over a box of the colours of foreground and background, weighted by alpha² and (1 - alpha)².
 
-    Squares instead of the paper's plain weights: mixed pixels count less, which leaves half as much fringe behind wide soft edges.
+    Squares instead of the paper's plain weights: mixed pixels count less, which halves the fringe of wide soft edges.
     """
     box = (2 * radius + 1, 2 * radius + 1)
     smallest = 1e-5
