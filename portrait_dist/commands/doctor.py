@@ -1,0 +1,72 @@
+"""``doctor`` and ``completion``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from portrait_dist.commands import command
+
+DOCTOR_EXAMPLES = """\b
+Examples:
+  portrait-dist doctor
+  portrait-dist doctor --path /scratch/runs --shards /scratch/shards
+  srun --gpus 1 portrait-dist doctor --gpu --json
+
+\b
+Exit code: 0 nothing fails (warnings do not count), 1 something fails.
+"""
+
+
+def _line(check: dict[str, str]) -> str:
+    advice = f"\n{'':21s}-> {check['advice']}" if check["advice"] else ""
+    return f"{check['status']:5s} {check['name']:14s} {check['found']}{advice}"
+
+
+def _doctor_summary(result: dict[str, Any]) -> str:
+    warnings = sum(check["status"] == "warn" for check in result["checks"])
+    return "everything works" + (f", {warnings} thing{'s' * (warnings > 1)} could be better" if warnings else "")
+
+
+@command("doctor", summary=_doctor_summary, epilog=DOCTOR_EXAMPLES)
+@click.option("--path", default=".", show_default=True, type=click.Path(path_type=Path), help="Folder whose disk is measured.")
+@click.option("--shards", metavar="SHARDS", help="Packed shards to look at: a folder or an address.")
+@click.option("--gpu", is_flag=True, help="No usable GPU is a failure.")
+def doctor(path: Path, shards: str | None, gpu: bool) -> dict[str, Any]:
+    """What this machine can run, what is missing or slow, and what to do about it.
+
+    Looks at Python and packages, GPU and driver, NCCL, compiler, cores, memory, file handles, disk, locks, decoders and SLURM.
+    It takes some seconds and writes one file of 64 MB for a moment. --json gives ok and checks: name, status (ok, warn or fail),
+    found, advice.
+    """
+    import dataclasses
+
+    from portrait_dist.doctor import FAIL, diagnose
+    from portrait_dist.errors import PortraitDistError
+
+    checks = []
+    for finding in diagnose(path, shards, gpu_required=gpu):
+        checks.append(dataclasses.asdict(finding))
+        click.echo(_line(checks[-1]))  # goes to stderr with --json
+    failed = [check["name"] for check in checks if check["status"] == FAIL]
+    result = {"ok": not failed, "checks": checks}
+    if failed:
+        raise PortraitDistError(f"doctor: {', '.join(failed)} failed; do what the arrows above say", result=result)
+    return result
+
+
+@command("completion", summary=lambda result: result["script"])
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> dict[str, Any]:
+    """Print the script that lets a shell complete commands, options and key=value words.
+
+    \b
+        bash: echo 'eval "$(portrait-dist completion bash)"' >> ~/.bashrc
+        zsh:  echo 'eval "$(portrait-dist completion zsh)"' >> ~/.zshrc      (after compinit)
+        fish: portrait-dist completion fish > ~/.config/fish/completions/portrait-dist.fish
+    """
+    from portrait_dist import completion as shells
+
+    return {"shell": shell, "script": shells.script(shell)}

@@ -1,0 +1,95 @@
+"""What this machine is, and with which versions: facts that explain a speed or repeat a run. Plain values, fit for JSON."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "portrait-dist",
+    "torch",
+    "torchvision",
+    "super-gradients",
+    "torchmetrics",
+    "numpy",
+    "webdataset",
+    "simplejpeg",
+    "pyspng",
+)
+"""Whose versions can change what a run computes."""
+
+
+def machine() -> dict[str, Any]:
+    """Name of the processor, cores and memory that this process may use, GPUs, operating system.
+
+    ``cpu`` (str), ``cores`` (int), ``memory_bytes`` (int), ``gpus`` (list of names; empty without torch), ``system`` (str).
+    """
+    return {
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "memory_bytes": memory_limit(),
+        "gpus": gpu_names(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python and the main packages → version; ``not installed`` where one is missing; torch's CUDA where it has one."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    torch = sys.modules.get("torch")
+    if torch and torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def cpu_name() -> str:
+    """Model of the processor as Linux names it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores that this process may run on; a container's time limit is ``cpu_quota``."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_quota() -> float | None:
+    """Cores' worth of time that the container may use (cgroup v2); None without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def memory_limit() -> int:
+    """Bytes of memory: the machine's, or the container's limit (cgroup v2) where that is smaller."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        return total
+
+
+def gpu_names() -> list[str]:
+    """Names of the GPUs that torch sees."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
