@@ -1,0 +1,437 @@
+"""How fast batches come: the tutorial's dataset, other streaming libraries and this one, on the same pixels and cores.
+
+    python benchmarks/loader.py --json loader.json                   # generates portraits
+    python benchmarks/loader.py --data RAW --json loader.json        # a raw AISegment tree
+    python benchmarks/loader.py --data SHARDS --json loader.json     # packed shards: without the tutorial and pack rows
+
+Rows, for ``size`` 256 and original: tutorial (AISegmentDataset in a DataLoader), webdataset, litdata, mosaicml-streaming (same
+encoded bytes, their own DataLoader, decoded by Pillow), portrait_dist-uint8, portrait_dist-float (augmented and normalised
+on the CPU), portrait_dist-raw (the raw codec), ceiling (our decoder on bytes in memory, all cores, nothing else). With
+``--full-peers`` also the other libraries with our decoder. All have as many worker processes or threads as there are cores, and
+are past their first epoch when timed. Then pack against decoding its mattes alone, the time to the first batch, memory, and
+how far the scaled JPEG decoding is from the exact one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import io
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import measure
+import numpy as np
+from numpy.typing import NDArray
+
+from portrait_dist.data.decode import decode_matte, decode_pair
+from portrait_dist.data.shards import ShardSet, read_manifest
+
+BATCH = 16
+SIDE = 256
+Pixels = NDArray[np.uint8]
+Decoder = Callable[[bytes, bytes], tuple[Pixels, Pixels]]
+Case = Callable[[], float]
+
+
+def rate_of(start: Callable[[], Iterable[Any]], at_least: float) -> float:
+    """Images per second over whole epochs; ``start`` gives an iterable of batches, each a pair whose first has a length."""
+    images, begin = 0, time.perf_counter()
+    while images == 0 or time.perf_counter() - begin < at_least:
+        for batch in start():
+            images += len(batch[0])
+    return images / (time.perf_counter() - begin)
+
+
+# -- The data, made once ------------------------------------------------------------------------------------------------------
+
+
+def prepare(options: argparse.Namespace, work: Path) -> dict[str, Path]:
+    """Folders by name: raw tree, its split, and shards of both sizes and of the raw codec, as far as ``--data`` allows."""
+    from portrait_dist.data import packing, split, synthetic
+
+    given = options.data
+    if given is not None and (given / "manifest.json").is_file():
+        return {str(SIDE) if read_manifest(given).settings.size else "original": given}
+    raw = given or work / "raw-tree"
+    if given is None:
+        synthetic.generate(raw, options.pairs, seed=1)
+    split.prepare(raw, work / "tree")
+    folders = {"tree": work / "tree", "256": work / "s256", "original": work / "original", "raw": work / "raw-codec"}
+    per_shard = max(1, options.pairs // 8)  # webdataset deals whole shards to its workers
+    packing.pack(folders["tree"], folders["256"], (SIDE, SIDE), per_shard)
+    packing.pack(folders["tree"], folders["original"], None, per_shard)
+    packing.pack(folders["tree"], folders["raw"], (SIDE, SIDE), per_shard, codec="raw")
+    return folders
+
+
+# -- Peers --------------------------------------------------------------------------------------------------------------------
+
+
+def pillow(image: bytes, alpha: bytes) -> tuple[Pixels, Pixels]:
+    """Decode and, where larger, resize as the tutorial does."""
+    from PIL import Image
+
+    picture, mask = Image.open(io.BytesIO(image)).convert("RGB"), Image.open(io.BytesIO(alpha))
+    if picture.size != (SIDE, SIDE):
+        picture = picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        mask = mask.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    return np.array(picture), np.array(mask)
+
+
+def ours(image: bytes, alpha: bytes) -> tuple[Pixels, Pixels]:
+    """The decoder of this project."""
+    picture, mask = np.empty((SIDE, SIDE, 3), np.uint8), np.empty((SIDE, SIDE), np.uint8)
+    decode_pair(image, alpha, None, picture, mask, exact=False)
+    return picture, mask
+
+
+def tutorial(tree: Path, workers: int, images: int) -> Callable[[], Iterable[Any]]:
+    from torch.utils.data import DataLoader, Subset
+
+    from portrait_dist.data import AISegmentDataset
+
+    dataset = AISegmentDataset(tree, "train", SIDE, SIDE)
+    some = Subset(dataset, range(min(images, len(dataset))))
+    loader = DataLoader(some, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    return lambda: loader
+
+
+class _Decoded:
+    """A peer's dataset whose samples are decoded; picklable."""
+
+    def __init__(self, decode: Decoder) -> None:
+        self.decode = decode
+
+    def __call__(self, sample: dict[str, bytes]) -> tuple[Pixels, Pixels]:
+        return self.decode(sample["jpg"], sample["png"])
+
+
+def webdataset(shards: Path, work: Path, workers: int, decode: Decoder) -> Callable[[], Iterable[Any]]:
+    import webdataset as wds
+    from torch.utils.data import DataLoader
+
+    urls = sorted(str(path) for path in shards.glob("train-*.tar"))
+    stream = wds.WebDataset(urls, shardshuffle=len(urls), empty_check=False, seed=1).shuffle(128).map(_Decoded(decode))
+    loader = DataLoader(stream.batched(BATCH), batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+    return lambda: loader
+
+
+def litdata(shards: Path, work: Path, workers: int, decode: Decoder) -> Callable[[], Iterable[Any]]:
+    import litdata as lit
+
+    folder = work / f"litdata-{shards.name}"
+    if not folder.exists():
+        _write_litdata(shards, folder)
+
+    class Decoding(lit.StreamingDataset):  # type: ignore[misc, name-defined]
+        def __getitem__(self, index: Any) -> tuple[Pixels, Pixels]:
+            return decode(*super().__getitem__(index))
+
+    dataset = Decoding(str(folder), shuffle=True, seed=1)
+    loader = lit.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0)
+    return lambda: loader
+
+
+def _write_litdata(shards: Path, folder: Path) -> None:
+    from litdata.streaming.cache import Cache
+
+    cache = Cache(str(folder), chunk_bytes="64MB")
+    for index, (image, alpha) in enumerate(members(shards)):
+        cache[index] = (image, alpha)
+    cache.done()
+    cache.merge()
+
+
+def mosaicml(shards: Path, work: Path, workers: int, decode: Decoder) -> Callable[[], Iterable[Any]]:
+    import streaming
+    from streaming.base.util import clean_stale_shared_memory
+    from torch.utils.data import DataLoader
+
+    folder = work / f"mosaicml-{shards.name}"
+    if not folder.exists():
+        with streaming.MDSWriter(out=str(folder), columns={"jpg": "bytes", "png": "bytes"}) as writer:
+            for image, alpha in members(shards):
+                writer.write({"jpg": image, "png": alpha})
+    clean_stale_shared_memory()
+
+    class Decoding(streaming.StreamingDataset):  # type: ignore[misc, name-defined]
+        def __getitem__(self, index: Any) -> tuple[Pixels, Pixels]:
+            sample = super().__getitem__(index)
+            return decode(sample["jpg"], sample["png"])
+
+    dataset = Decoding(local=str(folder), shuffle=True, batch_size=BATCH, num_canonical_nodes=1)
+    loader = DataLoader(dataset, BATCH, num_workers=workers, persistent_workers=workers > 0)
+    return lambda: loader
+
+
+PEERS: dict[str, tuple[str, Callable[..., Callable[[], Iterable[Any]]]]] = {
+    "webdataset": ("webdataset", webdataset),
+    "litdata": ("litdata", litdata),
+    "mosaicml-streaming": ("streaming", mosaicml),
+}
+
+
+def members(shards: Path) -> list[tuple[bytes, bytes]]:
+    """Encoded image and alpha of every training sample."""
+    opened = ShardSet(shards, "train")
+    encoded = (opened.read(sample) for sample in range(len(opened)))
+    return [(bytes(sample.image), bytes(sample.alpha)) for sample in encoded]
+
+
+# -- Ours ---------------------------------------------------------------------------------------------------------------------
+
+
+def uint8(shards: Path, workers: int) -> Callable[[], Iterable[Any]]:
+    from portrait_dist.data import build_loader
+
+    loader = build_loader(shards, "train", BATCH, workers=workers, drop_last=False)
+    epochs = iter(range(1 << 30))
+
+    def start() -> Iterable[Any]:
+        loader.set_epoch(next(epochs))
+        return ((batch.image, batch.alpha, batch) for batch in loader)
+
+    return start
+
+
+def floats(shards: Path, workers: int) -> Callable[[], Iterable[Any]]:
+    from portrait_dist.config import AugmentConfig
+    from portrait_dist.data.augment import Augment
+
+    augment, start = Augment(AugmentConfig()), uint8(shards, workers)
+    return lambda: (augment(batch.image, batch.alpha, epoch=batch.epoch, positions=batch.positions) for _, _, batch in start())
+
+
+def ceiling(shards: Path, workers: int, at_least: float) -> Case:
+    """Decode bytes in memory on all cores, into rows of a batch, and do nothing else."""
+    encoded = members(shards)
+    pool = ThreadPoolExecutor(workers)
+    image, alpha = np.empty((workers, SIDE, SIDE, 3), np.uint8), np.empty((workers, SIDE, SIDE), np.uint8)
+
+    def run(worker: int) -> int:
+        begin, done = time.perf_counter(), 0
+        while time.perf_counter() - begin < at_least:
+            for picture, mask in encoded[worker::workers]:
+                decode_pair(picture, mask, (SIDE, SIDE), image[worker], alpha[worker], exact=False)
+                done += 1
+        return done
+
+    def case() -> float:
+        begin = time.perf_counter()
+        return sum(pool.map(run, range(workers))) / (time.perf_counter() - begin)
+
+    return case
+
+
+# -- The rounds ---------------------------------------------------------------------------------------------------------------
+
+
+def cases_of(
+    size: str, folders: dict[str, Path], work: Path, options: argparse.Namespace
+) -> tuple[dict[str, Case], list[measure.Row]]:
+    """Cases by row name, and rows of what cannot be run here."""
+    shards, workers, missing = folders[size], options.workers, []
+    starts: dict[str, Callable[[], Iterable[Any]]] = {}
+    if "tree" in folders:
+        starts["tutorial"] = tutorial(folders["tree"], workers, options.tutorial_images)
+    for decoder, suffix in [(pillow, "")] + ([(ours, "-our-decoder")] if options.full_peers else []):
+        for name, (module, build) in PEERS.items():
+            try:
+                importlib.import_module(module)
+                starts[name + suffix] = build(shards, work, workers, decoder)
+            except ImportError as error:
+                missing.append(measure.absent(name + suffix, f"not installed ({error})", size=size))
+            except Exception as error:  # another project's code, in versions we have not seen
+                missing.append(measure.absent(name + suffix, f"does not run here ({error})"[:120], size=size))
+    starts["portrait_dist-uint8"] = uint8(shards, workers)
+    starts["portrait_dist-float"] = floats(shards, workers)
+    if size == str(SIDE) and "raw" in folders:
+        starts["portrait_dist-raw"] = uint8(folders["raw"], workers)
+    cases: dict[str, Case] = {name: (lambda start=start: rate_of(start, options.seconds)) for name, start in starts.items()}
+    cases["ceiling"] = ceiling(shards, workers, options.seconds)
+    return _those_that_run(cases, missing, size), missing
+
+
+def _those_that_run(cases: dict[str, Case], missing: list[measure.Row], size: str) -> dict[str, Case]:
+    """Run the first epoch of each, unmeasured; a peer that fails is named and left out."""
+    running = {}
+    for name, case in cases.items():
+        try:
+            case()
+            running[name] = case
+        except Exception as error:
+            if name.startswith("portrait_dist"):
+                raise
+            missing.append(measure.absent(name, f"does not run here ({error})"[:120], size=size))
+    return running
+
+
+def throughput(folders: dict[str, Path], work: Path, options: argparse.Namespace) -> list[measure.Row]:
+    rows: list[measure.Row] = []
+    for size in (str(SIDE), "original"):
+        if size not in folders:
+            continue
+        cases, missing = cases_of(size, folders, work, options)
+        rates = measure.alternate(cases, options.repeats, warm_up=False)
+        rows += [measure.row(name, values, size=size) for name, values in rates.items()] + missing
+        del cases
+        gc.collect()  # ends the peers' worker processes
+    return rows
+
+
+def packing_rows(folders: dict[str, Path], work: Path, options: argparse.Namespace) -> list[measure.Row]:
+    """``pack`` against its limit: decoding the RGBA mattes on all cores, and nothing else."""
+    import shutil
+
+    from portrait_dist.data import packing
+    from portrait_dist.data.split import read_split
+
+    split = read_split(folders["tree"])
+    mattes = [pair.matte.read_bytes() for pair in split.pairs("train")]
+    pool = ThreadPoolExecutor(options.workers)
+
+    def limit() -> float:
+        begin = time.perf_counter()
+        done = sum(len(alpha) > 0 for alpha in pool.map(decode_matte, mattes))
+        return done / (time.perf_counter() - begin)
+
+    def pack() -> float:
+        shutil.rmtree(work / "packed", ignore_errors=True)
+        return float(packing.pack(folders["tree"], work / "packed", (SIDE, SIDE), workers=options.workers)["pairs_per_second"])
+
+    rates = measure.alternate({"pack": pack, "pack-limit": limit}, options.repeats)
+    return [measure.row(name, values, size=str(SIDE)) for name, values in rates.items()]
+
+
+# -- Single figures -----------------------------------------------------------------------------------------------------------
+
+FIRST_BATCH = """
+import sys, time, torch
+from portrait_dist.data import build_loader
+begin = time.perf_counter()
+next(iter(build_loader(sys.argv[1], "train", 16, workers=int(sys.argv[2]), drop_last=False)))
+print(time.perf_counter() - begin)
+"""
+
+
+def first_batch_seconds(shards: Path, workers: int, repeats: int) -> float:
+    """Median time from the call of build_loader, after the imports, to the first batch, each in a fresh process."""
+    command = [sys.executable, "-c", FIRST_BATCH, str(shards), str(workers)]
+    times = [
+        float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=measure.REPOSITORY).stdout)
+        for _ in range(repeats)
+    ]
+    return round(statistics.median(times), 4)
+
+
+def memory_megabytes(shards: Path, workers: int) -> dict[str, float]:
+    """Growth of this process's resident memory while two and while ten epochs are read: no difference, it is bounded."""
+    import psutil
+
+    process, start = psutil.Process(), uint8(shards, workers)
+    before = process.memory_info().rss
+    grown = {}
+    for epochs in (2, 10):
+        for _ in range(epochs):
+            for _ in start():
+                pass
+        grown[f"after_{epochs}_epochs"] = round((process.memory_info().rss - before) / 1e6, 1)
+    return grown
+
+
+def scaled_decoding_error(shards: Path) -> dict[str, float]:
+    """Distance of the scaled JPEG decoding from the exact path, over the training pictures: levels of 255, and decibels."""
+    opened = ShardSet(shards, "train")
+    absolute, squared = [], []
+    for sample in range(min(64, len(opened))):
+        encoded = opened.read(sample)
+        pictures = []
+        for exact in (True, False):
+            picture, mask = np.empty((SIDE, SIDE, 3), np.uint8), np.empty((SIDE, SIDE), np.uint8)
+            decode_pair(encoded.image, encoded.alpha, (SIDE, SIDE), picture, mask, exact=exact)
+            pictures.append(picture.astype(np.float64))
+        difference = pictures[0] - pictures[1]
+        absolute.append(np.abs(difference).mean())
+        squared.append((difference**2).mean())
+    return {
+        "mean_absolute_error": round(float(np.mean(absolute)), 3),
+        "psnr_db": round(float(10 * np.log10(255**2 / np.mean(squared))), 2),
+    }
+
+
+def aims(rows: list[measure.Row]) -> dict[str, str]:
+    """The ratios that the project aims at, with what was measured."""
+    rate = {(line["name"], line.get("size")): line["images_per_second"] for line in rows if line.get("images_per_second")}
+    found = {}
+
+    def compare(what: str, one: tuple[str, str], other: float | None, aim: float) -> None:
+        if rate.get(one) and other:
+            found[what] = f"{rate[one] / other:.2f} (aim {aim:g})"
+
+    best_peer = max((rate.get((name, "256"), 0.0) for name in PEERS), default=0.0)
+    uint8_256, float_256 = ("portrait_dist-uint8", "256"), ("portrait_dist-float", "256")
+    compare("256: uint8 / tutorial", uint8_256, rate.get(("tutorial", "256")), 90)
+    compare("256: uint8 / ceiling", uint8_256, rate.get(("ceiling", "256")), 0.9)
+    compare("256: uint8 / best of the others", uint8_256, best_peer, 2)
+    compare("256: float / tutorial", float_256, rate.get(("tutorial", "256")), 20)
+    compare("original: uint8 / tutorial", ("portrait_dist-uint8", "original"), rate.get(("tutorial", "original")), 10)
+    compare("pack / its limit", ("pack", "256"), rate.get(("pack-limit", "256")), 0.85)
+    return found
+
+
+def main(words: list[str] | None = None) -> dict[str, Any]:
+    options = _options(words)
+    # The peers' processes may outlive a temporary folder's removal by a moment.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        work = options.work or Path(temporary)
+        folders = prepare(options, work)
+        rows = throughput(folders, work, options)
+        if "tree" in folders:
+            rows += packing_rows(folders, work, options)
+        facts: dict[str, Any] = {"aims": aims(rows), "workers": options.workers, "batch_size": BATCH}
+        shards = folders.get("256") or folders["original"]
+        facts["first_batch_seconds"] = first_batch_seconds(shards, options.workers, 3)
+        facts["memory_growth_mb"] = memory_megabytes(shards, options.workers)
+        if "original" in folders:
+            facts["scaled_decoding"] = scaled_decoding_error(folders["original"])
+        with suppress(KeyError):
+            facts["bytes_per_sample"] = {name: _bytes_per_sample(folders[name]) for name in ("256", "original", "raw")}
+    found = measure.result("loader", rows, **facts)
+    measure.publish(found, options.json)
+    for name in ("first_batch_seconds", "memory_growth_mb", "scaled_decoding", "bytes_per_sample"):
+        print(f"  {name}: {found.get(name)}")
+    return found
+
+
+def _bytes_per_sample(shards: Path) -> int:
+    train = read_manifest(shards).splits["train"]
+    return sum(shard.bytes for shard in train.shards) // train.samples
+
+
+def _options(words: list[str] | None) -> argparse.Namespace:
+    parser = measure.arguments(__doc__)
+    parser.add_argument("--data", type=Path, help="raw AISegment tree, or packed shards; generated when left out")
+    parser.add_argument("--work", type=Path, help="folder for what is packed from it; a temporary one when left out")
+    parser.add_argument("--pairs", type=int, help="pairs to generate (default 640, with --quick 320)")
+    parser.add_argument("--workers", type=int, default=measure.cores(), help="processes or threads (default: the cores)")
+    parser.add_argument("--full-peers", action="store_true", help="also the other libraries with our decoder")
+    options = parser.parse_args(words)
+    options.pairs = options.pairs or (320 if options.quick else 640)
+    options.repeats = options.repeats or 5
+    options.seconds = 0.7 if options.quick else 2.0
+    options.tutorial_images = 48 if options.quick else 128
+    return options
+
+
+if __name__ == "__main__":
+    main()
