@@ -32,11 +32,12 @@ MOST_OPEN_BEYOND_CACHE = 8
 
 
 class DamagedSampleError(DamagedDataError):
-    """A sample cannot be read. ``shard`` is its tar's name, ``position`` its place in it, counted from 0."""
+    """A sample cannot be read. ``shard`` is its tar's name, ``position`` its place in it, counted from 0.
 
-    def __init__(
-        self, message: str, where: str = "", what: str = "", shard: str = "", position: int = -1
-    ) -> None:  # with defaults, as worker processes pass an error on by its message alone
+    All but the message have defaults, because worker processes pass an error on by its message alone.
+    """
+
+    def __init__(self, message: str, where: str = "", what: str = "", shard: str = "", position: int = -1) -> None:
         super().__init__(message)
         self.where, self.what, self.shard, self.position = where, what, shard, position
 
