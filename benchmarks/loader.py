@@ -390,7 +390,10 @@ def aims(rows: list[measure.Row]) -> dict[str, str]:
 
 
 def main(words: list[str] | None = None) -> dict[str, Any]:
+    import torch
+
     options = _options(words)
+    torch.set_num_threads(1)  # the augmentation's operations are small: torch's threads would only compete with the decoders
     # The peers' processes may outlive a temporary folder's removal by a moment.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         work = options.work or Path(temporary)

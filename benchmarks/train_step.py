@@ -1,0 +1,205 @@
+"""What a trainer costs per step: PortraitTrainer and stock SuperGradients against a bare loop, on the same batches.
+
+    python benchmarks/train_step.py --json step.json                                   # one process, CPU or GPU
+    torchrun --nproc-per-node 8 benchmarks/train_step.py --device cuda --json step.json
+
+The bare loop is load, forward, loss, backward, optimiser step (with DistributedDataParallel under torchrun), and nothing else: no
+metrics, no callbacks, no shown losses. All three read one DataLoader over tensors in memory and train the same network with the
+same loss and Adam.
+
+The cost of a trainer is its own work per step, in milliseconds, whatever the network: it is measured with a small network, where
+it can be told from the noise, and given as a share of a real step (``--features 32 --size 256``). Rows: bare, portrait_dist,
+supergradients for both (``network`` small or real). Under torchrun without GPUs stock SuperGradients does not train one model, so
+its row stays empty there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from portrait_dist import distributed
+from portrait_dist.losses import CustomSegLoss
+from portrait_dist.metrics import SoftIoU
+from portrait_dist.models import UNet
+from portrait_dist.training import PortraitTrainer
+from portrait_dist.training.sg_adapter import Callback, Trainer, use_device
+
+SKIPPED = 3
+"""Steps at the start of a round that are not timed."""
+
+
+@dataclass
+class Setting:
+    """One network and its batches."""
+
+    network: str
+    features: int
+    size: int
+    batch: int
+    steps: int
+    device: torch.device
+
+    def loader(self, steps: int) -> DataLoader[Any]:
+        count = steps * self.batch
+        images = torch.randn(self.batch, 3, self.size, self.size).repeat(steps, 1, 1, 1)
+        return DataLoader(TensorDataset(images, (images[:count, :1] > 0).float()), self.batch)
+
+    def model(self) -> UNet:
+        torch.manual_seed(0)
+        return UNet(init_features=self.features)
+
+
+class Clock(Callback):
+    """Seconds per step, without the first ones. A device is waited for at both ends only."""
+
+    def __init__(self, steps: int) -> None:
+        self.last = steps + SKIPPED - 1
+        self.begin = self.seconds = 0.0
+
+    def start_of(self, step: int) -> None:
+        if step == SKIPPED:
+            self.begin = _now()
+
+    def end_of(self, step: int) -> None:
+        if step == self.last:
+            self.seconds = (_now() - self.begin) / (self.last + 1 - SKIPPED)
+
+    def on_train_batch_start(self, context: Any) -> None:
+        self.start_of(context.batch_idx)
+
+    def on_train_batch_end(self, context: Any) -> None:
+        self.end_of(context.batch_idx)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def bare(setting: Setting, folder: Path) -> float:
+    """Steps per second of the loop that everybody would write."""
+    model: nn.Module = setting.model().to(setting.device).train()
+    if distributed.is_initialized():
+        gpu = [setting.device.index] if setting.device.type == "cuda" else None
+        model = nn.parallel.DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True, static_graph=True)
+    optimizer, loss, clock = torch.optim.Adam(model.parameters(), 1e-3), CustomSegLoss(0.5, 0.5), Clock(setting.steps)
+    batches: Iterable[Any] = setting.loader(setting.steps + SKIPPED)
+    for step, (images, masks) in enumerate(batches):
+        clock.start_of(step)
+        x, y = images.to(setting.device, non_blocking=True), masks.to(setting.device, non_blocking=True)
+        loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.end_of(step)
+    return 1 / clock.seconds
+
+
+def with_trainer(kind: Callable[..., Any], setting: Setting, folder: Path) -> float:
+    """Steps per second of a SuperGradients Trainer, ours or the stock one."""
+    clock = Clock(setting.steps)
+    params = {
+        "max_epochs": 1,
+        "initial_lr": 1e-3,
+        "lr_mode": "CosineLRScheduler",
+        "optimizer": "Adam",
+        "loss": CustomSegLoss(0.5, 0.5),
+        "train_metrics_list": [SoftIoU()],
+        "valid_metrics_list": [SoftIoU()],
+        "metric_to_watch": "SoftIoU",
+        "average_best_models": False,
+        "save_model": False,
+        "phase_callbacks": [clock],
+        "silent_mode": True,
+        "log_installed_packages": False,
+        "kill_ddp_pgroup_on_end": False,
+    }
+    trainer = kind(f"{kind.__name__}-{time.time_ns()}", ckpt_root_dir=str(folder))
+    trainer.train(setting.model(), params, setting.loader(setting.steps + SKIPPED), setting.loader(1))
+    return 1 / clock.seconds
+
+
+def rows_of(setting: Setting, folder: Path, repeats: int) -> list[measure.Row]:
+    cases: dict[str, Callable[[], float]] = {
+        "bare": lambda: bare(setting, folder),
+        "portrait_dist": lambda: with_trainer(PortraitTrainer, setting, folder),
+    }
+    if setting.device.type == "cuda" or not distributed.is_initialized():
+        cases["supergradients"] = lambda: with_trainer(Trainer, setting, folder)
+    rates = measure.alternate(cases, repeats)
+    rows = []
+    for name, values in rates.items():
+        ranks = distributed.world_size()
+        row = measure.row(name, [value * setting.batch * ranks for value in values], network=setting.network, ranks=ranks)
+        # Each round against the bare loop of the same round: what slows the machine for a while slows both.
+        extra = [1e3 / value - 1e3 / base for value, base in zip(values, rates["bare"], strict=True)]
+        row |= {"ms_per_step": round(1e3 / statistics.median(values), 3), "overhead_ms": round(statistics.median(extra), 3)}
+        rows.append(row)
+    if "supergradients" not in cases:
+        rows.append(measure.absent("supergradients", "trains separate models on CPU ranks", network=setting.network))
+    return rows
+
+
+def shares(rows: list[measure.Row]) -> dict[str, str]:
+    """Overhead per step, measured with the small network, as a share of the bare step of the real one."""
+    by = {(row["name"], row["network"]): row for row in rows}
+    real = by["bare", "real"]["ms_per_step"]
+    found = {}
+    for name in ("portrait_dist", "supergradients"):
+        overhead = by[name, "small"].get("overhead_ms")
+        if overhead is not None:
+            aim = " (aim at most 3 %)" if name == "portrait_dist" else ""
+            found[f"{name} over the bare loop"] = f"{overhead:.2f} ms per step, {100 * overhead / real:.2f} % of a real step{aim}"
+    return found
+
+
+def main(words: list[str] | None = None) -> dict[str, Any] | None:
+    options = _options(words)
+    device = distributed.pick_device(options.device)
+    distributed.start(device)
+    use_device(device)
+    cuda = device.type == "cuda"
+    batch = options.batch or (16 if cuda else 2)
+    steps = options.steps or (60 if cuda else 20 if options.quick else 40)
+    settings = [
+        Setting("small", 4, min(64, options.size), 4, steps, device),
+        Setting("real", options.features, options.size, batch, steps if cuda else 2 if options.quick else 5, device),
+    ]
+    rows = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for setting in settings:
+            repeats = options.repeats or (3 if options.quick and setting.network == "real" and not cuda else 5)
+            rows += rows_of(setting, Path(folder), repeats)
+    found = None
+    if distributed.rank() == 0:
+        about = {"device": str(device), "features": options.features, "size": options.size, "batch_size": batch}
+        found = measure.result("train_step", rows, aims=shares(rows), **about)
+        measure.publish(found, options.json)
+    distributed.stop()
+    return found
+
+
+def _options(words: list[str] | None) -> argparse.Namespace:
+    parser = measure.arguments(__doc__)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--features", type=int, default=32, help="channels of the real network's first level")
+    parser.add_argument("--size", type=int, default=256, help="side of its pictures")
+    parser.add_argument("--batch", type=int, help="its pictures per step and rank (default 16 on a GPU, 2 on a CPU)")
+    parser.add_argument("--steps", type=int, help="timed steps of the small network in a round")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    main()
