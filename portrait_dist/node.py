@@ -54,7 +54,7 @@ def run_torchrun(options: Sequence[Any], logs: Path, turn: str, words: Sequence[
     """Run ``torchrun OPTIONS -m portrait_dist train WORDS`` in this process until its ranks are gone.
 
     Returns:
-        0, or the first failed rank's exit code where it tells something (2, 3, 75), 75 after a signal, else 1.
+        0, or an exit code of a failed rank that tells something (2, 3, 75), 75 after a signal, else 1.
     """
     arguments = [*map(str, options), "-m", "portrait_dist", "train", *words]
     with tempfile.TemporaryDirectory(prefix="torchrun-") as scratch:
@@ -70,9 +70,10 @@ def run_torchrun(options: Sequence[Any], logs: Path, turn: str, words: Sequence[
 
 
 def _explain(error: ChildFailedError, logs: Path, turn: str) -> int:
-    rank, failure = error.get_first_failure()
+    telling = {rank: failure for rank, failure in error.failures.items() if failure.exitcode in TELLING}
+    rank, failure = next(iter(telling.items()), None) or error.get_first_failure()
     how = f"exit code {failure.exitcode}" if failure.exitcode >= 0 else f"killed by {failure.signal_name()}"
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    line = f"node {host}: rank {rank} ended first on this node ({how}); its log is {logs}/{turn}-rank{rank}.err"
+    line = f"node {host}: rank {rank} failed ({how}); its log is {logs}/{turn}-rank{rank}.err"
     print(line, file=sys.stderr, flush=True)
     return failure.exitcode if failure.exitcode in TELLING else 1

@@ -35,6 +35,7 @@ FIRST_PORT, PORTS = 12000, 20000  # below the ports that Linux hands out by itse
 SECONDS_AFTER_FIRST_EXIT = 30  # a node whose ranks are gone ends the others after so long
 SECONDS_TO_SAVE = 100  # between the signal and the kill; SLURM gives 120 by launch/slurm.sbatch
 TURNS_WITHOUT_PROGRESS = 2
+HOPELESS = re.compile(r"rank \d+: (InputError|Damaged\w+Error):")  # metrics.jsonl's words for exit codes 2 and 3
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def decide(turn: Turn, restarts: int, turns_without_progress: int, run: config.R
         reason = f"stopped by {turn.signal_name}" if turn.signal_name else message or "stopped"
     else:
         reason = f"failed with exit code {turn.exit_code}" + (f" ({message})" if kind == "error" else "")
-        if turn.exit_code in (InputError.exit_code, DamagedDataError.exit_code):
+        if turn.exit_code in (InputError.exit_code, DamagedDataError.exit_code) or (kind == "error" and HOPELESS.match(message)):
             return False, f"{reason}; another turn would fail in the same way"
         if not getattr(run, "requeue_on_failure", True):
             return False, f"{reason}, and run.requeue_on_failure=false"
@@ -303,19 +304,21 @@ def say(message: str) -> None:
 def _take_turn(command: list[str], run_dir: Path, allocation: Allocation) -> Turn:
     begin, newest = time.time(), status.checkpoint_time(run_dir)
     received: list[str] = []
-    step = subprocess.Popen(command)
+    steps: list[subprocess.Popen[bytes]] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         say(f"SLURM sent {name}: saving")
         # TERM reaches the ranks from SLURM itself; a second signal would end torchrun before the ranks have saved.
         if number == signal.SIGUSR2 and not received:
-            step.send_signal(signal.SIGUSR2)
+            for step in steps:
+                step.send_signal(signal.SIGUSR2)
         received.append(name)
 
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, note)
-    exit_code = step.wait()
+    steps.append(subprocess.Popen(command))
+    exit_code = steps[0].wait()
     events = [event for event in status.read_events(run_dir) if float(event.get("time", 0)) >= begin]
     return Turn(
         exit_code=exit_code if exit_code >= 0 else 128 - exit_code,

@@ -64,6 +64,7 @@ MessageTimeout=10
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 JobAcctGatherType=jobacct_gather/none
+GresTypes=gpu
 {nodes}
 PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL Default=NO MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
@@ -109,7 +110,7 @@ class Cluster:
         (self.folder / "state").mkdir(parents=True)
         controller_port, *node_ports = _free_ports(1 + len(NODES))
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} RealMemory=1000"
+            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} RealMemory=1000 Gres=gpu:2"
             for name, port in zip(NODES, node_ports, strict=True)
         )
         (self.folder / "slurm.conf").write_text(
@@ -121,6 +122,9 @@ class Cluster:
                 nodes=nodes,
             )
         )
+        for number in (0, 1):  # GPUs that SLURM counts and hands out, but that are not there
+            (self.folder / f"gpu{number}").touch()
+        (self.folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File={self.folder}/gpu[0-1]\n")
         self._start_munge()
         self._start_daemon("slurmctld", "-D", "-c", "-f", str(self.folder / "slurm.conf"))
         for name in NODES:

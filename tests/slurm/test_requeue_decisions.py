@@ -37,7 +37,8 @@ def test_a_stopped_or_failed_turn_is_followed_by_another(turn: Turn, reason: str
         (_turn(0), "finished"),
         (_turn(75, "SIGTERM", "stop", cancelled=True), "cancelled"),
         (_turn(2), "another turn would fail in the same way"),
-        (_turn(3, "", "error", "rank 0: DamagedDataError: x"), "another turn would fail in the same way"),
+        (_turn(3), "another turn would fail in the same way"),
+        (_turn(1, "", "error", "rank 0: DamagedSampleError: x"), "another turn would fail in the same way"),
     ],
 )
 def test_a_finished_cancelled_or_hopeless_job_does_not_come_back(turn: Turn, reason: str) -> None:

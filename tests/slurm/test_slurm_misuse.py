@@ -53,12 +53,14 @@ def test_a_job_with_a_wrong_key_ends_at_once_and_is_not_requeued(cluster: Cluste
 @pytest.mark.slurm
 @pytest.mark.timeout(300)
 def test_a_job_whose_ranks_find_wrong_input_ends_with_their_line_and_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
-    options = [f"--output={tmp_path}/log", str(LAUNCH / "slurm.sbatch")]
+    options = ["--gpus-per-node=2", f"--output={tmp_path}/log", str(LAUNCH / "slurm.sbatch")]
     job = cluster.wait(cluster.sbatch(*options, "data.shards=none", cwd=tmp_path), 200)
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
     log = (tmp_path / "log").read_text()
-    assert "[rank 0] portrait-dist: none: there is no such folder" in log
-    assert "not requeued: failed with exit code 2" in log
+    assert "1 node(s) n0, 2 rank(s), 2 per node, 2 GPU(s)" in log
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
+    assert log.count("portrait-dist: none: there is no such folder") == 1
+    assert "not requeued: failed with exit code" in log
+    assert "another turn would fail in the same way" in log
     assert "Traceback" not in log
 
 

@@ -148,7 +148,7 @@ def test_each_turn_goes_on_where_the_last_one_saved(night: Night) -> None:
 def test_the_log_says_why_each_turn_ended(night: Night) -> None:
     assert "stopped by SIGUSR2; requeue 1 of at most 20" in night.log
     assert re.search(r"stopped by SIGTERM.*; requeue 2 of at most 20", night.log)
-    assert re.search(r"node n\d: rank 1 ended first on this node \(killed by SIGKILL\)", night.log)
+    assert re.search(r"node n\d: rank 1 failed \(killed by SIGKILL\)", night.log)
     assert re.search(r"failed with exit code 1.*; requeue 3 of at most 20", night.log)
     assert re.search(r"portrait-dist: finished", night.log)
 
