@@ -6,12 +6,17 @@ GPUs and gloo on CPUs. ``rank`` is always the global one; ``local_rank`` only pi
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import sys
+import time
+import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from portrait_dist.errors import InputError, PortraitDistError
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +57,6 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     import torch
 
-    from portrait_dist.errors import InputError
-
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device=cuda: torch sees no GPU here; use train.device=cpu, or see 'portrait-dist doctor'")
     if name == "cpu" or not torch.cuda.is_available():
@@ -79,11 +82,38 @@ def start(device: torch.device, timeout_seconds: float = 600.0) -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_seconds)
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
+            store=_store_of_this_start(store, timeout_seconds),
+            rank=rank(),
+            world_size=world_size(),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
+
+
+def _store_of_this_start(store: Any, timeout_seconds: float) -> Any:
+    """The job's key-value store under a prefix that only the processes of this start know.
+
+    torchrun keeps one store over its restarts (torch 2.11 to 2.15), so a restarted rank may read the address of a killed one
+    and wait for it in vain. Every rank writes a fresh name, reads all names, and takes their hash for a prefix as soon as all
+    ranks have confirmed the same hash: a name left by a killed rank is confirmed by nobody.
+    """
+    import torch.distributed as dist
+
+    ranks = range(world_size())
+    store.set(f"portrait_dist/start/{rank()}", uuid.uuid4().hex)
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        names = store.multi_get([f"portrait_dist/start/{one}" for one in ranks])  # waits for those not there yet
+        token = hashlib.sha256(b"".join(names)).hexdigest()[:16]
+        store.set(f"{token}/{rank()}", "here")
+        if store.check([f"{token}/{one}" for one in ranks]):
+            return dist.PrefixStore(token, store)  # type: ignore[attr-defined]
+        time.sleep(0.05)
+    raise PortraitDistError(f"rank {rank()}: not all {world_size()} ranks started within {timeout_seconds:g} s")
 
 
 def stop() -> None:
