@@ -6,9 +6,10 @@
 How a photo is brought to the network's size (``fit``): the network was trained on upright pictures of one aspect ratio,
 600×800, squeezed into its input size. ``benchmarks/predictions.py`` measures the choices on photos of other shapes.
 
-- ``cover``: the picture keeps its aspect ratio under the squeeze of training; its shorter way fills the training size and the
-  longer way sticks out. The network is fully convolutional and takes that larger picture whole.
-- ``letterbox``: as above, but the longer way fills the training size and the rest is padded with the mean colour.
+- ``letterbox`` (the default): the picture keeps its aspect ratio under the squeeze of training; its longer way fills the
+  training size and the rest is padded with the mean colour.
+- ``cover``: as above, but its shorter way fills the training size and the longer way sticks out. The network is fully
+  convolutional and takes that larger picture whole.
 - ``squash``: the whole picture is squeezed into the training size, whatever its shape.
 """
 
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 Picture = str | Path | Image.Image | NDArray[np.uint8]
 Alpha = NDArray[np.float32]
 
-FITS = ("cover", "letterbox", "squash")
+FITS = ("letterbox", "cover", "squash")
+REFINE = True
+"""Are masks refined unless said otherwise? On, because the boundary figures of ``benchmarks/predictions.py`` improve."""
 TRAINING_ASPECT = 600 / 800
 """Width / height of the pictures of the AISegment set before they are squeezed into the network's input."""
 LARGEST_STRETCH = 4
@@ -162,14 +165,15 @@ class PortraitSegmenter:
         *,
         device: str = "auto",
         precision: str = "auto",
-        fit: str = "cover",
-        refine: bool = False,
+        fit: str = "letterbox",
+        refine: bool | None = None,
         aspect: float = TRAINING_ASPECT,
     ) -> None:
         if fit not in FITS:
             raise InputError(f"fit is one of {', '.join(FITS)}, not '{fit}'")
         self.device = pick_device(device)
-        self.model, self.size, self.fit, self.refine, self.aspect = model, size, fit, refine, aspect
+        self.model, self.size, self.fit, self.aspect = model, size, fit, aspect
+        self.refine = REFINE if refine is None else refine
         self.network = fast.prepare(model, self.device, precision)
 
     @classmethod

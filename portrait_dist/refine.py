@@ -42,7 +42,7 @@ def _working_scale(shape: tuple[int, ...]) -> float:
 
 
 def refine_alpha(
-    picture: NDArray[np.uint8], alpha: Alpha, pixels: float, *, radius: float = 2.0, smoothness: float = 1e-4
+    picture: NDArray[np.uint8], alpha: Alpha, pixels: float, *, radius: float = 4.0, smoothness: float = 1e-4
 ) -> Alpha:
     """Let alpha follow the edges of the picture: a fast guided filter with a colour guide.
 
@@ -52,7 +52,7 @@ def refine_alpha(
         picture: RGB uint8 [H, W, 3].
         alpha: float32 [H, W] in [0, 1], enlarged from the network's resolution.
         pixels: how many pixels of the picture one pixel of the network spans.
-        radius: of the filter, in pixels of the network.
+        radius: of the filter, in pixels of the network. Both defaults are the best of ``benchmarks/predictions.py``.
         smoothness: the regularisation epsilon, in squared colour units of [0, 1]: flatter places are averaged.
 
     Returns:

@@ -28,12 +28,14 @@ def _predict_summary(result: dict[str, Any]) -> str:
     "--background", default="transparent", show_default=True, help="transparent, a colour (white, #1e90ff), blur, or a picture."
 )
 @click.option("--force", is_flag=True, help="Overwrite pictures that exist.")
-@click.option("--refine/--no-refine", default=None, help="Let alpha follow the photo's edges at full resolution.")
+@click.option(
+    "--refine/--no-refine", default=None, help="Let alpha follow the photo's edges at full resolution; on unless switched off."
+)
 @click.option(
     "--fit",
-    default="cover",
+    default="letterbox",
     show_default=True,
-    type=click.Choice(["cover", "letterbox", "squash"]),
+    type=click.Choice(["letterbox", "cover", "squash"]),
     help="How photos of other shapes than training's are brought to the network.",
 )
 @click.option(
