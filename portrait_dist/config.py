@@ -45,6 +45,7 @@ class RunConfig:
     name: str = knob("", "name of the run; its folder is <root>/<name>; the recipe's name when empty")
     resume: bool = knob(True, "go on if the run exists; false refuses to touch an existing run")
     max_requeues: int = knob(20, "times a SLURM job puts itself back into the queue", minimum=0)
+    requeue_on_failure: bool = knob(True, "a SLURM job whose rank or node failed comes back too, not only one that was stopped")
 
 
 @dataclass

@@ -39,9 +39,18 @@ class DamagedDataError(PortraitDistError):
 
 
 class Stopped(PortraitDistError):  # noqa: N818  nothing went wrong
-    """Stopped by a signal after saving; the same command goes on (exit code 75, EX_TEMPFAIL)."""
+    """Stopped by a signal after saving; the same command goes on (exit code 75, EX_TEMPFAIL).
+
+    Args:
+        message: where it stopped and what to do.
+        place: ``epoch``, ``step`` and ``samples_seen`` of the checkpoint.
+    """
 
     exit_code = 75
+
+    def __init__(self, message: str, **place: int) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -152,7 +152,7 @@ def _draw(
         with torch.inference_mode():
             predictions = model(normalise(images.to(device), alphas.to(device))[0])[:, 0].cpu().numpy()
         path = folder / f"{split}-{name}.png"
-        picture_grid(images.numpy(), alphas.numpy(), predictions).save(path)
+        picture_grid(list(images.numpy()), list(alphas.numpy()), list(predictions)).save(path)
         paths.append(str(path))
     return paths
 

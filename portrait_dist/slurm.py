@@ -256,7 +256,7 @@ def decide(turn: Turn, restarts: int, turns_without_progress: int, run: config.R
         reason = f"failed with exit code {turn.exit_code}" + (f" ({message})" if kind == "error" else "")
         if turn.exit_code in (InputError.exit_code, DamagedDataError.exit_code) or (kind == "error" and HOPELESS.match(message)):
             return False, f"{reason}; another turn would fail in the same way"
-        if not getattr(run, "requeue_on_failure", True):
+        if not run.requeue_on_failure:
             return False, f"{reason}, and run.requeue_on_failure=false"
     if restarts >= run.max_requeues:
         return False, f"{reason}, and it was requeued {restarts} times (run.max_requeues={run.max_requeues})"

@@ -114,7 +114,7 @@ def train(config: Config) -> dict[str, Any] | None:
         try:
             result = _train(config, device, signals)
         except Stopped as stopped:
-            _leave_trace(config, "stop", str(stopped))
+            _leave_trace(config, "stop", str(stopped), **stopped.place)
             stopped.quiet = distributed.rank() != 0
             distributed.stop()
             raise
@@ -138,13 +138,14 @@ def _use_threads(threads: int, device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def _leave_trace(config: Config, kind: str, message: str) -> None:
+def _leave_trace(config: Config, kind: str, message: str, **place: int) -> None:
     """The reason of an end, where `status` and the next run look for it."""
     from portrait_dist.training.recorder import MetricsFile
 
     if config.run_dir.is_dir() and (kind == "error" or distributed.rank() == 0):
         try:
-            MetricsFile(config.run_dir).write(kind, message=" ".join(message.split()), world_size=distributed.world_size())
+            line = {"message": " ".join(message.split()), "world_size": distributed.world_size(), **place}
+            MetricsFile(config.run_dir).write(kind, **line)
         except OSError:
             distributed.print0(f"{config.run_dir}: cannot write metrics.jsonl")
 

@@ -32,7 +32,7 @@ from portrait_dist.training.sg_adapter import AdaptedTrainer, PhaseContext, unwr
 
 # torch 2.15 renamed the option and warns of the old name.
 _DDP_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
-_NO_BUFFER_SYNC = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers": False}
+_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers": False}
 
 
 @dataclass
@@ -298,7 +298,13 @@ class PortraitTrainer(AdaptedTrainer):
         distributed.barrier()  # nobody leaves, and makes torchrun end the others, before rank 0 has saved
         context.update_context(stop_training=True)
         name = self.signals.received or "a signal to another rank"
-        raise Stopped(f"stopped by {name} at {where}, saved in {self.checkpoints_dir_path}; the same command goes on from there")
+        step = self._last_position["batches"] + self.steps_per_epoch * context.epoch
+        raise Stopped(
+            f"stopped by {name} at {where}, saved in {self.checkpoints_dir_path}; the same command goes on from there",
+            epoch=context.epoch,
+            step=step,
+            samples_seen=self.samples_seen,
+        )
 
     def _show_progress(self, context: PhaseContext, batch_idx: int, batches: DeviceBatches, bar: Any) -> None:
         self.images_per_second, self.data_wait_share = batches.rate, batches.wait_share
@@ -478,6 +484,7 @@ class PortraitTrainer(AdaptedTrainer):
 
     def _save_within_epoch(self, context: PhaseContext, position: dict[str, Any]) -> None:
         """Save ``ckpt_latest.pth`` between two steps. Every rank calls it; rank 0 writes."""
+        self._last_position = position
         if not self.training_params.save_model or not position.get("loader"):
             return
         in_training = context.metrics_compute_fn is self.train_metrics
