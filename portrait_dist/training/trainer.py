@@ -32,7 +32,8 @@ from portrait_dist.training.sg_adapter import AdaptedTrainer, PhaseContext, unwr
 
 # torch 2.15 renamed the option and warns of the old name.
 _DDP_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
-_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers": False}
+_BUFFER_OPTION = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
+_NO_BUFFER_SYNC: dict[str, Any] = {_BUFFER_OPTION: False}
 
 
 @dataclass
