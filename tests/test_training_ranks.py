@@ -75,7 +75,9 @@ def test_validation_on_uneven_counts_equals_one_process_to_1e_6(one_process: Pat
     import json
     import sys
 
-    two = json.loads(subprocess.run([*TORCHRUN, "--standalone", "--nproc-per-node=2", *command], stdout=subprocess.PIPE, check=True).stdout)
+    two = json.loads(
+        subprocess.run([*TORCHRUN, "--standalone", "--nproc-per-node=2", *command], stdout=subprocess.PIPE, check=True).stdout
+    )
     one = json.loads(subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, check=True).stdout)
     assert (one["samples"], two["samples"], one["world_size"], two["world_size"]) == (7, 7, 1, 2)
     for name in ("iou", "mean_iou", "mae", "mse", "loss", "boundary_iou"):
@@ -115,7 +117,13 @@ def test_two_hosts_with_their_own_addresses_train_one_model(
 ) -> None:
     jobs = []
     for number, host in enumerate(two_hosts, start=1):
-        rendezvous = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29612", "--rdzv-id=hosts")
+        rendezvous = (
+            "--nnodes=2",
+            "--nproc-per-node=1",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=10.77.0.1:29612",
+            "--rdzv-id=hosts",
+        )
         rendezvous += (f"--local-addr=10.77.0.{number}",)
         prefix = ("ip", "netns", "exec", host, "env", f"GLOO_SOCKET_IFNAME=pd-cable-{number}")
         jobs.append(train(tmp_path, tiny_shards, f"train.batch_size={GLOBAL_BATCH // 2}", launcher=rendezvous, prefix=prefix))
