@@ -325,15 +325,17 @@ def _take_turn(command: list[str], run_dir: Path, allocation: Allocation) -> Tur
         signal_name=received[0] if received else "",
         last=events[-1] if events else None,
         cancelled="SIGTERM" in received and _job_state(allocation).startswith("CANCELLED"),
-        progressed=status.checkpoint_time(run_dir) != newest and _stepped(events),
+        progressed=status.checkpoint_time(run_dir) != newest and _went_on(events),
     )
 
 
-def _stepped(events: Sequence[Mapping[str, object]]) -> bool:
-    """Did a turn get further than where it started? A stop whose step is not known counts as if it did."""
-    starts = [event["step"] for event in events if event.get("kind") == "start" and "step" in event]
-    steps = [event.get("step") for event in events if event.get("kind") != "start"]
-    return bool(starts) and any(step is None or float(str(step)) > float(str(starts[-1])) for step in steps)
+def _went_on(events: Sequence[Mapping[str, object]]) -> bool:
+    """Is what a turn saved further on than where it started? Only a stop saves without having trained a step."""
+    start = next((event for event in reversed(events) if event.get("kind") == "start"), None)
+    stop = events[-1] if events and events[-1].get("kind") == "stop" else None
+    if start is None or stop is None or "step" not in start or "step" not in stop:
+        return True
+    return float(str(stop["step"])) > float(str(start["step"]))
 
 
 def _job_state(allocation: Allocation) -> str:

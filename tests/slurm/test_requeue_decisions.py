@@ -8,7 +8,7 @@ import pytest
 
 from portrait_dist.config import RunConfig, load
 from portrait_dist.errors import InputError
-from portrait_dist.slurm import Allocation, Turn, decide, note_turn, srun_command, sweep, task_words, torchrun_options
+from portrait_dist.slurm import Allocation, Turn, _went_on, decide, note_turn, srun_command, sweep, task_words, torchrun_options
 
 JOB = {"SLURM_JOB_ID": "123", "SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_NODELIST": "n[0-3]", "SLURM_CPUS_ON_NODE": "64"}
 
@@ -45,6 +45,19 @@ def test_a_finished_cancelled_or_hopeless_job_does_not_come_back(turn: Turn, rea
     again, said = decide(turn, restarts=0, turns_without_progress=0, run=RunConfig())
     assert not again
     assert reason in said
+
+
+def test_failed_jobs_stay_away_where_a_key_says_so() -> None:
+    run = RunConfig(requeue_on_failure=False)
+    assert decide(_turn(1), 0, 0, run) == (False, "failed with exit code 1, and run.requeue_on_failure=false")
+    assert decide(_turn(75, "SIGUSR2", "stop"), 0, 0, run)[0]
+
+
+def test_a_turn_that_is_stopped_before_its_first_step_has_not_gone_on() -> None:
+    start, stop = {"kind": "start", "step": 40}, {"kind": "stop", "step": 40}
+    assert not _went_on([start, stop])
+    assert _went_on([start, stop | {"step": 41}])
+    assert _went_on([start, {"kind": "epoch", "step": 50}])
 
 
 def test_requeues_are_limited_by_a_key() -> None:

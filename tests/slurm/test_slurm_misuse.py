@@ -58,7 +58,7 @@ def test_a_job_whose_ranks_find_wrong_input_ends_with_their_line_and_is_not_requ
     log = (tmp_path / "log").read_text()
     assert "1 node(s) n0, 2 rank(s), 2 per node, 2 GPU(s)" in log
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
-    assert log.count("portrait-dist: none: there is no such folder") == 1
+    assert "none: there is no such folder; give one that 'portrait-dist pack' wrote" in log
     assert "not requeued: failed with exit code" in log
     assert "another turn would fail in the same way" in log
     assert "Traceback" not in log
