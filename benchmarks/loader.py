@@ -61,7 +61,7 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Path]:
 
     given = options.data
     if given is not None and (given / "manifest.json").is_file():
-        return {str(SIDE) if read_manifest(given).settings.size else "original": given}
+        return {str(SIDE) if read_manifest(given).size else "original": given}
     raw = given or work / "raw-tree"
     if given is None:
         synthetic.generate(raw, options.pairs, seed=1)

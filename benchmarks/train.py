@@ -108,7 +108,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
 def _side(shards: Path) -> int:
     from portrait_dist.data.shards import read_manifest
 
-    size = read_manifest(shards).settings.size
+    size = read_manifest(shards).size
     return size[0] if size else 256
 
 

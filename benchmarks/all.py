@@ -1,0 +1,159 @@
+"""All benchmarks with one command, and their results as one page.
+
+    python benchmarks/all.py --quick          # within 8 minutes on 2 cores
+    python benchmarks/all.py --full           # more pictures and rounds, compiled forms, batch sizes
+    python benchmarks/all.py --full --device cuda --data RAW
+
+Writes ``benchmarks/results/<date>-<hardware>.md`` (tables, aims, hardware, versions, commit, command), the same as ``.json``, and
+the chart ``.svg`` (benchmarks/chart.py). Packages that are missing leave rows empty, with the reason. Without installation, a
+Python that has torch and torchvision, and PYTHONPATH naming a folder with the other packages, is enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import chart
+import measure
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+TITLES = {
+    "loader": "Batches",
+    "unet": "U-Net",
+    "train_step": "Cost of a trainer per step",
+    "train": "Training end to end",
+    "scaling": "Ranks on this machine",
+}
+NO_GPU = """No GPU was there: nothing is claimed about one. On a machine that has one, this fills the rows:
+
+    python benchmarks/all.py --full --device cuda
+"""
+
+
+def words_of(name: str, options: argparse.Namespace, work: Path) -> list[str]:
+    """Command line of one benchmark. The later ones read the shards that loader.py packs."""
+    words = [sys.executable, str(HERE / f"{name}.py"), "--json", str(work / f"{name}.json")]
+    words += ["--quick"] if options.quick else []
+    words += ["--repeats", str(options.repeats)] if options.repeats else []
+    if name == "loader":
+        words += ["--work", str(work / "data")]
+        words += ["--data", str(options.data)] if options.data else []
+        words += ["--pairs", str(options.pairs)] if options.pairs else []
+        words += [] if options.quick else ["--full-peers"]
+    else:
+        words += ["--device", options.device] if options.device else []
+        words += ["--features", str(options.features), *(["--size", str(options.size)] if name in ("unet", "train_step") else [])]
+    packed = work / "data" / "s256"
+    if name in ("train", "scaling") and (packed / "manifest.json").is_file():
+        words += ["--shards", str(packed)]
+    if name == "unet" and options.checkpoint:
+        words += ["--checkpoint", str(options.checkpoint)]
+        words += ["--shards", str(packed)] if (packed / "manifest.json").is_file() else []
+    return words
+
+
+def run(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Result of one benchmark, or the reason why there is none."""
+    print(f"\n== {name}", file=sys.stderr, flush=True)
+    begin = time.monotonic()
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    with open(work / f"{name}.log", "w+") as log:
+        code = subprocess.run(words_of(name, options, work), stdout=sys.stderr, stderr=log, env=environment).returncode
+        log.seek(0)
+        lines = [line for line in log.read().splitlines() if line.strip()]
+    out = work / f"{name}.json"
+    if code or not out.is_file():
+        print("\n".join(lines[-15:]), file=sys.stderr)
+        return {"benchmark": name, "rows": [], "failed": lines[-1] if lines else f"exit code {code}"}
+    return json.loads(out.read_text()) | {"seconds": round(time.monotonic() - begin, 1)}
+
+
+def page(found: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    machine = found["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    gpus = ", ".join(machine["gpus"]) or "none"
+    lines = [
+        f"# Benchmarks, {found['date']}",
+        "",
+        f"- hardware: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']:g} GB; GPU: {gpus}",
+        f"- load of the machine at the start: {machine['load_at_start']:g}",
+        f"- commit: {found['commit']}",
+        f"- versions: {versions}",
+        f"- command: `{found['command']}`, {found['seconds'] / 60:.1f} minutes",
+        "",
+        "Each figure is the median of rounds in which all rows take turns, with the lowest and the highest beside it.",
+    ]
+    for part in found["benchmarks"].values():
+        lines += ["", f"## {TITLES[part['benchmark']]}", ""]
+        lines += [f"Failed: {part['failed']}"] if "failed" in part else [measure.table(part["rows"]), *_notes(part)]
+    if not machine["gpus"]:
+        lines += ["", "## GPU", "", NO_GPU.rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def _notes(part: dict[str, Any]) -> list[str]:
+    known = {"benchmark", "rows", "sweep", "aims", "machine", "versions", "commit", "date", "command", "seconds"}
+    notes = [f"- {name}: {value}" for name, value in part.get("aims", {}).items()]
+    notes += [f"- {name}: {value}" for name, value in part.items() if name not in known]
+    swept = ["", "Batch sizes:", "", measure.table(part["sweep"])] if part.get("sweep") else []
+    return ["", *notes, f"- `{part['command']}`", *swept]
+
+
+def hardware(machine: dict[str, Any]) -> str:
+    """Name of the hardware for a file: the GPUs, or processor and cores."""
+    gpus = machine["gpus"]
+    name = f"{len(gpus)}x-{gpus[0]}" if gpus else f"{machine['cpu']}-{machine['cores']}-cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def main(words: list[str] | None = None) -> int:
+    options = _options(words)
+    found = measure.result("all", [])
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        found["benchmarks"] = {name: run(name, options, Path(temporary)) for name in options.only}
+    found["seconds"] = round(time.monotonic() - begin, 1)
+    del found["rows"]
+    stem = options.out / f"{found['date'][:10]}-{hardware(found['machine'])}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(page(found))
+    stem.with_suffix(".svg").write_text(chart.draw(found))
+    print(f"\n{stem.with_suffix('.md')}, {found['seconds'] / 60:.1f} minutes")
+    failed = [name for name, part in found["benchmarks"].items() if "failed" in part]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _options(words: list[str] | None) -> argparse.Namespace:
+    first, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="within 8 minutes on 2 cores")
+    length.add_argument("--full", action="store_true", help="everything (the default)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="of the network (default: the GPU if there is one)")
+    parser.add_argument("--data", type=Path, help="raw AISegment tree; portraits are generated when left out")
+    parser.add_argument("--checkpoint", type=Path, help="a trained network for unet.py, so that masks can be compared")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default benchmarks/results)")
+    parser.add_argument("--only", nargs="+", choices=tuple(TITLES), default=list(TITLES), help="some of the benchmarks")
+    parser.add_argument("--repeats", type=int, help="rounds, where not each benchmark's own number")
+    parser.add_argument("--pairs", type=int, help="pairs to generate")
+    parser.add_argument("--features", type=int, default=32, help="channels of the network's first level")
+    parser.add_argument("--size", type=int, default=256, help="side of the network's pictures")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
