@@ -184,7 +184,7 @@ def _happened(run: Run) -> str:
             message = f"at epoch {event['epoch'] + 1}, {event.get('world_size', '?')} rank(s)"
         rows.append((when, words[event["kind"]], message))
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<h2>What happened</h2><div class="wide"><table>{body}</table></div>'
+    return f'<h2>What happened</h2><div class="wide"><table class="events">{body}</table></div>'
 
 
 def _configuration(run: Run) -> str:
