@@ -124,7 +124,7 @@ def test_two_hosts_with_their_own_addresses_train_one_model(
             "--rdzv-endpoint=10.77.0.1:29612",
             "--rdzv-id=hosts",
         )
-        rendezvous += (f"--local-addr=10.77.0.{number}",)
+        rendezvous += (f"--local-addr=10.77.0.{number}", f"--rdzv-conf=is_host={int(number == 1)}")
         prefix = ("ip", "netns", "exec", host, "env", f"GLOO_SOCKET_IFNAME=pd-cable-{number}")
         jobs.append(train(tmp_path, tiny_shards, f"train.batch_size={GLOBAL_BATCH // 2}", launcher=rendezvous, prefix=prefix))
     for job in jobs:

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from portrait_dist.commands import command
+from portrait_dist.completion import complete_setting
 
 TRAIN_EXAMPLES = """\b
 Examples:
@@ -30,7 +31,7 @@ def _train_summary(result: dict[str, Any]) -> str:
 @command("train", summary=_train_summary, epilog=TRAIN_EXAMPLES)
 @click.option("--recipe", help="Name of a recipe that comes with the package, or a YAML file.")
 @click.option("--keys", is_flag=True, help="List every key with its default and meaning.")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_setting)
 def train(recipe: str | None, keys: bool, settings: tuple[str, ...]) -> dict[str, Any] | None:
     """Train, alone or on every rank of a torchrun; goes on where a run of that name stopped."""
     from portrait_dist import config

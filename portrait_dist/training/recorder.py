@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from portrait_dist import distributed
+from portrait_dist.machine import machine
 from portrait_dist.training.sg_adapter import Callback, PhaseContext
 
 
@@ -48,7 +49,7 @@ class RunRecorder(Callback):
         """Open the file."""
         if distributed.rank() == 0:
             self.file = MetricsFile(Path(self.trainer.checkpoints_dir_path))
-            self.file.write("start", **self._place(self.trainer.start_epoch, 0))
+            self.file.write("start", machine=machine(), **self._place(self.trainer.start_epoch, 0))
 
     def on_interval(self, trainer: Any, context: PhaseContext, batch_idx: int, losses: dict[str, float]) -> None:
         """A line within the epoch: this rank's mean loss so far and the speed."""
