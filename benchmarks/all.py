@@ -75,7 +75,8 @@ def run(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     if code or not out.is_file():
         print("\n".join(lines[-15:]), file=sys.stderr)
         return {"benchmark": name, "rows": [], "failed": lines[-1] if lines else f"exit code {code}"}
-    return json.loads(out.read_text()) | {"seconds": round(time.monotonic() - begin, 1)}
+    text = out.read_text().replace(str(work) + os.sep, "")  # of the temporary folder only the names
+    return json.loads(text) | {"seconds": round(time.monotonic() - begin, 1)}
 
 
 def page(found: dict[str, Any]) -> str:
