@@ -12,7 +12,7 @@ import random
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+SECONDS_AFTER_RANK_0 = 3.0
 
 
 def rank() -> int:
@@ -122,6 +123,32 @@ def stop() -> None:
         import torch.distributed as dist
 
         dist.destroy_process_group()
+
+
+def on_every_rank(step: Callable[[], T]) -> T:
+    """Run a step that may fail on some ranks; if it does on any, every rank raises the first error.
+
+    Without it the other ranks would wait in the next collective for one that is gone. Rank 0 leaves first, with the message:
+    torchrun ends all ranks when one leaves, and names that one.
+
+    Raises:
+        PortraitDistError: of the first rank that raised one, ``agreed``, and ``quiet`` on all ranks but 0.
+    """
+    error: PortraitDistError | None = None
+    result: Any = None
+    try:
+        result = step()
+    except PortraitDistError as raised:
+        error = raised
+    found = [item for item in gather_objects((type(error), str(error)) if error else None) if item]
+    if found:
+        kind, message = found[0]
+        first: PortraitDistError = kind(message)
+        first.agreed, first.quiet = True, rank() != 0
+        if first.quiet:
+            time.sleep(SECONDS_AFTER_RANK_0)
+        raise first
+    return result
 
 
 def first_to_fail() -> int:

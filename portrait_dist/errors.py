@@ -22,6 +22,8 @@ class PortraitDistError(Exception):
         super().__init__(message)
         self.result = result
 
+    agreed = False
+    """True when every rank raises it at the same place."""
     quiet = False
     """True on the ranks that leave the message to another one."""
 

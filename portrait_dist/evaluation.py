@@ -52,14 +52,12 @@ def evaluate(
         InputError: no such checkpoint or shards.
         DamagedDataError: one of them is damaged.
     """
-    from portrait_dist.training.run import on_every_rank
-
     chosen = distributed.pick_device(device)
     distributed.start(chosen)
-    model, about = on_every_rank(lambda: load_model(checkpoint))
+    model, about = distributed.on_every_rank(lambda: load_model(checkpoint))
     model.to(chosen)
     size = about.get("size") or [256, 256]
-    loader = on_every_rank(
+    loader = distributed.on_every_rank(
         lambda: build_loader(shards, split, batch_size, workers=workers, shuffle=False, size=(size[0], size[1]), drop_last=False)
     )
     rows, pooled, loss = _score(model, loader, chosen)

@@ -44,6 +44,12 @@ def tiny_shards(split_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
+def real_or_generated(raw_tree: Path) -> Path:
+    """The real portraits where this machine has them, else the generated ones."""
+    return REAL_SAMPLE if REAL_SAMPLE.is_dir() else raw_tree
+
+
+@pytest.fixture(scope="session")
 def real_sample() -> Path:
     """The real portraits in the raw AISegment layout, where this machine has them."""
     if not REAL_SAMPLE.is_dir():

@@ -36,12 +36,11 @@ def files(folder: Path) -> dict[str, bytes]:
 def write_tree(data: Path, keys: dict[str, list[str]], size: tuple[int, int] = (24, 16)) -> Path:
     """A prepared tree of tiny pairs, made by hand."""
     for name in SPLITS:
-        for folder in ("images", "masks"):
-            (data / name / folder).mkdir(parents=True, exist_ok=True)
+        (data / name).mkdir(parents=True, exist_ok=True)
         for number, key in enumerate(keys.get(name, [])):
             pixels = np.random.default_rng(number).integers(0, 256, (*size, 4), dtype=np.uint8)
-            Image.fromarray(pixels[..., :3]).save(data / name / "images" / f"{key}.jpg", quality=90)
-            Image.fromarray(pixels, "RGBA").save(data / name / "masks" / f"{key}.png")
+            Image.fromarray(pixels[..., :3]).save(data / name / f"{key}.jpg", quality=90)
+            Image.fromarray(pixels, "RGBA").save(data / name / f"{key}.png")
     splits = {name: keys.get(name, []) for name in SPLITS}
     (data / "split.json").write_text(json.dumps({"format": 1, "source": "by hand", "splits": splits}))
     return data
@@ -148,7 +147,7 @@ def test_a_shard_that_is_damaged_or_older_than_its_pairs_is_made_again(tree: Pat
     assert files(out) == whole
     path = read_split(tree).pairs("val")[1].image
     length = path.stat().st_size
-    other = min((tree / "train" / "images").iterdir(), key=lambda image: image.stat().st_size).read_bytes()
+    other = min((tree / "train").glob("*.jpg"), key=lambda image: image.stat().st_size).read_bytes()
     path.write_bytes(other + bytes(length - len(other)))  # of the same length, so that only its time tells
     os.utime(path, (time.time() + 5, time.time() + 5))
     assert pack(tree, out, size=(16, 16), samples_per_shard=5)["packed"] == 3
@@ -241,7 +240,7 @@ def test_a_mended_pair_lets_an_unfinished_folder_be_finished(tree: Path, tmp_pat
         pack(tree, tmp_path / "out", size=(16, 16), samples_per_shard=10)
     left = files(tmp_path / "out")
     assert set(left) == {".pack.json", "train-00000.tar", "train-00000.index", "train-00001.tar", "train-00001.index"}
-    shutil.copy(tree / "train" / "images" / "p-001.jpg", path)
+    shutil.copy(tree / "train" / "p-001.jpg", path)
     assert pack(tree, tmp_path / "out", size=(16, 16), samples_per_shard=10)["packed"] == 8
 
 

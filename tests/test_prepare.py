@@ -133,8 +133,8 @@ def test_links_share_the_file_and_copies_do_not(raw: Path, tmp_path: Path) -> No
     assert prepare(raw, tmp_path / "copied", "--mode", "copy") == 0
     assert files(tmp_path / "linked") == files(tmp_path / "copied")
     for pair in pairs.find_pairs(raw).pairs:
-        (linked,) = (tmp_path / "linked").glob(f"*/images/{pair.key}.jpg")
-        (copied,) = (tmp_path / "copied").glob(f"*/images/{pair.key}.jpg")
+        (linked,) = (tmp_path / "linked").glob(f"*/{pair.key}.jpg")
+        (copied,) = (tmp_path / "copied").glob(f"*/{pair.key}.jpg")
         assert linked.samefile(pair.image)
         assert not copied.samefile(pair.image)
 
@@ -157,7 +157,7 @@ def test_run_again_it_changes_nothing_and_adds_what_is_missing(raw: Path, tmp_pa
     before = files(out)
     kept = (out / "split.json").stat().st_mtime_ns
     assert prepare(raw, out) == 0
-    next(out.glob("train/masks/*.png")).unlink()
+    next(out.glob("train/*.png")).unlink()
     assert prepare(raw, out) == 0
     assert files(out) == before
     assert (out / "split.json").stat().st_mtime_ns == kept

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import REAL_SAMPLE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from portrait_dist import cli, quickstart
@@ -17,7 +16,7 @@ def tree(folder: Path) -> set[str]:
 
 
 def test_quickstart_goes_from_pictures_to_cut_outs_and_writes_nowhere_else(
-    raw_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    real_or_generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(quickstart, "STEPS", 12)
     monkeypatch.setattr(quickstart, "SIZE", (64, 64))
@@ -27,8 +26,7 @@ def test_quickstart_goes_from_pictures_to_cut_outs_and_writes_nowhere_else(
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.chdir(here)
-    raw = REAL_SAMPLE if REAL_SAMPLE.is_dir() else raw_tree
-    words = ["quickstart", "--json", "--raw", str(raw), "--out", str(tmp_path / "out"), "--nproc", "2"]
+    words = ["quickstart", "--json", "--raw", str(real_or_generated), "--out", str(tmp_path / "out"), "--nproc", "2"]
     assert cli.run(words) == 0
     result = json.loads(capfd.readouterr().out)
     assert set(result) >= {"test_iou", "baseline_iou", "images_per_second", "world_size", "pictures", "checkpoint", "run_dir"}

@@ -33,7 +33,7 @@ class AISegmentDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     ``torch`` are seeded equally. On ``val`` and ``test`` it is only resized.
 
     Args:
-        data_path: tree with ``<split>/images/<key>.jpg`` and ``<split>/masks/<key>.png``.
+        data_path: tree with ``<split>/<key>.jpg`` and ``<split>/<key>.png``, of ``prepare`` or of the tutorial.
         split: ``train``, ``val`` or ``test``.
         input_height: of the samples, in pixels.
         input_width: of the samples, in pixels.
@@ -79,7 +79,7 @@ class AISegmentDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 def _pairs(data: Path, split: str) -> list[Pair]:
     """Pairs of a prepared tree, or of one arranged by other means (no split.json)."""
-    images = data / split / "images"
+    images = data / split
     if split in SPLITS and not (data / MANIFEST).is_file() and images.is_dir():
         keys = sorted(path.stem for path in images.glob("*.jpg") if not path.name.startswith("."))
         return [Pair(key, *pair_paths(data, split, key), group=key.partition("-")[0]) for key in keys]

@@ -1,8 +1,8 @@
 """Deals the pairs to train, val and test, and writes the arranged tree.
 
     DATA/split.json
-    DATA/{train,val,test}/images/<key>.jpg
-    DATA/{train,val,test}/masks/<key>.png
+    DATA/{train,val,test}/<key>.jpg
+    DATA/{train,val,test}/<key>.png
 
 The split is a pure function of the keys and the seed: the same on every machine, whatever order the files were found in.
 """
@@ -114,7 +114,7 @@ class Split:
 
 def pair_paths(data: Path, split: str, key: str) -> tuple[Path, Path]:
     """Image and matte of one pair in a prepared tree."""
-    return data / split / "images" / f"{key}.jpg", data / split / "masks" / f"{key}.png"
+    return data / split / f"{key}.jpg", data / split / f"{key}.png"
 
 
 def read_split(data: str | Path) -> Split:
@@ -234,8 +234,7 @@ def _arrange(pairs: Sequence[Pair], data: Path, splits: dict[str, list[str]], mo
     """Link or copy each file to its place, unless it is there."""
     split_of = {key: name for name in SPLITS for key in splits[name]}
     for name in SPLITS:
-        for folder in ("images", "masks"):
-            (data / name / folder).mkdir(parents=True, exist_ok=True)
+        (data / name).mkdir(parents=True, exist_ok=True)
     for pair in track(pairs, total=len(pairs), what="pairs"):
         image, matte = pair_paths(data, split_of[pair.key], pair.key)
         place(pair.image, image, mode)

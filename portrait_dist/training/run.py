@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -25,8 +25,6 @@ from portrait_dist.errors import InputError, PortraitDistError, Stopped
 from portrait_dist.training import checkpoints
 from portrait_dist.training.batches import TensorBatch
 from portrait_dist.training.preemption import StopSignals
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -76,24 +74,11 @@ class Prepare:
         return images, mattes
 
 
-def on_every_rank(step: Callable[[], T]) -> T:
-    """Run a step that may fail on some ranks; if it does on any, every rank raises the first error.
-
-    Without it the other ranks would wait in the next collective for one that is gone.
-    """
-    error: PortraitDistError | None = None
-    result: Any = None
-    try:
-        result = step()
-    except PortraitDistError as raised:
-        error = raised
-    found = [item for item in distributed.gather_objects((type(error), str(error)) if error else None) if item]
-    if found:
-        kind, message = found[0]
-        first = kind(message)
-        first.quiet = distributed.rank() != 0
-        raise first
-    return result
+def _let_another_rank_leave_first(signals: StopSignals, seconds: float = 10.0) -> None:
+    """torchrun ends all ranks when the first one leaves, and reports that one: let it be the one that has the reason."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not signals.received:
+        time.sleep(0.1)
 
 
 def train(config: Config) -> dict[str, Any] | None:
@@ -119,8 +104,13 @@ def train(config: Config) -> dict[str, Any] | None:
             distributed.stop()
             raise
         except Exception as error:
+            if isinstance(error, PortraitDistError) and error.agreed:
+                if distributed.rank() == 0:
+                    _leave_trace(config, "error", str(error))
+                raise
             first = distributed.first_to_fail()
             if first != distributed.rank():
+                _let_another_rank_leave_first(signals)
                 raise PortraitDistError(f"rank {distributed.rank()} ended because rank {first} failed") from None
             _leave_trace(config, "error", f"rank {first}: {type(error).__name__}: {error}")
             raise
@@ -151,15 +141,15 @@ def _leave_trace(config: Config, kind: str, message: str, **place: int) -> None:
 
 
 def _train(config: Config, device: torch.device, signals: StopSignals) -> dict[str, Any] | None:
-    lock = on_every_rank(lambda: _claim_run_folder(config))
+    lock = distributed.on_every_rank(lambda: _claim_run_folder(config))
     if distributed.world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-        on_every_rank(lambda: slurm.check_shared_folder(config.run_dir))
-    loaders = on_every_rank(lambda: _loaders(config))
-    loaders[0].check_ranks()
-    plan = on_every_rank(lambda: _plan(config, *loaders, device))
+        distributed.on_every_rank(lambda: slurm.check_shared_folder(config.run_dir))
+    loaders = distributed.on_every_rank(lambda: _loaders(config))
+    distributed.on_every_rank(loaders[0].check_ranks)
+    plan = distributed.on_every_rank(lambda: _plan(config, *loaders, device))
     distributed.print0(plan.table())
     trainer = _make_trainer(config, loaders[0], device, signals)
-    resume = on_every_rank(lambda: _resume(config, plan))
+    resume = distributed.on_every_rank(lambda: _resume(config, plan))
     if resume != "finished":
         model = _make_model(config)
         trainer.train(model, _training_params(config, plan, trainer, resume == "go on"), *loaders)
