@@ -234,3 +234,29 @@ def test_the_configuration_reads_back_equal_and_errors_name_file_and_line(tmp_pa
         config.load(str(path))
     with pytest.raises(config.InputError, match=r"Did you mean 'tutorial'"):
         config.load("tutoral")
+
+
+def plan_of(shards: Path, *keys: str) -> Any:
+    from portrait_dist.training import run
+
+    loaded = config.load(None, [f"data.shards={shards}", *keys])
+    return run._plan(loaded, *run._loaders(loaded), torch.device("cpu"))
+
+
+def test_derived_numbers_stand_in_one_table_before_training(tiny_shards: Path) -> None:
+    plan = plan_of(
+        tiny_shards, "train.batch_size=6", "train.accumulate=2", "train.lr=0.1", "train.lr_base_batch=4", "train.warmup_steps=100"
+    )
+    assert plan.global_batch == 12
+    assert plan.lr == pytest.approx(0.3), "linear in the global batch"
+    assert plan.warmup_steps == 9, "no longer than an epoch"
+    assert (plan.train_samples, plan.val_samples, plan.left_out, plan.steps_per_epoch) == (57, 7, 3, 5)
+    for word in ("world size", "global batch", "steps per epoch", "left out", "learning rate", "device, precision"):
+        assert word in plan.table()
+
+
+def test_a_plan_that_cannot_work_is_refused_with_its_numbers(tiny_shards: Path) -> None:
+    with pytest.raises(config.InputError, match=r"57 training samples do not fill one global batch of 64"):
+        plan_of(tiny_shards, "train.batch_size=64")
+    with pytest.raises(config.InputError, match=r"sync_bn.*GPUs only"):
+        plan_of(tiny_shards, "train.sync_bn=true", "train.batch_size=6")

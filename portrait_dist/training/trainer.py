@@ -300,8 +300,11 @@ class PortraitTrainer(AdaptedTrainer):
         context.update_context(stop_training=True)
         name = self.signals.received or "a signal to another rank"
         step = self._last_position["batches"] + self.steps_per_epoch * context.epoch
+        saved = f"saved in {self.checkpoints_dir_path}; the same command goes on from there"
+        if not self._can_save(self._last_position):
+            saved = "not saved within the epoch, which needs a loader with state_dict (portrait_dist.data.build_loader)"
         raise Stopped(
-            f"stopped by {name} at {where}, saved in {self.checkpoints_dir_path}; the same command goes on from there",
+            f"stopped by {name} at {where}, {saved}",
             epoch=context.epoch,
             step=step,
             samples_seen=self.samples_seen,
@@ -486,7 +489,7 @@ class PortraitTrainer(AdaptedTrainer):
     def _save_within_epoch(self, context: PhaseContext, position: dict[str, Any]) -> None:
         """Save ``ckpt_latest.pth`` between two steps. Every rank calls it; rank 0 writes."""
         self._last_position = position
-        if not self.training_params.save_model or not position.get("loader"):
+        if not self._can_save(position):
             return
         in_training = context.metrics_compute_fn is self.train_metrics
         sums = self._sums(context) if in_training else self._sums_of_training
@@ -497,6 +500,9 @@ class PortraitTrainer(AdaptedTrainer):
             state["portrait_dist"]["position"] = {"loader": position["loader"], "batches": position["batches"]}
             self.sg_logger.add_checkpoint(tag=checkpoints.LATEST, state_dict=state, global_step=context.epoch)
         self._last_save = time.monotonic()
+
+    def _can_save(self, position: dict[str, Any]) -> bool:
+        return bool(self.training_params.save_model and position.get("loader"))
 
     def _sums(self, context: PhaseContext) -> dict[str, Any]:
         """This rank's sums of the training epoch so far."""
