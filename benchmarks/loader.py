@@ -80,7 +80,7 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Path]:
 def _repeated(raw: Path, out: Path, copies: int) -> Path:
     """A raw tree of hard links in which each pair stands ``copies`` times.
 
-    An epoch of a few hundred small pictures lasts a tenth of a second, much of it the start; real ones are a hundred times longer.
+    An epoch of a few hundred small pictures lasts a tenth of a second, and its start counts; real ones are far longer.
     """
     from portrait_dist.data.pairs import find_pairs
 
