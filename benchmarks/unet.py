@@ -108,7 +108,9 @@ def _with_tf32(network: Callable[[Tensor], Tensor], allowed: bool, cuda: bool) -
     return run
 
 
-def forward_rows(bench: Bench, batch: int, repeats: int, compiled: tuple[str, ...], real: Tensor | None) -> list[measure.Row]:
+def forward_rows(
+    bench: Bench, limits: Roofline, batch: int, repeats: int, compiled: tuple[str, ...], real: Tensor | None
+) -> list[measure.Row]:
     """The ladder of inference."""
     x, ladder = bench.pictures(batch), networks(bench, batch, compiled)
     with torch.no_grad():
@@ -116,9 +118,8 @@ def forward_rows(bench: Bench, batch: int, repeats: int, compiled: tuple[str, ..
         exact = ladder["hub-eager-fp32"](x)
         differences = {name: float((network(x).float() - exact).abs().max()) for name, network in ladder.items()}
         cases = {name: (lambda network=network: bench.rate(lambda: network(x), batch)) for name, network in ladder.items()}
-        rates = measure.alternate(cases, repeats)
+        rates = measure.alternate(cases, repeats, warm_up=bench.cuda)
         ious = {name: _iou(network, ladder["hub-eager-fp32"], real, batch) for name, network in ladder.items()}
-    limits = Roofline(bench)
     rows = []
     for name, values in rates.items():
         rows.append(measure.row(name, values, batch_size=batch, **limits.share(name, values)))
@@ -220,7 +221,7 @@ class Roofline:
     def _best(self, case: tuple[Work, float]) -> float:
         work, amount = case
         work()
-        return max(self.bench.rate(work, 1) * amount for _ in range(5))
+        return max(self.bench.rate(work, 1) * amount for _ in range(15))
 
     def _product(self, dtype: torch.dtype) -> tuple[Work, float]:
         side = 8192 if self.bench.cuda else 2048
@@ -284,13 +285,15 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     real = real_pictures(options.shards, options.size, bench.device)
     if bench.cuda:
         torch.backends.cudnn.benchmark = True
-    rows = forward_rows(bench, batch, repeats, _compiled_forms(options, bench.cuda), real)
-    rows += train_rows(bench, batch, repeats, () if options.quick or options.no_compile else ("compiled",))
+    limits = Roofline(bench)
+    rows = forward_rows(bench, limits, batch, repeats, _compiled_forms(options, bench.cuda), real)
+    training_batch = 2 if options.quick and not bench.cuda else batch
+    rows += train_rows(bench, training_batch, repeats, () if options.quick or options.no_compile else ("compiled",))
     swept = [] if options.quick else sweep(bench, [1, 16, 64, 256, 512] if bench.cuda else [1, 2, 8, 16], repeats)
     found = measure.result(
         "unet", rows, sweep=swept, device=str(bench.device), size=options.size, threads=torch.get_num_threads()
     )
-    found["roofline"] = Roofline(bench).facts()
+    found["roofline"] = limits.facts()
     measure.publish(found, options.json)
     if swept:
         print("\nbatch sizes\n" + measure.table(swept))
