@@ -341,7 +341,7 @@ def packing_rows(folders: dict[str, Path], work: Path, options: argparse.Namespa
         return float(packing.pack(folders["tree"], work / "packed", (SIDE, SIDE), workers=options.workers)["pairs_per_second"])
 
     cases = {"pack": pack, "pack-limit": lambda: limit(decode_matte), "pack-limit-pillow": lambda: limit(by_pillow)}
-    rates = measure.alternate(cases, options.repeats)
+    rates = measure.alternate(cases, min(3, options.repeats) if options.quick else options.repeats)
     return [measure.row(name, values, size=str(SIDE)) for name, values in rates.items()]
 
 
@@ -459,12 +459,12 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser = measure.arguments(__doc__)
     parser.add_argument("--data", type=Path, help="raw AISegment tree, or packed shards; generated when left out")
     parser.add_argument("--work", type=Path, help="folder for what is packed from it; a temporary one when left out")
-    parser.add_argument("--pairs", type=int, help="pairs to generate (default 640, with --quick 320)")
+    parser.add_argument("--pairs", type=int, help="pairs to generate (default 640, with --quick 240)")
     parser.add_argument("--copies", type=int, help="times that each picture stands in the 256-pixel shards (4, or 1 with --data)")
     parser.add_argument("--workers", type=int, default=measure.cores(), help="processes or threads (default: the cores)")
     parser.add_argument("--full-peers", action="store_true", help="also the other libraries with our decoder")
     options = parser.parse_args(words)
-    options.pairs = options.pairs or (320 if options.quick else 640)
+    options.pairs = options.pairs or (240 if options.quick else 640)
     options.copies = options.copies or (1 if options.data else 4)
     options.repeats = options.repeats or 5
     options.seconds = 0.7 if options.quick else 2.0

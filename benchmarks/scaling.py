@@ -73,8 +73,8 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     cuda = options.device == "cuda"
     most = torch.cuda.device_count() if cuda else measure.cores()
     options.ranks = options.ranks or [2**n for n in range(10) if 2**n <= most]
-    options.batch = options.batch or (64 if cuda else 4)
-    options.steps = options.steps or (200 if cuda else 3 if options.quick else 8)
+    options.batch = options.batch or (64 if cuda else 2 if options.quick else 4)
+    options.steps = options.steps or (200 if cuda else 4 if options.quick else 8)
     options.workers = options.workers or (2 if cuda else 1)
     options.precision = options.precision or ("bf16" if cuda else "fp32")
     options.repeats = options.repeats or (1 if options.quick else 3)

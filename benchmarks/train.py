@@ -128,7 +128,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     options.batch = options.batch or (64 if cuda else 4)
     options.steps = options.steps or (300 if cuda else 3 if options.quick else 10)
     options.precision = options.precision or ("bf16" if cuda else "fp32")
-    options.repeats = options.repeats or (3 if options.quick else 5)
+    options.repeats = options.repeats or (2 if options.quick else 5)
     return options
 
 

@@ -36,19 +36,17 @@ from portrait_dist.models import UNet
 from portrait_dist.training import PortraitTrainer
 from portrait_dist.training.sg_adapter import Callback, Trainer, use_device
 
-SKIPPED = 3
-"""Steps at the start of a round that are not timed."""
-
 
 @dataclass
 class Setting:
-    """One network and its batches."""
+    """One network, its batches, the steps that are timed and those before them that are not."""
 
     network: str
     features: int
     size: int
     batch: int
     steps: int
+    skipped: int
     device: torch.device
 
     def loader(self, steps: int) -> DataLoader[Any]:
@@ -64,17 +62,17 @@ class Setting:
 class Clock(Callback):
     """Seconds per step, without the first ones. A device is waited for at both ends only."""
 
-    def __init__(self, steps: int) -> None:
-        self.last = steps + SKIPPED - 1
+    def __init__(self, setting: Setting) -> None:
+        self.first, self.last = setting.skipped, setting.skipped + setting.steps - 1
         self.begin = self.seconds = 0.0
 
     def start_of(self, step: int) -> None:
-        if step == SKIPPED:
+        if step == self.first:
             self.begin = _now()
 
     def end_of(self, step: int) -> None:
         if step == self.last:
-            self.seconds = (_now() - self.begin) / (self.last + 1 - SKIPPED)
+            self.seconds = (_now() - self.begin) / (self.last + 1 - self.first)
 
     def on_train_batch_start(self, context: Any) -> None:
         self.start_of(context.batch_idx)
@@ -95,8 +93,8 @@ def bare(setting: Setting, folder: Path) -> float:
     if distributed.is_initialized():
         gpu = [setting.device.index] if setting.device.type == "cuda" else None
         model = nn.parallel.DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True, static_graph=True)
-    optimizer, loss, clock = torch.optim.Adam(model.parameters(), 1e-3), CustomSegLoss(0.5, 0.5), Clock(setting.steps)
-    batches: Iterable[Any] = setting.loader(setting.steps + SKIPPED)
+    optimizer, loss, clock = torch.optim.Adam(model.parameters(), 1e-3), CustomSegLoss(0.5, 0.5), Clock(setting)
+    batches: Iterable[Any] = setting.loader(setting.steps + setting.skipped)
     for step, (images, masks) in enumerate(batches):
         clock.start_of(step)
         x, y = images.to(setting.device, non_blocking=True), masks.to(setting.device, non_blocking=True)
@@ -109,7 +107,7 @@ def bare(setting: Setting, folder: Path) -> float:
 
 def with_trainer(kind: Callable[..., Any], setting: Setting, folder: Path) -> float:
     """Steps per second of a SuperGradients Trainer, ours or the stock one."""
-    clock = Clock(setting.steps)
+    clock = Clock(setting)
     params = {
         "max_epochs": 1,
         "initial_lr": 1e-3,
@@ -127,7 +125,7 @@ def with_trainer(kind: Callable[..., Any], setting: Setting, folder: Path) -> fl
         "kill_ddp_pgroup_on_end": False,
     }
     trainer = kind(f"{kind.__name__}-{time.time_ns()}", ckpt_root_dir=str(folder))
-    trainer.train(setting.model(), params, setting.loader(setting.steps + SKIPPED), setting.loader(1))
+    trainer.train(setting.model(), params, setting.loader(setting.steps + setting.skipped), setting.loader(1))
     return 1 / clock.seconds
 
 
@@ -174,13 +172,15 @@ def main(words: list[str] | None = None) -> dict[str, Any] | None:
     batch = options.batch or (16 if cuda else 2)
     steps = options.steps or (60 if cuda else 20 if options.quick else 40)
     settings = [
-        Setting("small", 4, min(64, options.size), 4, steps, device),
-        Setting("real", options.features, options.size, batch, steps if cuda else 2 if options.quick else 5, device),
+        Setting("small", 4, min(64, options.size), 4, steps, 3, device),
+        Setting(
+            "real", options.features, options.size, batch, steps if cuda else 2 if options.quick else 5, 3 if cuda else 1, device
+        ),
     ]
     rows = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for setting in settings:
-            repeats = options.repeats or (3 if options.quick and setting.network == "real" and not cuda else 5)
+            repeats = options.repeats or (2 if options.quick and setting.network == "real" and not cuda else 5)
             rows += rows_of(setting, Path(folder), repeats)
     found = None
     if distributed.rank() == 0:
