@@ -84,7 +84,7 @@ def trained() -> tuple[UNet, Tensor, Tensor]:
     images = torch.stack([_picture(image) for image, _ in drawn])
     alphas = torch.stack([torch.from_numpy(cv2.resize(alpha, (64, 64)))[None] / 255 for _, alpha in drawn])
     torch.manual_seed(0)
-    model, loss, steps = UNet(init_features=8), SoftIoULoss(), 120
+    model, loss, steps = UNet(init_features=8), SoftIoULoss(), 300
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
