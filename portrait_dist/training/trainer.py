@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from portrait_dist import distributed
 from portrait_dist.errors import InputError, Stopped
+from portrait_dist.machine import versions
 from portrait_dist.training import checkpoints
 from portrait_dist.training.batches import DeviceBatches, TensorBatch
 from portrait_dist.training.preemption import SAVE, STOP, Agreement, StopNotice, StopSignals
@@ -114,6 +115,7 @@ class PortraitTrainer(AdaptedTrainer):
         self.checkpoint: dict[str, Any] = {}
         self._training_net: nn.Module | None = None
         self._rank_states: list[dict[str, Any]] = []
+        self._versions = versions()
         self._sums_of_training: dict[str, Any] = {}
         self._last_position: dict[str, Any] = {}
         self._last_save = time.monotonic()
@@ -466,7 +468,7 @@ class PortraitTrainer(AdaptedTrainer):
             "acc": value,
             "epoch": epoch,
             "metrics": metrics,
-            "packages": _versions(),
+            "packages": self._versions,
             "_best_ckpt_metrics": self._best_ckpt_metrics,
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scaler_state_dict": self.scaler.state_dict() if self.scaler is not None else {},
@@ -587,13 +589,3 @@ def _add_metric_states(metrics: Any, saved: dict[str, dict[str, Any]]) -> None:
             setattr(metric, key, getattr(metric, key) + value.to(metric.device))
         metric._update_count = max(metric._update_count, 1)
         metric._computed = None
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": sys.version.split()[0]}
-    for name in ("portrait-dist", "super-gradients", "torch", "torchvision", "torchmetrics", "numpy", "webdataset"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
