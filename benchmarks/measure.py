@@ -29,7 +29,7 @@ PACKAGES = [
     "numpy",
     "pillow",
     "simplejpeg",
-    "pyspng",
+    "isal",
     "webdataset",
     "super-gradients",
     "litdata",

@@ -18,7 +18,7 @@ PACKAGES = (
     "numpy",
     "webdataset",
     "simplejpeg",
-    "pyspng",
+    "isal",
 )
 """Whose versions can change what a run computes."""
 

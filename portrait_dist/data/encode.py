@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import simplejpeg
 
-from portrait_dist.data.decode import Pixels, decode_matte, npy_header, resize_alpha, resize_image
+from portrait_dist.data.decode import Pixels, decode_matte, grey_png_of, jpeg_size, npy_header, resize_alpha
 from portrait_dist.data.shard_format import SUFFIXES
 from portrait_dist.errors import DamagedDataError, InputError
 
@@ -69,25 +68,39 @@ def encode_pair(source: tuple[str, Path, Path], settings: Settings) -> EncodedPa
     Raises:
         InputError: the pair cannot be used. DamagedDataError: a file does not decode.
     """
-    key, image_path, matte_path = source
+    (key, image_path, matte_path), size = source, settings.size
     jpeg, png = _read(image_path, "JPEG", b"\xff\xd8"), _read(matte_path, "PNG", b"\x89PNG")
     if png[25:26] not in (b"\4", b"\6"):
         raise InputError(f"{matte_path}: has no alpha channel; convert it to RGBA, or remove it and its partner")
-    image = _decoded(image_path, lambda: simplejpeg.decode_jpeg(jpeg, "RGB"))
+    stored = _decoded(image_path, lambda: jpeg_size(jpeg))
     alpha = _decoded(matte_path, lambda: decode_matte(png))
-    if image.shape[:2] != alpha.shape:
+    if stored != alpha.shape:
         raise InputError(
             f"{matte_path}: {alpha.shape[1]}x{alpha.shape[0]} pixels, but its image {image_path} has "
-            f"{image.shape[1]}x{image.shape[0]}; bring both to one size, or remove the pair"
+            f"{stored[1]}x{stored[0]}; bring both to one size, or remove the pair"
         )
-    if settings.size is None:
+    image = _decoded(image_path, lambda: simplejpeg.decode_jpeg(jpeg, "RGB"))
+    if size is None:
         return EncodedPair(key, jpeg, grey_png(alpha))
-    if settings.size != alpha.shape:
-        image, alpha = resize_image(image, settings.size), resize_alpha(alpha, settings.size)
+    if size != stored:
+        image, alpha = resize_image(image, size), resize_alpha(alpha, size)
     if settings.codec == "raw":
         return EncodedPair(key, npy_header(image.shape) + image.tobytes(), npy_header(alpha.shape) + alpha.tobytes())
     jpeg = simplejpeg.encode_jpeg(image, quality=settings.quality, colorspace="RGB", colorsubsampling="420", fastdct=False)
     return EncodedPair(key, jpeg, grey_png(alpha))
+
+
+def resize_image(image: Pixels, size: tuple[int, int]) -> Pixels:
+    """uint8 [h, w, 3] to [H, W, 3], bilinear with antialiasing.
+
+    torch's kernel for 8-bit pictures (after Pillow-SIMD) takes a fifth of Pillow's time and differs from it by at most one
+    level, in some 0.3 % of the values: far below what the JPEG that follows changes.
+    """
+    import torch
+
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(planes, size, mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def _read(path: Path, kind: str, magic: bytes) -> bytes:
@@ -111,11 +124,6 @@ def _decoded(path: Path, decode: Callable[[], Any]) -> Any:
 
 def grey_png(alpha: Pixels) -> bytes:
     """uint8 [H, W] as an 8-bit grey PNG that decodes fast."""
-    height, width = alpha.shape
-    rows = bytearray((width + 1) * height)  # each row begins with its filter, 0 for none
-    for row in range(height):
-        rows[row * (width + 1) + 1 : (row + 1) * (width + 1)] = alpha[row].tobytes()
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, ALPHA_COMPRESSION)), (b"IEND", b""))
-    body = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+    rows = np.zeros((alpha.shape[0], 1 + alpha.shape[1]), np.uint8)  # each row begins with its filter, 0 for none
+    rows[:, 1:] = alpha
+    return grey_png_of(rows, ALPHA_COMPRESSION)
