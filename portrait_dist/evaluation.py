@@ -17,7 +17,7 @@ from portrait_dist import distributed
 from portrait_dist.data import build_loader
 from portrait_dist.data.augment import normalise
 from portrait_dist.losses import SoftIoULoss
-from portrait_dist.metrics import SoftIoU, per_sample
+from portrait_dist.metrics import PrecisionRecall, SoftIoU, per_sample
 from portrait_dist.training.checkpoints import load_model
 
 
@@ -30,6 +30,7 @@ def evaluate(
     workers: int = 2,
     device: str = "auto",
     table: str | Path | None = None,
+    curve: str | Path | None = None,
     pictures: str | Path | None = None,
 ) -> dict[str, Any] | None:
     """Score a checkpoint on a split.
@@ -42,11 +43,13 @@ def evaluate(
         workers: decoding threads.
         device: ``auto``, ``cpu`` or ``cuda``.
         table: a CSV file for every sample's figures.
+        curve: a CSV file for precision, recall and IoU at 101 thresholds.
         pictures: a folder for pictures of the worst and the median samples.
 
     Returns:
-        On rank 0 ``split, samples, iou`` (pixels pooled), ``mean_iou, mae, mse, boundary_iou, gradient_error, loss,
-        world_size``; None on the others.
+        On rank 0 ``split, samples, iou`` (pixels pooled), ``loss, mean_iou, mae, mse, boundary_iou, gradient_error``, at the
+        threshold 0.5 ``precision`` and ``recall`` (pixels pooled), ``best_threshold`` (of the largest IoU) and
+        ``world_size``; None on the others.
 
     Raises:
         InputError: no such checkpoint or shards.
@@ -60,28 +63,36 @@ def evaluate(
     loader = distributed.on_every_rank(
         lambda: build_loader(shards, split, batch_size, workers=workers, shuffle=False, size=(size[0], size[1]), drop_last=False)
     )
-    rows, pooled, loss = _score(model, loader, chosen)
+    rows, pooled, thresholds, loss = _score(model, loader, chosen)
     sums = torch.tensor([loss, float(len(rows))], dtype=torch.float64, device=chosen)
     distributed.sum_over_ranks([sums])
-    iou = float(pooled.compute())
+    iou, at = float(pooled.compute()), {name: values.tolist() for name, values in thresholds.compute().items()}
     every = [row for part in distributed.gather_objects(rows) for row in part]
     if distributed.rank() != 0:
         return None
     every.sort(key=lambda row: row["key"])
     if table:
         write_table(every, Path(table))
+    if curve:
+        write_table([dict(zip(at, values, strict=True)) for values in zip(*at.values(), strict=True)], Path(curve))
     result = {"split": split, "samples": len(every), "iou": iou, "loss": float(sums[0] / sums[1].clamp(min=1))}
     names = {"mean_iou": "iou", "mae": "mae", "mse": "mse", "boundary_iou": "boundary_iou", "gradient_error": "gradient_error"}
     result |= {name: sum(row[figure] for row in every) / max(len(every), 1) for name, figure in names.items()}
+    half = at["thresholds"].index(0.5)
+    result |= {"precision": at["precision"][half], "recall": at["recall"][half]}
+    result["best_threshold"] = at["thresholds"][at["iou"].index(max(at["iou"]))]
     result["world_size"] = distributed.world_size()
     if pictures:
         result["pictures"] = _draw(model, shards, split, size, every, Path(pictures), chosen)
     return result
 
 
-def _score(model: torch.nn.Module, loader: Any, device: torch.device) -> tuple[list[dict[str, Any]], SoftIoU, float]:
-    """This rank's rows (key and figures), its pooled IoU and the sum of its losses."""
-    pooled, criterion, loss = SoftIoU().to(device), SoftIoULoss(0.5, 0.5), 0.0
+def _score(
+    model: torch.nn.Module, loader: Any, device: torch.device
+) -> tuple[list[dict[str, Any]], SoftIoU, PrecisionRecall, float]:
+    """This rank's rows (key and figures), its pooled IoU, the same over thresholds, and the sum of its losses."""
+    pooled, thresholds = SoftIoU().to(device), PrecisionRecall().to(device)
+    criterion, loss = SoftIoULoss(0.5, 0.5), 0.0
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         for batch in loader:
@@ -89,10 +100,11 @@ def _score(model: torch.nn.Module, loader: Any, device: torch.device) -> tuple[l
             logits = model(images, return_logits=True)
             probabilities = torch.sigmoid(logits)
             pooled.update(probabilities, mattes)
+            thresholds.update(probabilities, mattes)
             loss += float(criterion(logits, mattes)) * len(images)
             figures = {name: values.tolist() for name, values in per_sample(probabilities, mattes).items()}
             rows += [{"key": key, **{name: figures[name][i] for name in figures}} for i, key in enumerate(batch.keys)]
-    return rows, pooled, loss
+    return rows, pooled, thresholds, loss
 
 
 def baseline_iou(shards: str, size: tuple[int, int], split: str = "test") -> float:

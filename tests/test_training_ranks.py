@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from jobs import checkpoint, largest_difference, lines, train
+from jobs import TORCHRUN, checkpoint, largest_difference, lines, train
 
 # fp32: sums over ranks are taken in another order, and Adam divides by small numbers.
 WEIGHTS = 2e-4
@@ -69,20 +73,27 @@ def test_two_nodes_train_one_model_and_rank_0_alone_writes(one_process: Path, ti
 
 def test_validation_on_uneven_counts_equals_one_process_to_1e_6(one_process: Path, tiny_shards: Path, tmp_path: Path) -> None:
     """The same weights on 7 samples: one rank has 4, the other 3, in batches of 2."""
-    from jobs import TORCHRUN
-
     command = ["-m", "portrait_dist", "evaluate", "--json", "--data", str(tiny_shards), "--split", "val", "--batch-size", "2"]
     command += ["--checkpoint", str(one_process / "ckpt_latest.pth")]
-    import json
-    import sys
 
-    two = json.loads(
-        subprocess.run([*TORCHRUN, "--standalone", "--nproc-per-node=2", *command], stdout=subprocess.PIPE, check=True).stdout
-    )
-    one = json.loads(subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, check=True).stdout)
+    def scored(name: str, *launcher: str) -> dict[str, Any]:
+        files = ("--per-sample", f"{tmp_path / name}.csv", "--curve", f"{tmp_path / name}-curve.csv")
+        done = subprocess.run([*launcher, *command, *files], stdout=subprocess.PIPE, check=True)
+        return dict(json.loads(done.stdout))
+
+    two = scored("two", *TORCHRUN, "--standalone", "--nproc-per-node=2")
+    one = scored("one", sys.executable)
     assert (one["samples"], two["samples"], one["world_size"], two["world_size"]) == (7, 7, 1, 2)
-    for name in ("iou", "mean_iou", "mae", "mse", "loss", "boundary_iou"):
+    for name in ("iou", "mean_iou", "mae", "mse", "loss", "boundary_iou", "gradient_error", "precision", "recall"):
         assert abs(one[name] - two[name]) < 1e-6, name
+    for name in ("", "-curve"):
+        tables = [list(csv.DictReader((tmp_path / f"{who}{name}.csv").open())) for who in ("one", "two")]
+        assert [len(table) for table in tables] == ([101, 101] if name else [7, 7])
+        for row, other in zip(*tables, strict=True):
+            assert row.pop("key", None) == other.pop("key", None)
+            assert all(abs(float(row[figure]) - float(other[figure])) < 1e-5 for figure in row)
+    half = next(row for row in tables[0] if float(row["thresholds"]) == 0.5)
+    assert abs(float(half["iou"]) - one["iou"]) < 1e-6
     last = lines(one_process, "epoch")[-1]
     assert abs(last["val_iou"] - one["iou"]) < 1e-6
     assert abs(last["val_loss"] - one["loss"]) < 1e-6
