@@ -177,7 +177,11 @@ def result(benchmark: str, rows: list[Row], **facts: Any) -> dict[str, Any]:
 
 
 def _short_path(word: str) -> str:
-    return str(Path(word).resolve().relative_to(REPOSITORY)) if word.endswith(".py") else word
+    """Files of the repository as they lie in it, other paths by their name: where they lie on a machine says nothing."""
+    path = Path(word)
+    if path.resolve().is_relative_to(REPOSITORY) and path.exists():
+        return str(path.resolve().relative_to(REPOSITORY))
+    return path.name if "/" in word else word
 
 
 def publish(found: dict[str, Any], out: Path | None) -> None:

@@ -76,13 +76,13 @@ def score(pairs: Iterator[Pair]) -> dict[str, float]:
     return {"iou": float(pooled.compute()), **means, "samples": count, "images_per_second": rate}
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = measure.arguments(__doc__)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data", required=True, help="folder that 'portrait-dist prepare' wrote")
     parser.add_argument("--split", nargs="+", default=["test"])
     parser.add_argument("--limit", type=int, help="pictures; all when not given, 8 with --quick")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     pairs = [pair for split in options.split for pair in read_split(options.data).pairs(split)]
     pairs = pairs[: options.limit or (8 if options.quick else None)]
     loaded = [(read_picture(pair.image), np.asarray(Image.open(pair.matte).split()[-1])) for pair in pairs]

@@ -88,3 +88,27 @@ def test_scaling_measures_real_ranks(tmp_path: Path, tiny_shards: Path) -> None:
     found = measured("scaling", tmp_path / "scaling.json", *SMALL, *words)
     assert found["rows"][0]["ranks"] == 2
     assert found["rows"][0]["images_per_second"] > 0
+
+
+def test_fits_and_refinements_are_scored_at_the_pictures_own_resolution(tmp_path: Path, split_dir: Path) -> None:
+    from tests import blobs
+
+    checkpoint = blobs.save(blobs.train(steps=2), tmp_path / "ckpt_best.pth")
+    words = ("--checkpoint", str(checkpoint), "--data", str(split_dir), "--split", "val", "--limit", "2")
+    found = measured("predictions", tmp_path / "predictions.json", *words)
+    by = {row["name"]: row for row in found["rows"]}
+    assert {"upright 3:4, letterbox", "upright 3:4, squash", "landscape 16:9, cover"} <= by.keys()
+    assert sum(name.startswith("refined, ") for name in by) == 12
+    assert all(0 <= row["iou"] <= 1 and row["samples"] <= 2 and row["images_per_second"] > 0 for row in by.values())
+
+
+def test_recipes_are_trained_by_their_printed_command_and_scored_on_both_held_out_splits(tmp_path: Path) -> None:
+    words = ("--only", "aisegment_unet", "--seeds", "3", "--epochs", "1", "--features", "2", "--side", "32", "--pairs", "24")
+    found = measured("recipes", tmp_path / "recipes.json", *words, "--work", str(tmp_path / "work"))
+    (row,) = found["rows"]
+    (one,) = row["runs"]
+    assert one["seed"] == 3
+    assert row["test_iou"] == pytest.approx(one["test_iou"], abs=1e-4)
+    assert all(0 <= one[f"{split}_{figure}"] <= 1 for split in ("val", "test") for figure in ("iou", "mean_iou", "boundary_iou"))
+    assert row["command"].startswith("portrait-dist train --recipe aisegment_unet")
+    assert (tmp_path / "work" / "runs").is_dir()

@@ -1,0 +1,155 @@
+"""Recipes compared on the same pictures, seeds and steps; chosen on validation, reported on test.
+
+    python benchmarks/recipes.py --raw RAW --json recipes.json                # a raw AISegment tree
+    python benchmarks/recipes.py --pairs 109 --json recipes.json              # generated portraits
+    python benchmarks/recipes.py --raw RAW --only aisegment_unet --epochs 800
+
+From ``aisegment_unet`` one thing after the other is taken away, down to the tutorial's recipe. Every row is trained with every
+seed: the seed decides over the split (``prepare --seed``), the weights, the order and the augmentation, so each seed also has
+other validation and test pictures. A row's command is printed with it; ``ckpt_best.pth`` (best on validation) is scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import measure
+
+CLI = [sys.executable, "-m", "portrait_dist"]
+NO_BACKGROUND = ["augment.background=0"]
+NO_GEOMETRY = ["augment.scale=0", "augment.rotation=0", "augment.translation=0"]
+NO_SCHEDULE = ["train.ema=false", "train.warmup_steps=0", "train.optimizer=adam", "train.weight_decay=0", "train.lr=0.001"]
+ROWS: dict[str, list[str]] = {
+    "tutorial": ["--recipe", "tutorial"],
+    "soft IoU loss": ["--recipe", "aisegment_unet", *NO_BACKGROUND, *NO_GEOMETRY, *NO_SCHEDULE],
+    "+ EMA, warm-up, AdamW": ["--recipe", "aisegment_unet", *NO_BACKGROUND, *NO_GEOMETRY],
+    "+ zoom, turn, shift": ["--recipe", "aisegment_unet", *NO_BACKGROUND],
+    "aisegment_unet": ["--recipe", "aisegment_unet"],
+}
+FIGURES = ("iou", "mean_iou", "boundary_iou", "mae")
+
+
+def call(*words: str) -> dict[str, Any]:
+    """Run one command of the package and return its JSON object."""
+    done = subprocess.run([*CLI, *words, "--json"], capture_output=True, text=True, cwd=measure.REPOSITORY)
+    if done.returncode:
+        raise RuntimeError(f"portrait-dist {' '.join(words)}: exit {done.returncode}: {done.stderr.strip()[-500:]}")
+    return dict(json.loads(done.stdout))
+
+
+def shards_of(seed: int, options: argparse.Namespace, work: Path) -> Path:
+    """The pictures, split by this seed and packed."""
+    raw = options.raw.resolve() if options.raw else work / "raw"
+    if not options.raw:
+        call("synth", "--out", str(raw), "--pairs", str(options.pairs), "--seed", "1")
+    call("prepare", "--raw", str(raw), "--out", str(work / f"split{seed}"), "--seed", str(seed))
+    out = work / f"shards{seed}"
+    call("pack", "--data", str(work / f"split{seed}"), "--out", str(out), "--size", f"{options.side}x{options.side}")
+    return out
+
+
+def settings_of(name: str, options: argparse.Namespace) -> list[str]:
+    """Words of ``train`` for a row, all but its folders and seed."""
+    return [
+        *ROWS[name],
+        f"model.init_features={options.features}",
+        f"train.max_epochs={options.epochs}",
+        f"train.precision={options.precision}",
+    ]
+
+
+def score(name: str, seed: int, shards: Path, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Train one row with one seed; minutes, and figures of the best checkpoint on both held-out splits."""
+    begin = time.monotonic()
+    own = [
+        f"data.shards={shards}",
+        f"run.root={work / 'runs'}",
+        f"run.name={list(ROWS).index(name)}-{seed}",
+        f"train.seed={seed}",
+    ]
+    trained = call("train", *settings_of(name, options), *own, "train.threads=1", "train.pictures=0")
+    found: dict[str, Any] = {"minutes": round((time.monotonic() - begin) / 60, 2)}
+    for split in ("val", "test"):
+        scored = call("evaluate", "--checkpoint", str(trained["checkpoint"]), "--data", str(shards), "--split", split)
+        found |= {f"{split}_{figure}": scored[figure] for figure in FIGURES}
+    print(f"  {name}, seed {seed}: val {found['val_iou']:.4f}, test {found['test_iou']:.4f}, {found['minutes']} min", flush=True)
+    return found | {"seed": seed, "steps": trained["steps"]}
+
+
+def row(name: str, runs: list[dict[str, Any]], options: argparse.Namespace) -> measure.Row:
+    """Means over the seeds, with the lowest and highest test IoU."""
+    means = {key: round(statistics.mean(run[key] for run in runs), 4) for key in runs[0] if key not in ("seed", "steps")}
+    tests = [run["test_iou"] for run in runs]
+    return {
+        "name": name,
+        "test_iou": means["test_iou"],
+        "low": round(min(tests), 4),
+        "high": round(max(tests), 4),
+        "val_iou": means["val_iou"],
+        "test_mean_iou": means["test_mean_iou"],
+        "test_boundary_iou": means["test_boundary_iou"],
+        "test_mae": means["test_mae"],
+        "seeds": len(runs),
+        "steps": runs[0]["steps"],
+        "minutes": means["minutes"],
+        "runs": runs,
+        "command": "portrait-dist train " + " ".join(settings_of(name, options)),
+    }
+
+
+def page(found: dict[str, Any]) -> str:
+    """The table and its commands as Markdown."""
+    rows = [{key: value for key, value in line.items() if key != "command"} for line in found["rows"]]
+    commands = [f"- {line['name']}: `{line['command']} data.shards=SHARDS train.seed=SEED`" for line in found["rows"]]
+    lines = [measure.table(rows), "", f"- pictures: {found['pictures']}", f"- best on validation: {found['best']}", *commands]
+    return "\n".join([*lines, f"- all of it: `{found['command']}`, commit {found['commit']}", ""])
+
+
+def main(words: list[str] | None = None) -> dict[str, Any]:
+    options = _options(words)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        work = options.work or Path(temporary)
+        shards = {seed: shards_of(seed, options, work) for seed in options.seeds}
+        # Seed by seed, so that what is finished after an interruption compares all rows; existing runs are gone on with.
+        jobs = [(name, seed) for seed in options.seeds for name in options.only]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            scores = list(pool.map(lambda job: score(*job, shards[job[1]], options, work), jobs))
+    rows = [row(name, [run for job, run in zip(jobs, scores, strict=True) if job[0] == name], options) for name in options.only]
+    pictures = f"{options.raw.name}" if options.raw else f"{options.pairs} generated pairs"
+    best = max(rows, key=lambda line: line["val_iou"])["name"]
+    found = measure.result("recipes", rows, pictures=f"{pictures}, {options.side}x{options.side}", best=best, seeds=options.seeds)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(page(found))
+    return found
+
+
+def _options(words: list[str] | None) -> argparse.Namespace:
+    first, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--raw", type=Path, help="raw AISegment tree; portraits are generated when left out")
+    parser.add_argument("--pairs", type=int, default=109, help="pairs to generate")
+    parser.add_argument("--only", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="some of the rows")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--features", type=int, default=8, help="channels of the network's first level")
+    parser.add_argument("--side", type=int, default=128, help="of the pictures, in pixels")
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--jobs", type=int, default=measure.cores(), help="runs at a time, of one CPU thread each")
+    parser.add_argument("--work", type=Path, help="folder for shards and runs, kept; a temporary one when left out")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write rows, every run, machine and versions to this file")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    main()
