@@ -86,6 +86,9 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
+PLAIN = str(Path(__file__).parent / "plain.yaml")
+
+
 def train(
     folder: Path,
     shards: Path,
@@ -94,7 +97,7 @@ def train(
     launcher: tuple[str, ...] = (),
     prefix: tuple[str, ...] = (),
     name: str = "run",
-    recipe: str = "aisegment_unet",
+    recipe: str = PLAIN,
 ) -> Job:
     """Start ``portrait-dist train --json`` alone (``ranks=0``), or under torchrun with ``ranks`` processes.
 
