@@ -7,10 +7,8 @@ of the rounds, its spread the lowest and the highest.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,19 +20,11 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # also where the package is not installed, with its dependencies on PYTHONPATH
 
-PACKAGES = [
-    "torch",
-    "torchvision",
-    "torchmetrics",
-    "numpy",
-    "pillow",
-    "simplejpeg",
-    "isal",
-    "webdataset",
-    "super-gradients",
-    "litdata",
-    "mosaicml-streaming",
-]
+from portrait_dist import machine  # noqa: E402
+from portrait_dist.machine import cores  # noqa: E402, F401
+
+MORE_PACKAGES = ("pillow", "opencv-python-headless", "litdata", "mosaicml-streaming")
+"""Whose versions matter besides those that portrait_dist.machine names."""
 
 Row = dict[str, Any]
 
@@ -49,44 +39,16 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def machine() -> dict[str, Any]:
+def description() -> dict[str, Any]:
     """Processor, cores, memory, GPU and load of this machine."""
-    import psutil
-    import torch
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return {
-        "cpu": _cpu_name(),
-        "cores": cores(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpus": gpus,
-        "load_at_start": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    found = machine.machine()
+    memory = round(found.pop("memory_bytes") / 1e9, 1)
+    return {**found, "memory_gb": memory, "load_at_start": round(os.getloadavg()[0], 2)}
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the figures depend on; absent ones are left out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: found for name, found in machine.versions(*MORE_PACKAGES).items() if found != "not installed"}
 
 
 def commit() -> str:
@@ -168,7 +130,7 @@ def result(benchmark: str, rows: list[Row], **facts: Any) -> dict[str, Any]:
         "benchmark": benchmark,
         "rows": rows,
         **facts,
-        "machine": machine(),
+        "machine": description(),
         "versions": versions(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),

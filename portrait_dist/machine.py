@@ -37,10 +37,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Python and the main packages → version; ``not installed`` where one is missing; torch's CUDA where it has one."""
+def versions(*more: str) -> dict[str, str]:
+    """Python, the main packages and more → version; ``not installed`` where one is missing; torch's CUDA where it has one."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
