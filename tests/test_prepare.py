@@ -17,6 +17,7 @@ from PIL import Image
 
 from portrait_dist.cli import run
 from portrait_dist.data import pairs, split
+from portrait_dist.data.claim import sole_writer
 from portrait_dist.errors import InputError
 
 
@@ -169,6 +170,17 @@ def test_what_a_killed_run_left_is_cleared(raw: Path, tmp_path: Path) -> None:
     assert prepare(raw, tmp_path / "data") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "raw"]
     assert not list((tmp_path / "data").rglob("half.jpg"))
+
+
+def test_two_prepares_do_not_write_into_one_folder(raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    part = tmp_path / ".data.part"
+    (part / "train").mkdir(parents=True)
+    (part / "train" / "theirs.jpg").write_bytes(b"x")
+    with sole_writer(part, "prepare", tmp_path / "data"):
+        assert prepare(raw, tmp_path / "data") == 2
+        assert "another 'portrait-dist prepare' is writing there" in capfd.readouterr().err
+        assert (part / "train" / "theirs.jpg").exists()
+    assert prepare(raw, tmp_path / "data") == 0
 
 
 def change_settings(raw: Path, out: Path) -> list[str]:

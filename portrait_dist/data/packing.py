@@ -10,7 +10,6 @@ Threads are enough: reading, decoding, resizing, encoding and compressing all re
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from portrait_dist.data.claim import sole_writer
 from portrait_dist.data.encode import EncodedPair, Settings, encode_pair
 from portrait_dist.data.shard_format import (
     BLOCK,
@@ -145,25 +145,16 @@ def _claimed(out: Path, split: Split, settings: Settings) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; give a folder as --out")
     out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{out}: another 'portrait-dist pack' is writing there; wait for it, or give another --out"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        _check_out(out, split, settings)
-        try:
-            yield
-        except PortraitDistError:
-            if not any(out.glob("*.index")):
-                (out / UNFINISHED).unlink(missing_ok=True)
-            raise
+        with sole_writer(out, "pack", out):
+            _check_out(out, split, settings)
+            try:
+                yield
+            except PortraitDistError:
+                if not any(out.glob("*.index")):
+                    (out / UNFINISHED).unlink(missing_ok=True)
+                raise
     finally:
-        os.close(descriptor)
         with contextlib.suppress(OSError):
             out.rmdir()  # only if it is empty
 

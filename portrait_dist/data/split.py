@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from portrait_dist.data.claim import sole_writer
 from portrait_dist.data.pairs import Pair, PairReport, check_pairs, find_pairs
 from portrait_dist.errors import DamagedDataError, InputError, nearest
 from portrait_dist.progress import track
@@ -219,15 +220,18 @@ def _is_same(out: Path, manifest: dict[str, Any]) -> bool:
 def _build(pairs: Sequence[Pair], out: Path, manifest: dict[str, Any], mode: str) -> None:
     part = out.with_name(f".{out.name}.part")
     try:
-        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-        part.mkdir(parents=True)
-        _arrange(pairs, part, manifest["splits"], mode)
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        part.rename(out)
+        part.mkdir(parents=True, exist_ok=True)
+        with sole_writer(part, "prepare", out):
+            try:
+                for left in part.iterdir():  # of a run that was killed
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                _arrange(pairs, part, manifest["splits"], mode)
+                (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+                part.rename(out)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror}); give a folder of yours, with room, as --out") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _arrange(pairs: Sequence[Pair], data: Path, splits: dict[str, list[str]], mode: str) -> None:
