@@ -94,6 +94,26 @@ def test_the_batch_given_is_left_as_it_was(pictures):
     assert torch.equal(alphas, pictures[1])
 
 
+class Augmented(torch.utils.data.Dataset):
+    """Batches that are augmented where they are read."""
+
+    def __init__(self, images: torch.Tensor, alphas: torch.Tensor) -> None:
+        self.images, self.alphas = images, alphas
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return Augment(AugmentConfig(), seed=1)(self.images, self.alphas, epoch=index, positions=np.arange(24))[0]
+
+
+def test_dataloader_processes_augment_after_their_parent_has(pictures):
+    here = [Augmented(*pictures)[epoch] for epoch in range(2)]
+    loader = torch.utils.data.DataLoader(Augmented(*pictures), None, num_workers=1, multiprocessing_context="fork", timeout=60)
+    for ours, theirs in zip(here, loader, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_parameters_depend_on_seed_epoch_and_position_only():
     transform = Augment(AugmentConfig(scale=0.2, rotation=9, translation=0.1, background=0.5), seed=5)
     whole = transform.parameters(3, np.arange(64))

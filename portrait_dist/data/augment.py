@@ -280,7 +280,8 @@ def _opencv() -> Any:
 
 
 @functools.cache
-def _threads() -> ThreadPoolExecutor:
+def _threads(process: int) -> ThreadPoolExecutor:
+    """A process's own threads: a fork has none of its parent's."""
     return ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), thread_name_prefix="augment")
 
 
@@ -290,7 +291,7 @@ def _on_cpu(images: torch.Tensor, alphas: torch.Tensor, parameters: Parameters) 
     pictures = torch.empty((count, height, width, 3), dtype=torch.float32)
     mattes = torch.empty((count, 1, height, width), dtype=torch.float32)
     scale, offset = _normaliser(width, "cpu")
-    coloured = _threads().map(lambda row: _colours_of_one(images[row].numpy(), parameters, row), range(count))
+    coloured = _threads(os.getpid()).map(lambda row: _colours_of_one(images[row].numpy(), parameters, row), range(count))
     for row, picture in enumerate(coloured):
         lines = pictures[row].view(height, width * 3)
         lines.copy_(torch.from_numpy(picture).view(height, width * 3))
