@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
+import cv2
 import numpy as np
 import pytest
 import simplejpeg
@@ -128,6 +131,33 @@ def test_only_the_alpha_channel_of_a_matte_is_taken() -> None:
     Image.fromarray(picture(9, 11)).save(buffer, "PNG")
     with pytest.raises(ValueError, match="alpha channel"):
         decode_matte(buffer.getvalue())
+
+
+FILTERS = ("NONE", "SUB", "UP", "AVG", "PAETH")
+
+
+@settings(max_examples=40, deadline=None)
+@given(height=SIDE, width=SIDE, kind=st.sampled_from(FILTERS), seed=st.integers(0, 9))
+def test_mattes_of_every_row_filter_give_the_alpha_that_pil_reads(height: int, width: int, kind: str, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    pixels[..., 3] = np.maximum.accumulate(pixels[..., 3], axis=1)  # some structure, as mattes have
+    png = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_FILTER, getattr(cv2, f"IMWRITE_PNG_FILTER_{kind}")])[1].tobytes()
+    with Image.open(io.BytesIO(png)) as opened:
+        assert (decode_matte(png) == np.asarray(opened)[..., 3]).all()
+    assert (decode_matte(png) == pixels[..., 3]).all()
+
+
+def test_of_a_matte_with_16_bits_the_upper_ones_are_taken() -> None:
+    pixels = np.random.default_rng(0).integers(0, 1 << 16, (9, 11, 4), dtype=np.uint16)
+    assert (decode_matte(cv2.imencode(".png", pixels)[1].tobytes()) == pixels[..., 3] >> 8).all()
+
+
+def test_a_png_that_claims_to_be_huge_is_refused_before_it_takes_memory() -> None:
+    png = bytearray(grey_png(np.zeros((8, 8), np.uint8)))
+    png[16:24] = struct.pack(">II", 1 << 30, 1 << 30)
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    with pytest.raises(ValueError, match="1073741824x1073741824 pixels"):
+        decode_grey(bytes(png))
 
 
 def test_decoding_in_place_is_what_simplejpeg_gives() -> None:

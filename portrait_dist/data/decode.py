@@ -118,6 +118,8 @@ def decode_matte(png: bytes | memoryview) -> Pixels:
     return _unfiltered(alpha)
 
 
+MAX_PIXELS = 1 << 28
+"""Of a PNG; more than any camera gives. A header that claims more is damaged or hostile."""
 GREY, GREY_ALPHA, RGB_ALPHA = 0, 4, 6
 """Colour types of the PNG specification (ISO/IEC 15948), 11.2.2."""
 _CHANNELS = {GREY: 1, 2: 3, 3: 1, GREY_ALPHA: 2, RGB_ALPHA: 4}
@@ -165,6 +167,8 @@ def _parts(png: bytes | memoryview) -> tuple[_Header, bytes | memoryview]:
         place = end + 4
     if header is None or header.colour not in _CHANNELS or not pixels:
         raise ValueError("the PNG has no header or no pixels")
+    if not 0 < header.width * header.height <= MAX_PIXELS:
+        raise ValueError(f"the PNG says that it has {header.width}x{header.height} pixels")
     return header, pixels[0] if len(pixels) == 1 else b"".join(pixels)
 
 
