@@ -90,8 +90,10 @@ def _until_trained_in_turn(cluster: Cluster, turn: int, run: Path, log: Path) ->
     """An epoch was trained and saved in this turn."""
 
     def trained() -> bool:
-        kinds = [line["kind"] for line in lines(run)]
-        return kinds.count("start") == turn and "epoch" in kinds[len(kinds) - kinds[::-1].index("start") :]
+        found = lines(run)
+        starts = [place for place, line in enumerate(found) if line["kind"] == "start"]
+        epochs = [line for line in found[starts[-1] :] if line["kind"] == "epoch"] if len(starts) == turn else []
+        return bool(epochs) and (run / "ckpt_latest.pth").stat().st_mtime > epochs[0]["time"]
 
     try:
         cluster.until(trained, 150, f"turn {turn} has trained")
