@@ -93,7 +93,8 @@ def _until_trained_in_turn(cluster: Cluster, turn: int, run: Path, log: Path) ->
         found = lines(run)
         starts = [place for place, line in enumerate(found) if line["kind"] == "start"]
         epochs = [line for line in found[starts[-1] :] if line["kind"] == "epoch"] if len(starts) == turn else []
-        return bool(epochs) and (run / "ckpt_latest.pth").stat().st_mtime > epochs[0]["time"]
+        latest = run / "ckpt_latest.pth"
+        return bool(epochs) and latest.exists() and latest.stat().st_mtime > epochs[0]["time"]
 
     try:
         cluster.until(trained, 150, f"turn {turn} has trained")
