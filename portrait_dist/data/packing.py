@@ -18,13 +18,14 @@ import os
 import re
 import tarfile
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from isal import isal_zlib
 
 from portrait_dist.data.claim import sole_writer
 from portrait_dist.data.encode import EncodedPair, Settings, encode_pair
@@ -288,7 +289,7 @@ def _write_shard(out: Path, plan: ShardPlan, pairs: Iterable[EncodedPair], codec
                 for name, data in zip(SUFFIXES[codec], (pair.image, pair.alpha), strict=True)
                 for part in (_tar_header(pair.key + name, len(data)), data, bytes(padded(len(data)) - len(data)))
             )
-            records.append(Record(offset, len(pair.image), len(pair.alpha), zlib.crc32(piece)))
+            records.append(Record(offset, len(pair.image), len(pair.alpha), isal_zlib.crc32(piece)))
             digest.update(piece)
             offset += write(piece)
         digest.update(bytes(2 * BLOCK))  # the end of a tar

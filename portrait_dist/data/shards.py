@@ -10,10 +10,11 @@ import hashlib
 import itertools
 import mmap
 import threading
-import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+
+from isal import isal_zlib
 
 from portrait_dist.data import shard_format
 from portrait_dist.data.packing import pack
@@ -223,7 +224,7 @@ class _OpenShard:
             raise _DamageError(f"the shard has {self.map.size():,} bytes instead of {self.entry.bytes:,}")
         record = shard_format.record_at(self.records, position)
         sample = self.view[record.offset : record.offset + record.length]
-        if zlib.crc32(sample) != record.crc32:
+        if isal_zlib.crc32(sample) != record.crc32:
             raise _DamageError("the sample is damaged (its CRC-32 differs from the index's)")
         alpha_at = BLOCK + padded(record.image)
         image_name = shard_format.member_name(sample[:BLOCK])
