@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import io
 import struct
-import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -191,18 +190,30 @@ def _unfiltered(rows: Pixels) -> Pixels:
     if rows[:, 0].max() > 4:
         raise ValueError("the PNG has a row filter that does not exist")
     height, width = rows.shape[0], rows.shape[1] - 1
-    plain: Pixels | None = cv2.imdecode(np.frombuffer(grey_png_of(rows, level=0), np.uint8), cv2.IMREAD_UNCHANGED)
+    plain: Pixels | None = cv2.imdecode(np.frombuffer(png_of(rows, _stored(rows)), np.uint8), cv2.IMREAD_UNCHANGED)
     if plain is None or plain.shape != (height, width):
         raise ValueError("the PNG does not decode")
     return plain
 
 
-def grey_png_of(rows: Pixels, level: int) -> bytes:
-    """An 8-bit grey PNG of rows that each begin with their filter, uint8 [H, 1 + W], at a level of zlib."""
+def png_of(rows: Pixels, compressed: bytes) -> bytes:
+    """An 8-bit grey PNG of rows that each begin with their filter, uint8 [H, 1 + W], and of the zlib stream that holds them."""
     header = struct.pack(">IIBBBBB", rows.shape[1] - 1, rows.shape[0], 8, GREY, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.data, level)), (b"IEND", b""))
-    body = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", isal_zlib.crc32(kind + data)) for kind, data in chunks)
-    return _SIGNATURE + b"".join(body)
+    parts = [_SIGNATURE]
+    for kind, data in ((b"IHDR", header), (b"IDAT", compressed), (b"IEND", b"")):
+        checksum = isal_zlib.crc32(data, isal_zlib.crc32(kind))
+        parts += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", checksum)]
+    return b"".join(parts)
+
+
+def _stored(rows: Pixels) -> bytes:
+    """A zlib stream (RFC 1950) that holds the bytes in stored blocks (RFC 1951, 3.2.4), not compressed."""
+    data, most = rows.reshape(-1).data, 0xFFFF
+    parts: list[bytes | memoryview] = [b"\x78\x01"]
+    for start in range(0, len(data), most):
+        block = data[start : start + most]
+        parts += [struct.pack("<BHH", start + most >= len(data), len(block), len(block) ^ most), block]
+    return b"".join([*parts, struct.pack(">I", isal_zlib.adler32(data))])
 
 
 def _by_pillow(png: bytes | memoryview) -> Pixels:
