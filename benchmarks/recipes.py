@@ -2,7 +2,8 @@
 
     python benchmarks/recipes.py --raw RAW --json recipes.json                # a raw AISegment tree
     python benchmarks/recipes.py --pairs 109 --json recipes.json              # generated portraits
-    python benchmarks/recipes.py --raw RAW --only aisegment_unet --epochs 800
+    python benchmarks/recipes.py --raw RAW --only tutorial aisegment_unet --side 128 --epochs 300
+    python benchmarks/recipes.py --page recipes.json ...              # the tables of such files as one page
 
 From ``aisegment_unet`` one thing after the other is taken away, down to the tutorial's recipe. Every row is trained with every
 seed: the seed decides over the split (``prepare --seed``), the weights, the order and the augmentation, so each seed also has
@@ -110,12 +111,26 @@ def page(found: dict[str, Any]) -> str:
     """The table and its commands as Markdown."""
     rows = [{key: value for key, value in line.items() if key != "command"} for line in found["rows"]]
     commands = [f"- {line['name']}: `{line['command']} data.shards=SHARDS train.seed=SEED`" for line in found["rows"]]
-    lines = [measure.table(rows), "", f"- pictures: {found['pictures']}", f"- best on validation: {found['best']}", *commands]
-    return "\n".join([*lines, f"- all of it: `{found['command']}`, commit {found['commit']}", ""])
+    machine = found["machine"]
+    about = [
+        f"## {found['pictures']}, {found['rows'][0]['steps']} steps",
+        "",
+        f"Means over the seeds {', '.join(map(str, found['seeds']))}; the column after test_iou has its lowest and highest.",
+        "",
+        measure.table(rows),
+        "",
+        f"- largest mean IoU on validation: {found['best']}",
+        f"- {machine['cpu']}, {machine['cores']} cores, one core a run; commit {found['commit']}, {found['date']}",
+    ]
+    return "\n".join([*about, *commands, f"- all of it: `{found['command']}`", ""])
 
 
 def main(words: list[str] | None = None) -> dict[str, Any]:
     options = _options(words)
+    if options.page:
+        results = [json.loads(path.read_text()) for path in options.page]
+        print("\n".join(["# Recipes", "", *(page(result) for result in results)]).rstrip())
+        return {"pages": len(results)}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         work = options.work or Path(temporary)
         shards = {seed: shards_of(seed, options, work) for seed in options.seeds}
@@ -147,6 +162,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--jobs", type=int, default=measure.cores(), help="runs at a time, of one CPU thread each")
     parser.add_argument("--work", type=Path, help="folder for shards and runs, kept; a temporary one when left out")
+    parser.add_argument("--page", type=Path, nargs="+", metavar="JSON", help="only print the tables of these results")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write rows, every run, machine and versions to this file")
     return parser.parse_args(words)
 
