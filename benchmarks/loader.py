@@ -18,7 +18,6 @@ import argparse
 import gc
 import importlib
 import io
-import os
 import shutil
 import statistics
 import subprocess
@@ -83,23 +82,15 @@ def _repeated(raw: Path, out: Path, copies: int) -> Path:
     An epoch of a few hundred small pictures lasts a tenth of a second, and its start counts; real ones are far longer.
     """
     from portrait_dist.data.pairs import find_pairs
+    from portrait_dist.data.split import place
 
     for pair in find_pairs(raw).pairs:
         for path in (pair.image, pair.matte):
             folder = out / path.relative_to(raw).parent
             folder.mkdir(parents=True, exist_ok=True)
             for copy in range(copies):
-                target = folder / f"{path.stem}-{copy}{path.suffix}"
-                if not target.exists():
-                    _link_or_copy(path.resolve(), target)
+                place(path, folder / f"{path.stem}-{copy}{path.suffix}", "link")
     return out
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
 
 
 # -- Peers --------------------------------------------------------------------------------------------------------------------

@@ -152,6 +152,11 @@ def publish(found: dict[str, Any], out: Path | None) -> None:
     print(table(found["rows"]))
     for name, value in found.get("aims", {}).items():
         print(f"  {name}: {value}")
+    write(found, out)
+
+
+def write(found: dict[str, Any], out: Path | None) -> None:
+    """Write the JSON file where asked."""
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n")

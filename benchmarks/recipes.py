@@ -46,11 +46,16 @@ def call(*words: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def shards_of(seed: int, options: argparse.Namespace, work: Path) -> Path:
+def raw_tree(options: argparse.Namespace, work: Path) -> Path:
+    """The pictures as given, or generated."""
+    if options.raw:
+        return Path(options.raw).resolve()
+    call("synth", "--out", str(work / "raw"), "--pairs", str(options.pairs), "--seed", "1")
+    return work / "raw"
+
+
+def shards_of(seed: int, raw: Path, options: argparse.Namespace, work: Path) -> Path:
     """The pictures, split by this seed and packed."""
-    raw = options.raw.resolve() if options.raw else work / "raw"
-    if not options.raw:
-        call("synth", "--out", str(raw), "--pairs", str(options.pairs), "--seed", "1")
     call("prepare", "--raw", str(raw), "--out", str(work / f"split{seed}"), "--seed", str(seed))
     out = work / f"shards{seed}"
     call("pack", "--data", str(work / f"split{seed}"), "--out", str(out), "--size", f"{options.side}x{options.side}")
@@ -132,18 +137,17 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         return {"pages": len(results)}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         work = options.work or Path(temporary)
-        shards = {seed: shards_of(seed, options, work) for seed in options.seeds}
+        raw = raw_tree(options, work)
+        shards = {seed: shards_of(seed, raw, options, work) for seed in options.seeds}
         # Seed by seed, so that what is finished after an interruption compares all rows; existing runs are gone on with.
         jobs = [(name, seed) for seed in options.seeds for name in options.only]
         with ThreadPoolExecutor(options.jobs) as pool:
             scores = list(pool.map(lambda job: score(*job, shards[job[1]], options, work), jobs))
     rows = [row(name, [run for job, run in zip(jobs, scores, strict=True) if job[0] == name], options) for name in options.only]
-    pictures = f"{options.raw.name}" if options.raw else f"{options.pairs} generated pairs"
+    pictures = options.raw.name if options.raw else f"{options.pairs} generated pairs"
     best = max(rows, key=lambda line: line["val_iou"])["name"]
     found = measure.result("recipes", rows, pictures=f"{pictures}, {options.side}x{options.side}", best=best, seeds=options.seeds)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    measure.write(found, options.json)
     print(page(found))
     return found
 

@@ -76,12 +76,7 @@ def evaluate(
     if curve:
         write_table([dict(zip(at, values, strict=True)) for values in zip(*at.values(), strict=True)], Path(curve))
     result = {"split": split, "samples": len(every), "iou": iou, "loss": float(sums[0] / sums[1].clamp(min=1))}
-    names = {"mean_iou": "iou", "mae": "mae", "mse": "mse", "boundary_iou": "boundary_iou", "gradient_error": "gradient_error"}
-    result |= {name: sum(row[figure] for row in every) / max(len(every), 1) for name, figure in names.items()}
-    half = at["thresholds"].index(0.5)
-    result |= {"precision": at["precision"][half], "recall": at["recall"][half]}
-    result["best_threshold"] = at["thresholds"][at["iou"].index(max(at["iou"]))]
-    result["world_size"] = distributed.world_size()
+    result |= {**_means(every), **_at_thresholds(at), "world_size": distributed.world_size()}
     if pictures:
         result["pictures"] = _draw(model, shards, split, size, every, Path(pictures), chosen)
     return result
@@ -105,6 +100,19 @@ def _score(
             figures = {name: values.tolist() for name, values in per_sample(probabilities, mattes).items()}
             rows += [{"key": key, **{name: figures[name][i] for name in figures}} for i, key in enumerate(batch.keys)]
     return rows, pooled, thresholds, loss
+
+
+def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means of the samples' figures."""
+    names = {"mean_iou": "iou", "mae": "mae", "mse": "mse", "boundary_iou": "boundary_iou", "gradient_error": "gradient_error"}
+    return {name: sum(row[figure] for row in rows) / max(len(rows), 1) for name, figure in names.items()}
+
+
+def _at_thresholds(at: dict[str, list[float]]) -> dict[str, float]:
+    """Precision and recall at 0.5, and the threshold of the largest IoU."""
+    half = at["thresholds"].index(0.5)
+    best = at["thresholds"][at["iou"].index(max(at["iou"]))]
+    return {"precision": at["precision"][half], "recall": at["recall"][half], "best_threshold": best}
 
 
 def baseline_iou(shards: str, size: tuple[int, int], split: str = "test") -> float:
