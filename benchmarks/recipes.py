@@ -5,9 +5,9 @@
     python benchmarks/recipes.py --raw RAW --only tutorial aisegment_unet --side 128 --epochs 300
     python benchmarks/recipes.py --page recipes.json ...              # the tables of such files as one page
 
-From the tutorial's recipe on, one thing after the other is added; ``aisegment_unet`` has zoom, turn and shift. Every row is
-trained with every seed: it decides over the split (``prepare --seed``), the weights, the order and the augmentation, so each
-seed also has other validation and test pictures. ``ckpt_best.pth`` (best on validation) is scored.
+From the tutorial's recipe on, one thing after the other is added; ``aisegment_unet`` has all of them, new backgrounds last.
+Every row is trained with every seed: it decides over the split (``prepare --seed``), the weights, the order and the
+augmentation, so each seed also has other validation and test pictures. ``ckpt_best.pth`` (best on validation) is scored.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from typing import Any
 import measure
 
 CLI = [sys.executable, "-m", "portrait_dist"]
+NO_BACKGROUNDS = ["augment.background=0"]
 NO_GEOMETRY = ["augment.scale=0", "augment.rotation=0", "augment.translation=0"]
 NO_SCHEDULE = ["train.ema=false", "train.warmup_steps=0", "train.optimizer=adam", "train.weight_decay=0", "train.lr=0.001"]
 ROWS: dict[str, list[str]] = {
     "tutorial": ["--recipe", "tutorial"],
-    "soft IoU loss": ["--recipe", "aisegment_unet", *NO_GEOMETRY, *NO_SCHEDULE],
-    "+ EMA, warm-up, AdamW": ["--recipe", "aisegment_unet", *NO_GEOMETRY],
+    "soft IoU loss": ["--recipe", "aisegment_unet", *NO_BACKGROUNDS, *NO_GEOMETRY, *NO_SCHEDULE],
+    "+ EMA, warm-up, AdamW": ["--recipe", "aisegment_unet", *NO_BACKGROUNDS, *NO_GEOMETRY],
+    "+ zoom, turn, shift": ["--recipe", "aisegment_unet", *NO_BACKGROUNDS],
     "aisegment_unet": ["--recipe", "aisegment_unet"],
-    "+ new backgrounds": ["--recipe", "aisegment_unet", "augment.background=0.5"],
 }
 FIGURES = ("iou", "mean_iou", "boundary_iou", "mae")
 
@@ -81,7 +82,8 @@ def score(name: str, seed: int, shards: Path, options: argparse.Namespace, work:
         f"run.name={list(ROWS).index(name)}-{seed}",
         f"train.seed={seed}",
     ]
-    trained = call("train", *settings_of(name, options), *own, "train.threads=1", "train.pictures=0")
+    threads = max(1, measure.cores() // options.jobs)
+    trained = call("train", *settings_of(name, options), *own, f"train.threads={threads}", "train.pictures=0")
     found: dict[str, Any] = {"minutes": round((time.monotonic() - begin) / 60, 2)}
     for split in ("val", "test"):
         scored = call("evaluate", "--checkpoint", str(trained["checkpoint"]), "--data", str(shards), "--split", split)
@@ -124,7 +126,7 @@ def page(found: dict[str, Any]) -> str:
         measure.table(rows),
         "",
         f"- largest mean IoU on validation: {found['best']}",
-        f"- {machine['cpu']}, {machine['cores']} cores, one core a run; commit {found['commit']}, {found['date']}",
+        f"- {machine['cpu']}, {machine['cores']} cores, {found['jobs']} runs at once; commit {found['commit']}, {found['date']}",
     ]
     return "\n".join([*about, *commands, f"- all of it: `{found['command']}`", ""])
 
@@ -146,7 +148,8 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     rows = [row(name, [run for job, run in zip(jobs, scores, strict=True) if job[0] == name], options) for name in options.only]
     pictures = options.raw.name if options.raw else f"{options.pairs} generated pairs"
     best = max(rows, key=lambda line: line["val_iou"])["name"]
-    found = measure.result("recipes", rows, pictures=f"{pictures}, {options.side}x{options.side}", best=best, seeds=options.seeds)
+    about = {"pictures": f"{pictures}, {options.side}x{options.side}", "seeds": options.seeds, "jobs": options.jobs}
+    found = measure.result("recipes", rows, best=best, **about)
     measure.write(found, options.json)
     print(page(found))
     return found
@@ -163,7 +166,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--features", type=int, default=8, help="channels of the network's first level")
     parser.add_argument("--side", type=int, default=128, help="of the pictures, in pixels")
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
-    parser.add_argument("--jobs", type=int, default=measure.cores(), help="runs at a time, of one CPU thread each")
+    parser.add_argument("--jobs", type=int, default=measure.cores(), help="runs at a time, which share the cores")
     parser.add_argument("--work", type=Path, help="folder for shards and runs, kept; a temporary one when left out")
     parser.add_argument("--page", type=Path, nargs="+", metavar="JSON", help="only print the tables of these results")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write rows, every run, machine and versions to this file")
