@@ -156,6 +156,11 @@ class PortraitSegmenter:
         fit: how pictures of other shapes are brought to the network's size, see this module's docstring.
         refine: sharpen alpha along the edges of the full-size picture, see :mod:`portrait_dist.refine`.
         aspect: width / height of the training pictures before they were squeezed into ``size``.
+        levels: (low, high) of the network's alpha that become 0 and 1, straight in between: removes the haze that a network
+            leaves where it is not sure. At ``0.3, 0.7`` the border between person and background stays where it was, at 0.5.
+
+    Raises:
+        InputError: an unknown ``fit``, or ``levels`` that are not 0 <= low < high <= 1.
     """
 
     def __init__(
@@ -168,11 +173,17 @@ class PortraitSegmenter:
         fit: str = "letterbox",
         refine: bool | None = None,
         aspect: float = TRAINING_ASPECT,
+        levels: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         if fit not in FITS:
             raise InputError(f"fit is one of {', '.join(FITS)}, not '{fit}'")
+        if not 0 <= levels[0] < levels[1] <= 1:
+            raise InputError(
+                f"levels are two numbers, 0 <= low < high <= 1, for example 0.3 0.7; not {levels[0]:g} {levels[1]:g}"
+            )
         self.device = pick_device(device)
         self.model, self.size, self.fit, self.aspect = model, size, fit, aspect
+        self.levels = levels
         self.refine = REFINE if refine is None else refine
         self.network = fast.prepare(model, self.device, precision)
 
@@ -182,10 +193,10 @@ class PortraitSegmenter:
 
         Args:
             path: a .pth file.
-            options: ``device``, ``precision``, ``fit``, ``refine``.
+            options: ``device``, ``precision``, ``fit``, ``refine``, ``levels``.
 
         Raises:
-            InputError: no such file, or a checkpoint of another model.
+            InputError: no such file, a checkpoint of another model, or wrong options.
             DamagedDataError: the file is damaged.
         """
         from portrait_dist.training.checkpoints import load_model
@@ -232,11 +243,15 @@ class PortraitSegmenter:
             by_size.setdefault((placement.height, placement.width), []).append(i)
         for group in by_size.values():
             inputs = torch.from_numpy(np.stack([shrink(pictures[i], placements[i]) for i in group]))
-            alphas.update(zip(group, self.alpha_of(inputs).cpu().numpy(), strict=True))
+            alphas.update(zip(group, self._levelled(self.alpha_of(inputs)).cpu().numpy(), strict=True))
         return [alphas[i] for i in range(len(pictures))]
 
+    def _levelled(self, alpha: Tensor) -> Tensor:
+        low, high = self.levels
+        return alpha if (low, high) == (0, 1) else ((alpha - low) / (high - low)).clamp_(0, 1)
+
     def alpha_of(self, inputs: Tensor) -> Tensor:
-        """Alpha of uint8 RGB [B, H, W, 3], H and W multiples of 16: float32 [B, H, W] on the segmenter's device."""
+        """The network's alpha of uint8 RGB [B, H, W, 3], H and W multiples of 16: float32 [B, H, W] on the segmenter's device."""
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD))
         x = inputs.to(self.device).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
         return self.network(x)[:, 0]

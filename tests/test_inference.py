@@ -115,6 +115,23 @@ def test_an_upright_picture_of_the_training_shape_fills_the_network_exactly():
     assert {fit: place(1200, 900, (256, 256), fit).picture for fit in FITS} == dict.fromkeys(FITS, (0, 0, 256, 256))
 
 
+def test_levels_make_what_the_network_is_sure_of_whole_and_leave_the_border_where_it_is(segmenter):
+    options = {"size": segmenter.size, "device": "cpu", "precision": "fp32", "refine": False}
+    picture, _ = blobs.picture(64, 64, seed=106)
+    plain = PortraitSegmenter(segmenter.model, **options, fit="squash").predict(picture)
+    hard = PortraitSegmenter(segmenter.model, **options, fit="squash", levels=(0.3, 0.7)).predict(picture)
+    assert plain.shape == segmenter.size  # nothing is resampled, so that every pixel can be compared
+    assert ((plain > 0.01) & (plain < 0.3)).any()
+    np.testing.assert_allclose(hard, np.clip((plain - 0.3) / 0.4, 0, 1), atol=1e-6)
+    assert np.array_equal(hard > 0.5, plain > 0.5)
+
+
+@pytest.mark.parametrize("levels", [(0.7, 0.3), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)])
+def test_levels_that_make_no_sense_are_refused(segmenter, levels):
+    with pytest.raises(InputError, match="0 <= low < high <= 1"):
+        PortraitSegmenter(segmenter.model, segmenter.size, device="cpu", levels=levels)
+
+
 def test_refined_alpha_follows_the_pictures_edge():
     picture, truth = blobs.picture(400, 300, seed=105)
     small = Image.fromarray(truth).resize((19, 25), Image.Resampling.BILINEAR)

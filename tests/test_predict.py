@@ -103,6 +103,7 @@ def test_run_again_in_the_photos_own_folder_its_outputs_are_not_taken_for_photos
         (["photos", "--background", "whit"], "Did you mean 'white'"),
         (["photos", "--checkpoint", "nothing.pth"], "nothing.pth: there is no such checkpoint"),
         (["empty"], "empty: no photo in this folder"),
+        (["photos", "--levels", "0.7", "0.3"], "0 <= low < high <= 1"),
     ],
 )
 def test_wrong_input_gets_one_line_and_nothing_is_written(capfd, checkpoint, photos, monkeypatch, words, message):

@@ -13,6 +13,7 @@ Examples:
   portrait-dist predict --checkpoint runs/first/ckpt_best.pth photo.jpg --out cutouts
   portrait-dist predict --checkpoint runs/first/ckpt_best.pth holiday/ 'more/**/*.png' --out cutouts --background blur
   portrait-dist predict --checkpoint runs/first/ckpt_best.pth photo.jpg --out cutouts --background beach.jpg --force
+  portrait-dist predict --checkpoint runs/first/ckpt_best.pth hazy.jpg --out cutouts --levels 0.3 0.7
 """
 
 
@@ -37,6 +38,14 @@ def _predict_summary(result: dict[str, Any]) -> str:
     show_default=True,
     type=click.Choice(["letterbox", "cover", "squash"]),
     help="How photos of other shapes than training's are brought to the network.",
+)
+@click.option(
+    "--levels",
+    default=(0.0, 1.0),
+    show_default=True,
+    type=(float, float),
+    metavar="LOW HIGH",
+    help="The network's alpha at which the mask is 0 and 1; 0.3 0.7 removes haze.",
 )
 @click.option(
     "--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Photos that go through the network together."
