@@ -126,7 +126,7 @@ def page(found: dict[str, Any]) -> str:
         measure.table(rows),
         "",
         f"- largest mean IoU on validation: {found['best']}",
-        f"- {machine['cpu']}, {machine['cores']} cores, {found['jobs']} runs at once; commit {found['commit']}, {found['date']}",
+        f"- {machine['cpu']}, {machine['cores']} cores, {found['jobs']} at a time; commit {found['commit']}, {found['date']}",
     ]
     return "\n".join([*about, *commands, f"- all of it: `{found['command']}`", ""])
 
