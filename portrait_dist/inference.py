@@ -7,7 +7,7 @@ How a photo is brought to the network's size (``fit``): the network was trained 
 600×800, squeezed into its input size. ``benchmarks/predictions.py`` measures the choices on photos of other shapes.
 
 - ``letterbox`` (the default): the picture keeps its aspect ratio under the squeeze of training; its longer way fills the
-  training size and the rest is padded with the mean colour.
+  training size and the rest continues its edge pixels, as the augmentation of training does.
 - ``cover``: as above, but its shorter way fills the training size and the longer way sticks out. The network is fully
   convolutional and takes that larger picture whole.
 - ``squash``: the whole picture is squeezed into the training size, whatever its shape.
@@ -127,15 +127,13 @@ def _rounded(side: float) -> int:
 
 
 def shrink(picture: NDArray[np.uint8], placement: Placement) -> NDArray[np.uint8]:
-    """The network's input, uint8 [H, W, 3]: antialiased bilinear resize, as in training; padding has the mean colour."""
+    """The network's input, uint8 [H, W, 3]: antialiased bilinear resize, as in training, and its edge pixels continued."""
     top, left, height, width = placement.picture
     small = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR))
     if (height, width) == (placement.height, placement.width):
         return small
-    canvas = np.empty((placement.height, placement.width, 3), np.uint8)
-    canvas[:] = np.round(255 * np.array(MEAN)).astype(np.uint8)
-    canvas[top : top + height, left : left + width] = small
-    return canvas
+    bottom, right = placement.height - top - height, placement.width - left - width
+    return np.asarray(cv2.copyMakeBorder(small, top, bottom, left, right, cv2.BORDER_REPLICATE), np.uint8)
 
 
 def enlarge(alpha: Alpha, placement: Placement, height: int, width: int) -> Alpha:

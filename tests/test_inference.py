@@ -8,7 +8,7 @@ from PIL import Image
 
 from portrait_dist.cutout import blurred, cut_out, foreground_colours, parse_background, side_by_side
 from portrait_dist.errors import DamagedDataError, InputError
-from portrait_dist.inference import FITS, PortraitSegmenter, place, read_picture
+from portrait_dist.inference import FITS, PortraitSegmenter, place, read_picture, shrink
 from portrait_dist.refine import refine_alpha
 from tests import blobs
 
@@ -113,6 +113,18 @@ def test_a_person_is_squeezed_as_in_training_whatever_the_pictures_shape(fit, sh
 
 def test_an_upright_picture_of_the_training_shape_fills_the_network_exactly():
     assert {fit: place(1200, 900, (256, 256), fit).picture for fit in FITS} == dict.fromkeys(FITS, (0, 0, 256, 256))
+
+
+def test_what_a_letterbox_adds_continues_the_pictures_edge():
+    picture, _ = blobs.picture(100, 200, seed=107)
+    placement = place(100, 200, (64, 64), "letterbox")
+    top, left, height, width = placement.picture
+    small = shrink(picture, placement)
+    inner = small[top : top + height, left : left + width]
+    assert (small.shape, left, width) == ((64, 64, 3), 0, 64)
+    assert 0 < top < 64 - height
+    assert np.array_equal(small[:top], np.repeat(inner[:1], top, axis=0))
+    assert np.array_equal(small[top + height :], np.repeat(inner[-1:], 64 - top - height, axis=0))
 
 
 def test_levels_make_what_the_network_is_sure_of_whole_and_leave_the_border_where_it_is(segmenter):
