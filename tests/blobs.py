@@ -32,14 +32,11 @@ def framed(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Such a picture of any shape, letterboxed to the network's size: figures of many sizes, with bars."""
     image, alpha = picture(height, width, seed)
     placement = place(height, width, SIZE, "letterbox")
-    layer = shrink(np.repeat((alpha * 255).astype(np.uint8)[..., None], 3, axis=2), placement)[..., 0] / np.float32(255)
-    top, left, inner_height, inner_width = placement.picture
-    inside = np.zeros(SIZE, np.float32)
-    inside[top : top + inner_height, left : left + inner_width] = 1
-    return shrink(image, placement), layer * inside
+    layer = shrink(np.repeat((alpha * 255).astype(np.uint8)[..., None], 3, axis=2), placement)[..., 0]
+    return shrink(image, placement), layer / np.float32(255)
 
 
-def train(steps: int = 60) -> UNet:
+def train(steps: int = 100) -> UNet:
     torch.manual_seed(0)
     model, loss = UNet(init_features=4), SoftIoULoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
