@@ -130,8 +130,6 @@ def shrink(picture: NDArray[np.uint8], placement: Placement) -> NDArray[np.uint8
     """The network's input, uint8 [H, W, 3]: antialiased bilinear resize, as in training, and its edge pixels continued."""
     top, left, height, width = placement.picture
     small = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR))
-    if (height, width) == (placement.height, placement.width):
-        return small
     bottom, right = placement.height - top - height, placement.width - left - width
     return np.asarray(cv2.copyMakeBorder(small, top, bottom, left, right, cv2.BORDER_REPLICATE), np.uint8)
 
@@ -246,7 +244,7 @@ class PortraitSegmenter:
 
     def _levelled(self, alpha: Tensor) -> Tensor:
         low, high = self.levels
-        return alpha if (low, high) == (0, 1) else ((alpha - low) / (high - low)).clamp_(0, 1)
+        return ((alpha - low) / (high - low)).clamp_(0, 1)
 
     def alpha_of(self, inputs: Tensor) -> Tensor:
         """The network's alpha of uint8 RGB [B, H, W, 3], H and W multiples of 16: float32 [B, H, W] on the segmenter's device."""
