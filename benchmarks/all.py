@@ -58,7 +58,7 @@ def words_of(name: str, options: argparse.Namespace, work: Path) -> list[str]:
         words += ["--shards", str(packed)]
     if name == "unet" and options.checkpoint:
         words += ["--checkpoint", str(options.checkpoint)]
-        words += ["--shards", str(packed)] if (packed / "manifest.json").is_file() else []
+        words += ["--shards", str(options.shards)] if options.shards else []
     return words
 
 
@@ -146,7 +146,8 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     length.add_argument("--full", action="store_true", help="everything (the default)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="of the network (default: the GPU if there is one)")
     parser.add_argument("--data", type=Path, help="raw AISegment tree; portraits are generated when left out")
-    parser.add_argument("--checkpoint", type=Path, help="a trained network for unet.py, so that masks can be compared")
+    parser.add_argument("--checkpoint", type=Path, help="a trained network for unet.py, to compare masks with --shards")
+    parser.add_argument("--shards", type=Path, help="shards with the kind of pictures that --checkpoint was trained on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default benchmarks/results)")
     parser.add_argument("--only", nargs="+", choices=tuple(TITLES), default=list(TITLES), help="some of the benchmarks")
     parser.add_argument("--repeats", type=int, help="rounds, where not each benchmark's own number")

@@ -1,4 +1,5 @@
-"""How good full-resolution masks are: ways to fit photos of other shapes to the network, and refinement along edges.
+"""How good full-resolution masks are: ways to fit photos of other shapes to the network, the mean with the mirrored photo,
+and refinement along edges.
 
     python benchmarks/predictions.py --checkpoint runs/NAME/ckpt_best.pth --data prepared --split val test --json out.json
 
@@ -100,7 +101,9 @@ def main(words: list[str] | None = None) -> None:
         for fit in FITS if windows else ():
             segmenter.fit = fit
             add(f"{shape}, {fit}", ((segmenter.predict(picture), matte) for picture, matte in windows))
-    segmenter.fit = "letterbox"
+    segmenter.fit, segmenter.mirror = "letterbox", False
+    add("upright 3:4, letterbox, not mirrored", ((segmenter.predict(picture), matte) for picture, matte in loaded))
+    segmenter.mirror = True
     alphas = [segmenter.predict(picture) for picture, _ in loaded]
     for radius, smoothness in REFINEMENTS:
         refined = (

@@ -5,10 +5,12 @@
     python benchmarks/unet.py --checkpoint runs/NAME/ckpt_best.pth --shards shards   # with IoU against float32 masks
 
 Rows (each step keeps those before it): hub-eager-fp32, tf32 (GPU), channels-last, bf16, bn-folded, merged
-(portrait_dist.models.fast), compiled (torch.compile of the bf16 model as it is), compiled-frozen (of the merged one, with frozen
-weights), max-autotune (GPU, with CUDA graphs), best; and train-… for forward, backward and Adam step. The share of the roofline
-is the fastest conceivable time of the original network on this machine (measured: a large matrix product in the row's
-precision, a large copy; activations read and written once) divided by the time taken. Rewrites that multiply less can exceed 1.
+(portrait_dist.models.fast), int8 (portrait_dist.models.int8, on CPUs with VNNI), compiled (torch.compile of the bf16 model as it
+is), compiled-frozen (of the merged one, with frozen weights), max-autotune (GPU, with CUDA graphs), best; and train-… for
+forward, backward and Adam step. int8 can only be the best where its masks were compared, on a trained network. The share of the
+roofline is the fastest conceivable time of the original network on this machine (measured: a large matrix product in the row's
+precision, bf16's for int8, a large copy; activations read and written once) divided by the time taken. Rewrites that multiply
+less can exceed 1.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from portrait_dist.losses import SoftIoULoss
-from portrait_dist.models import UNet, fast
+from portrait_dist.models import UNet, fast, int8
 
 Work = Callable[[], Any]
 CHANNELS_LAST = torch.channels_last
@@ -65,11 +67,11 @@ def _model(features: int, checkpoint: Path | None) -> UNet:
     return model
 
 
-def networks(bench: Bench, batch: int, compiled: tuple[str, ...]) -> dict[str, Callable[[Tensor], Tensor]]:
+def networks(bench: Bench, calibration: Tensor, compiled: tuple[str, ...]) -> dict[str, fast.Network]:
     """Name → function from normalised float32 [B, 3, H, W] to probabilities, in the order of the ladder."""
     plain, last = bench.model, copy.deepcopy(bench.model).to(memory_format=CHANNELS_LAST)
     bf16 = copy.deepcopy(last).bfloat16()
-    ladder: dict[str, Callable[[Tensor], Tensor]] = {"hub-eager-fp32": _with_tf32(plain, False, bench.cuda)}
+    ladder: dict[str, fast.Network] = {"hub-eager-fp32": _with_tf32(plain, False, bench.cuda)}
     if bench.cuda:
         ladder["tf32"] = _with_tf32(plain, True, True)
     ladder["channels-last"] = _with_tf32(_reading(last, torch.float32), bench.cuda, bench.cuda)
@@ -77,6 +79,8 @@ def networks(bench: Bench, batch: int, compiled: tuple[str, ...]) -> dict[str, C
     folded = fast.fold_batch_norm(bench.model).to(memory_format=CHANNELS_LAST).bfloat16()
     ladder["bn-folded"] = _reading(folded, torch.bfloat16)
     ladder["merged"] = fast.prepare(bench.model, bench.device, "bf16")
+    if not bench.cuda and int8.is_supported() and bench.model.norm == "batch":
+        ladder["int8"] = int8.quantise(bench.model, calibration)
     if "compiled" in compiled:
         ladder["compiled"] = _reading(torch.compile(bf16), torch.bfloat16)
     if "compiled-frozen" in compiled:
@@ -86,18 +90,18 @@ def networks(bench: Bench, batch: int, compiled: tuple[str, ...]) -> dict[str, C
     return ladder
 
 
-def _frozen(bench: Bench, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+def _frozen(bench: Bench, options: dict[str, Any]) -> fast.Network:
     merged = fast.merge_up_convolutions(fast.fold_batch_norm(bench.model)).to(memory_format=CHANNELS_LAST).bfloat16()
     logits = torch.compile(merged, options=options)
     return lambda x: torch.sigmoid(logits(x).float())
 
 
-def _reading(network: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _reading(network: fast.Network, dtype: torch.dtype) -> fast.Network:
     """The network, with its input brought to channels-last and ``dtype``: part of the price."""
     return lambda x: network(x.to(dtype, memory_format=CHANNELS_LAST))
 
 
-def _with_tf32(network: Callable[[Tensor], Tensor], allowed: bool, cuda: bool) -> Callable[[Tensor], Tensor]:
+def _with_tf32(network: fast.Network, allowed: bool, cuda: bool) -> fast.Network:
     if not cuda:
         return network
 
@@ -109,25 +113,29 @@ def _with_tf32(network: Callable[[Tensor], Tensor], allowed: bool, cuda: bool) -
 
 
 def forward_rows(
-    bench: Bench, limits: Roofline, batch: int, repeats: int, compiled: tuple[str, ...], real: Tensor | None
+    bench: Bench, limits: Roofline, batch: int, repeats: int, compiled: tuple[str, ...], real: RealPictures | None
 ) -> list[measure.Row]:
-    """The ladder of inference."""
-    x, ladder = bench.pictures(batch), networks(bench, batch, compiled)
+    """The ladder of inference; masks are compared on real pictures, if there are some."""
+    x = bench.pictures(batch)
+    ladder = networks(bench, real.calibration if real else x, compiled)
     with torch.no_grad():
         ladder = _those_that_run(ladder, x)
         exact = ladder["hub-eager-fp32"](x)
         differences = {name: float((network(x).float() - exact).abs().max()) for name, network in ladder.items()}
         cases = {name: (lambda network=network: bench.rate(lambda: network(x), batch)) for name, network in ladder.items()}
         rates = measure.alternate(cases, repeats, warm_up=bench.cuda)
-        ious = {name: _iou(network, ladder["hub-eager-fp32"], real, batch) for name, network in ladder.items()}
     rows = []
     for name, values in rates.items():
         rows.append(measure.row(name, values, batch_size=batch, **limits.share(name, values)))
-        rows[-1] |= {"largest_difference": float(f"{differences[name]:.1e}"), **ious[name]}
+        rows[-1] |= {"largest_difference": float(f"{differences[name]:.1e}")}
+        if real:  # whole batches: compiled forms take one shape
+            whole = real.unseen[: len(real.unseen) // batch * batch]
+            agreement = fast.mask_agreement(ladder[name], ladder["hub-eager-fp32"], whole, batch)
+            rows[-1] |= {"iou_with_fp32": round(agreement, 6)}
     return _with_factors_and_best(rows, "best")
 
 
-def _those_that_run(ladder: dict[str, Callable[[Tensor], Tensor]], x: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+def _those_that_run(ladder: dict[str, fast.Network], x: Tensor) -> dict[str, fast.Network]:
     """Compile what is to be compiled; a form that this machine cannot run (no compiler, say) is left out and named."""
     running = {}
     for name, network in ladder.items():
@@ -137,18 +145,6 @@ def _those_that_run(ladder: dict[str, Callable[[Tensor], Tensor]], x: Tensor) ->
         except Exception as error:  # compilers fail in many ways
             print(f"  {name} does not run here: {str(error).splitlines()[0]}", file=sys.stderr)
     return running
-
-
-def _iou(network: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor], real: Tensor | None, batch: int) -> measure.Row:
-    """Intersection over union of the masks with float32's, on real pictures with a trained network."""
-    if real is None:
-        return {}
-    both = either = 0
-    for part in real.split(batch):
-        if len(part) == batch:  # compiled forms take one shape
-            one, other = network(part) > 0.5, exact(part) > 0.5
-            both, either = both + int((one & other).sum()), either + int((one | other).sum())
-    return {"iou_with_fp32": round(both / max(1, either), 6)}
 
 
 def train_rows(bench: Bench, batch: int, repeats: int, compiled: tuple[str, ...]) -> list[measure.Row]:
@@ -189,7 +185,8 @@ def _with_factors_and_best(rows: list[measure.Row], name: str) -> list[measure.R
     for line in rows:
         line["times_eager"] = round(line["images_per_second"] / first, 2)
         line["ms_per_image"] = float(f"{1e3 / line['images_per_second']:.4g}")
-    equal = [line for line in rows if line.get("iou_with_fp32", 1.0) >= 0.999]
+    unknown = {"int8": 0.0}  # the others keep the masks whatever the weights
+    equal = [line for line in rows if line.get("iou_with_fp32", unknown.get(line["name"], 1.0)) >= fast.TOLERANCE]
     fastest = max(equal, key=lambda line: line["images_per_second"])
     return [*rows, {**fastest, "name": name, "note": fastest["name"]}]
 
@@ -266,15 +263,21 @@ def sweep(bench: Bench, batches: list[int], repeats: int) -> list[measure.Row]:
     return rows
 
 
-def real_pictures(shards: Path | None, size: int, device: torch.device) -> Tensor | None:
-    """Normalised pictures of the test split."""
-    if shards is None:
-        return None
+class RealPictures:
+    """Normalised pictures [N, 3, H, W]: up to 32 of the training split to calibrate int8 with, and up to 32 each of validation
+    and test to compare masks on."""
+
+    def __init__(self, shards: Path, size: int, device: torch.device) -> None:
+        train, val, test = (_pictures(shards, split, size, 32).to(device) for split in ("train", "val", "test"))
+        self.calibration, self.unseen = train, torch.cat((val, test))
+
+
+def _pictures(shards: Path, split: str, size: int, count: int) -> Tensor:
     from portrait_dist.data import build_loader
     from portrait_dist.data.augment import normalise
 
-    batches = [batch for _, batch in zip(range(4), build_loader(shards, "test", batch_size=16, size=(size, size)), strict=False)]
-    return torch.cat([normalise(batch.image, batch.alpha)[0] for batch in batches]).to(device)
+    loader = build_loader(shards, split, batch_size=16, size=(size, size), shuffle=False)
+    return torch.cat([normalise(batch.image, batch.alpha)[0] for batch in loader])[:count]
 
 
 def main(words: list[str] | None = None) -> dict[str, Any]:
@@ -282,7 +285,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     bench = Bench(options.device, options.size, options.features, options.checkpoint)
     batch = options.batch or (64 if bench.cuda else 4)
     repeats = options.repeats or 5
-    real = real_pictures(options.shards, options.size, bench.device)
+    real = RealPictures(options.shards, options.size, bench.device) if options.shards else None
     if bench.cuda:
         torch.backends.cudnn.benchmark = True
     limits = Roofline(bench)

@@ -30,7 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from portrait_dist.data.augment import MEAN, STD
 from portrait_dist.distributed import pick_device
 from portrait_dist.errors import DamagedDataError, InputError
-from portrait_dist.models import fast
+from portrait_dist.models import fast, int8
 from portrait_dist.models.unet import STRIDE, UNet
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ Alpha = NDArray[np.float32]
 FITS = ("letterbox", "cover", "squash")
 REFINE = True
 """Are masks refined unless said otherwise? On, because the boundary figures of ``benchmarks/predictions.py`` improve."""
+MIRROR = True
+"""Is the mirrored picture predicted too unless said otherwise? On for the same reason."""
 TRAINING_ASPECT = 600 / 800
 """Width / height of the pictures of the AISegment set before they are squeezed into the network's input."""
 LARGEST_STRETCH = 4
@@ -151,6 +153,8 @@ class PortraitSegmenter:
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it, see :mod:`portrait_dist.models.fast`.
         fit: how pictures of other shapes are brought to the network's size, see this module's docstring.
         refine: sharpen alpha along the edges of the full-size picture, see :mod:`portrait_dist.refine`.
+        mirror: predict the mirrored picture too and take the mean of the two, as test-time augmentation does; twice the time of
+            the network, which is a small part of that of a cut-out.
         aspect: width / height of the training pictures before they were squeezed into ``size``.
         levels: (low, high) of the network's alpha that become 0 and 1, straight in between: removes the haze that a network
             leaves where it is not sure. At ``0.3, 0.7`` the border between person and background stays where it was, at 0.5.
@@ -168,6 +172,7 @@ class PortraitSegmenter:
         precision: str = "auto",
         fit: str = "letterbox",
         refine: bool | None = None,
+        mirror: bool | None = None,
         aspect: float = TRAINING_ASPECT,
         levels: tuple[float, float] = (0.0, 1.0),
     ) -> None:
@@ -181,6 +186,7 @@ class PortraitSegmenter:
         self.model, self.size, self.fit, self.aspect = model, size, fit, aspect
         self.levels = levels
         self.refine = REFINE if refine is None else refine
+        self.mirror = MIRROR if mirror is None else mirror
         self.network = fast.prepare(model, self.device, precision)
 
     @classmethod
@@ -189,7 +195,7 @@ class PortraitSegmenter:
 
         Args:
             path: a .pth file.
-            options: ``device``, ``precision``, ``fit``, ``refine``, ``levels``.
+            options: ``device``, ``precision``, ``fit``, ``refine``, ``mirror``, ``levels``.
 
         Raises:
             InputError: no such file, a checkpoint of another model, or wrong options.
@@ -247,10 +253,51 @@ class PortraitSegmenter:
         return ((alpha - low) / (high - low)).clamp_(0, 1)
 
     def alpha_of(self, inputs: Tensor) -> Tensor:
-        """The network's alpha of uint8 RGB [B, H, W, 3], H and W multiples of 16: float32 [B, H, W] on the segmenter's device."""
+        """uint8 RGB [B, H, W, 3], H and W multiples of 16 → alpha without ``levels``, float32 [B, H, W] on ``device``."""
+        x = self._normalised(inputs)
+        alpha = self.network(x)
+        if self.mirror:  # the mean of the logits: where both are sure, the mean is
+            mirrored = self.network(x.flip(3)).flip(3)
+            alpha = torch.sigmoid((alpha.logit(eps=1e-6) + mirrored.logit(eps=1e-6)) / 2)
+        return alpha[:, 0]
+
+    def _normalised(self, inputs: Tensor) -> Tensor:
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD))
-        x = inputs.to(self.device).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
-        return self.network(x)[:, 0]
+        return inputs.to(self.device).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+
+    def calibrate(self, pictures: Sequence[Picture]) -> float:
+        """Compute in 8-bit integers from now on, where this keeps the masks; for CPUs (see :mod:`portrait_dist.models.int8`).
+
+        Every second picture shows the ranges of the network's activations; masks of the others are compared with float32's. It
+        takes about as long as 8 times as many pictures in bfloat16.
+
+        Args:
+            pictures: at least 2, better 64, such as will be predicted; see :func:`read_picture`.
+
+        Returns:
+            Intersection over union of the masks with float32's. Below ``fast.TOLERANCE`` the segmenter stays as it was.
+
+        Raises:
+            InputError: fewer than 2 pictures, a GPU, a CPU without 8-bit dot products, or a network with group norms.
+            DamagedDataError: a picture cannot be read.
+        """
+        if self.device.type != "cpu" or not int8.is_supported():
+            raise InputError(
+                "8-bit integers are for CPUs with VNNI or AMX instructions; this segmenter stays as it is without them"
+            )
+        if self.model.norm != "batch":
+            raise InputError("only a network with batch norms can compute in 8-bit integers; this one has group norms")
+        if len(pictures) < 2:
+            raise InputError(f"{len(pictures)} pictures are too few to calibrate with; give at least 2, better 64")
+        fit = "letterbox" if self.fit == "cover" else self.fit  # all of one size
+        read = map(read_picture, pictures)
+        small = [shrink(photo, place(photo.shape[0], photo.shape[1], self.size, fit, self.aspect)) for photo in read]
+        x = self._normalised(torch.from_numpy(np.stack(small)))
+        network = int8.quantise(self.model, x[::2])
+        agreement = fast.mask_agreement(network, fast.prepare(self.model, self.device, "fp32"), x[1::2])
+        if agreement >= fast.TOLERANCE:
+            self.network = network
+        return agreement
 
     def _refined(self, picture: NDArray[np.uint8], alpha: Alpha, placement: Placement) -> Alpha:
         if not self.refine:

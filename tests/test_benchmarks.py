@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from portrait_dist.models import int8
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = ("--quick", "--features", "2", "--repeats", "1")
 
@@ -63,10 +65,25 @@ def test_unet_ladder_ends_with_the_best_form_and_tells_its_distance_from_fp32(tm
     assert names[0] == "hub-eager-fp32"
     assert {"channels-last", "bf16", "bn-folded", "merged", "best", "train-best"} <= set(names)
     by = {row["name"]: row for row in found["rows"]}
-    assert by["best"]["images_per_second"] == max(value or 0 for name, value in rates(found).items() if "train" not in name)
+    equal = {name: value or 0 for name, value in rates(found).items() if "train" not in name and name != "int8"}
+    assert by["best"]["images_per_second"] == max(equal.values()), "whether int8 keeps the masks of random weights is unknown"
     assert by["channels-last"]["largest_difference"] < 1e-4
     assert 0 < by["merged"]["largest_difference"] < 0.05
     assert by["best"]["share_of_roofline"] > 0
+
+
+def test_the_best_form_of_a_trained_network_keeps_its_masks_on_pictures_that_calibrated_nothing(
+    tmp_path: Path, tiny_shards: Path
+) -> None:
+    from tests import blobs
+
+    checkpoint = blobs.save(blobs.train(steps=2), tmp_path / "ckpt_best.pth")
+    words = ("--checkpoint", str(checkpoint), "--shards", str(tiny_shards), "--batch", "2", "--size", "32", "--no-compile")
+    found = measured("unet", tmp_path / "unet.json", *SMALL, *words, "--device", "cpu")
+    forward = [row for row in found["rows"] if "train" not in row["name"]]
+    assert ("int8" in rates(found)) == int8.is_supported()
+    fastest = max(row["images_per_second"] for row in forward if row["iou_with_fp32"] >= 0.999)
+    assert {row["name"]: row for row in forward}["best"]["images_per_second"] == fastest
 
 
 def test_a_step_of_both_trainers_is_measured_against_the_bare_loop(tmp_path: Path) -> None:
@@ -97,7 +114,12 @@ def test_fits_and_refinements_are_scored_at_the_pictures_own_resolution(tmp_path
     words = ("--checkpoint", str(checkpoint), "--data", str(split_dir), "--split", "val", "--limit", "2")
     found = measured("predictions", tmp_path / "predictions.json", *words)
     by = {row["name"]: row for row in found["rows"]}
-    assert {"upright 3:4, letterbox", "upright 3:4, squash", "landscape 16:9, cover"} <= by.keys()
+    assert {
+        "upright 3:4, letterbox",
+        "upright 3:4, letterbox, not mirrored",
+        "upright 3:4, squash",
+        "landscape 16:9, cover",
+    } <= by.keys()
     assert sum(name.startswith("refined, ") for name in by) == 12
     assert all(0 <= row["iou"] <= 1 and row["samples"] <= 2 and row["images_per_second"] > 0 for row in by.values())
 

@@ -138,6 +138,15 @@ def test_levels_make_what_the_network_is_sure_of_whole_and_leave_the_border_wher
     assert np.array_equal(hard > 0.5, plain > 0.5)
 
 
+def test_left_and_right_are_treated_alike_unless_the_mean_with_the_mirrored_picture_is_switched_off(segmenter):
+    options = {"size": segmenter.size, "device": "cpu", "precision": "fp32", "refine": False, "fit": "squash"}
+    picture, truth = blobs.picture(64, 64, seed=108)
+    both, one = (PortraitSegmenter(segmenter.model, **options, mirror=mirror) for mirror in (None, False))
+    np.testing.assert_allclose(both.predict(picture[:, ::-1]), both.predict(picture)[:, ::-1], atol=1e-5)
+    assert abs(one.predict(picture[:, ::-1]) - one.predict(picture)[:, ::-1]).max() > 0.01
+    assert iou(both.predict(picture), truth) > 0.8
+
+
 @pytest.mark.parametrize("levels", [(0.7, 0.3), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)])
 def test_levels_that_make_no_sense_are_refused(segmenter, levels):
     with pytest.raises(InputError, match="0 <= low < high <= 1"):

@@ -32,6 +32,7 @@ def _predict_summary(result: dict[str, Any]) -> str:
 @click.option(
     "--refine/--no-refine", default=None, help="Let alpha follow the photo's edges at full resolution; on unless switched off."
 )
+@click.option("--mirror/--no-mirror", default=None, help="Average with the mirrored photo's mask; on unless switched off.")
 @click.option(
     "--fit",
     default="letterbox",

@@ -26,6 +26,9 @@ from portrait_dist.models.unet import LEVELS, UNet
 
 Network = Callable[[Tensor], Tensor]
 
+TOLERANCE = 0.999
+"""Intersection over union with float32's masks that a faster form of the network must keep."""
+
 
 def fold_batch_norm(model: UNet) -> UNet:
     """A copy in evaluation mode whose batch norms are part of the convolutions before them.
@@ -63,9 +66,9 @@ class UpJoin(nn.Module):
         up_half, skip_half = conv.weight.detach().double().split([middle, conv.in_channels - middle], dim=1)
         self.up = nn.ConvTranspose2d(upconv.in_channels, conv.out_channels, 4, stride=2, padding=1, bias=False)
         self.skip = nn.Conv2d(conv.in_channels - middle, conv.out_channels, 3, padding=1, bias=False)
-        self.up.weight.data = _compose(upconv.weight.detach().double(), up_half).to(conv.weight.dtype)
+        self.up.weight.data = compose(upconv.weight.detach().double(), up_half).to(conv.weight.dtype)
         self.skip.weight.data = skip_half.to(conv.weight.dtype)
-        self.register_buffer("bias", _border_bias(upconv, up_half, conv).to(conv.weight.dtype))
+        self.register_buffer("bias", border_bias(upconv, up_half, conv).to(conv.weight.dtype))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.skip(skip) + (self.up(x) + self._bias_map(skip.shape[-2], skip.shape[-1]))
@@ -79,7 +82,7 @@ class UpJoin(nn.Module):
         return full[None].contiguous(memory_format=torch.channels_last)
 
 
-def _compose(up: Tensor, conv: Tensor) -> Tensor:
+def compose(up: Tensor, conv: Tensor) -> Tensor:
     """Weight [I, O, 4, 4] of the transposed convolution that does ``up`` [I, M, 2, 2], stride 2, and then ``conv`` [O, M, 3, 3].
 
     Input pixel i reaches up-sampled pixels 2i + a, and tap k of the 3×3 convolution carries up-sampled pixel u to output pixel
@@ -93,7 +96,7 @@ def _compose(up: Tensor, conv: Tensor) -> Tensor:
     return weight
 
 
-def _border_bias(upconv: nn.ConvTranspose2d, up_half: Tensor, conv: nn.Conv2d) -> Tensor:
+def border_bias(upconv: nn.ConvTranspose2d, up_half: Tensor, conv: nn.Conv2d) -> Tensor:
     """Bias [O, 3, 3] at the first, an inner and the last row, by the first, an inner and the last column.
 
     ``upconv``'s bias is not there in the zero padding around the up-sampled map, so fewer taps see it at the border.
@@ -171,7 +174,7 @@ def prepare(
     """The network as a fast function for inference; ``model`` itself is not changed.
 
     Args:
-        precision: see :func:`pick_precision`. bf16 keeps masks equal to fp32 within IoU 0.999 (tests/test_fast.py).
+        precision: see :func:`pick_precision`. bf16 keeps masks equal to fp32 within ``TOLERANCE`` (tests/test_fast.py).
         compile: use torch.compile with frozen weights. It costs 20 to 60 seconds at the first batch and gains about a tenth on
             a CPU, so that it pays from several thousand pictures on; on a GPU (max-autotune, CUDA graphs) it pays sooner.
             ``auto`` means no, so that the first picture comes at once.
@@ -196,6 +199,20 @@ def prepare(
     if batch_shape is not None:
         run(torch.zeros(batch_shape))
     return run
+
+
+@torch.no_grad()
+def mask_agreement(network: Network, exact: Network, pictures: Tensor, batch_size: int = 4) -> float:
+    """Intersection over union of two networks' masks (probability above 0.5), over all pixels of all pictures.
+
+    Args:
+        pictures: normalised float32 [N, 3, H, W].
+    """
+    both = either = 0
+    for part in pictures.split(batch_size):
+        one, other = network(part) > 0.5, exact(part) > 0.5
+        both, either = both + int((one & other).sum()), either + int((one | other).sum())
+    return both / either if either else 1.0
 
 
 def _compile_options(device: torch.device) -> dict[str, Any]:
