@@ -294,7 +294,8 @@ class PortraitSegmenter:
         small = [shrink(photo, place(photo.shape[0], photo.shape[1], self.size, fit, self.aspect)) for photo in read]
         x = self._normalised(torch.from_numpy(np.stack(small)))
         network = int8.quantise(self.model, x[::2])
-        agreement = fast.mask_agreement(network, fast.prepare(self.model, self.device, "fp32"), x[1::2])
+        exact = fast.prepare(self.model, self.device, "fp32")
+        agreement = fast.agreement(*(fast.masks_of(form, x[1::2]) for form in (network, exact)))
         if agreement >= fast.TOLERANCE:
             self.network = network
         return agreement

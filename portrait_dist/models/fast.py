@@ -202,17 +202,15 @@ def prepare(
 
 
 @torch.no_grad()
-def mask_agreement(network: Network, exact: Network, pictures: Tensor, batch_size: int = 4) -> float:
-    """Intersection over union of two networks' masks (probability above 0.5), over all pixels of all pictures.
+def masks_of(network: Network, pictures: Tensor, batch_size: int = 4) -> Tensor:
+    """Where the probability is above 0.5: bool [N, 1, H, W] of normalised float32 [N, 3, H, W]."""
+    return torch.cat([network(part) > 0.5 for part in pictures.split(batch_size)])
 
-    Args:
-        pictures: normalised float32 [N, 3, H, W].
-    """
-    both = either = 0
-    for part in pictures.split(batch_size):
-        one, other = network(part) > 0.5, exact(part) > 0.5
-        both, either = both + int((one & other).sum()), either + int((one | other).sum())
-    return both / either if either else 1.0
+
+def agreement(masks: Tensor, others: Tensor) -> float:
+    """Intersection over union of two sets of masks, over all pixels of all pictures; 1 where all are empty."""
+    either = int((masks | others).sum())
+    return int((masks & others).sum()) / either if either else 1.0
 
 
 def _compile_options(device: torch.device) -> dict[str, Any]:
