@@ -269,10 +269,11 @@ class PortraitSegmenter:
         """Compute in 8-bit integers from now on, where this keeps the masks; for CPUs (see :mod:`portrait_dist.models.int8`).
 
         Every second picture shows the ranges of the network's activations; masks of the others are compared with float32's. It
-        takes about as long as 8 times as many pictures in bfloat16.
+        takes four times as long as to predict them in bfloat16.
 
         Args:
-            pictures: at least 2, better 64, such as will be predicted; see :func:`read_picture`.
+            pictures: at least 2, better 64 or more, as different as those to come; see :func:`read_picture`. What they do not
+                show (numbers larger than any of theirs) is cut.
 
         Returns:
             Intersection over union of the masks with float32's. Below ``fast.TOLERANCE`` the segmenter stays as it was.
