@@ -153,8 +153,8 @@ class PortraitSegmenter:
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it, see :mod:`portrait_dist.models.fast`.
         fit: how pictures of other shapes are brought to the network's size, see this module's docstring.
         refine: sharpen alpha along the edges of the full-size picture, see :mod:`portrait_dist.refine`.
-        mirror: predict the mirrored picture too and take the mean of the two, as test-time augmentation does; twice the time of
-            the network, which is a small part of that of a cut-out.
+        mirror: predict the mirrored picture too and take the mean of the two, as test-time augmentation does; the network runs
+            twice.
         aspect: width / height of the training pictures before they were squeezed into ``size``.
         levels: (low, high) of the network's alpha that become 0 and 1, straight in between: removes the haze that a network
             leaves where it is not sure. At ``0.3, 0.7`` the border between person and background stays where it was, at 0.5.

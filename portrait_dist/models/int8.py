@@ -259,8 +259,8 @@ def quantise(model: UNet, pictures: Tensor) -> Network:
 
     Args:
         model: a trained network with batch norms.
-        pictures: normalised float32 [N, 3, H, W], H and W multiples of 16, that show the ranges of the activations; 32 of the
-            pictures to come are enough.
+        pictures: normalised float32 [N, 3, H, W], H and W multiples of 16, that show the ranges of the activations: 32 or more,
+            as different as those to come. Larger numbers than theirs are cut.
 
     Raises:
         ValueError: the network has group norms, which cannot be folded into the convolutions.
