@@ -7,25 +7,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from portrait_dist.data.augment import MEAN, STD
+from portrait_dist.data.augment import normalise
 from portrait_dist.errors import InputError
 from portrait_dist.inference import PortraitSegmenter, place, shrink
 from portrait_dist.models import UNet, fast, int8
 from tests import blobs
+from tests.test_fast import network as random_network
 
 pytestmark = pytest.mark.skipif(not int8.is_supported(), reason="this CPU has no 8-bit dot products")
 
 
-def network(features: int = 8) -> UNet:
-    """Random weights and batch statistics; the upper left corner of each kernel is heavy, so that sides cannot be mixed up."""
-    torch.manual_seed(3)
-    model = UNet(init_features=features).eval()
+def network() -> UNet:
+    """Random; the upper left corner of each kernel is heavy, so that sides cannot be mixed up, and up-convolutions are biased."""
+    model = random_network(features=8)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            module.running_mean.normal_(std=0.3)
-            module.running_var.uniform_(0.5, 1.5)
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.kernel_size != (1, 1):
             module.weight.data[..., 0, 0] *= 2
     for level in range(1, 5):
@@ -111,9 +106,8 @@ def test_masks_of_a_trained_network_hardly_change_on_photos_that_did_not_calibra
     segmenter = PortraitSegmenter(trained, blobs.SIZE, device="cpu", precision="fp32", mirror=False, refine=False)
     masks = [alpha > 0.5 for alpha in segmenter.predict(photos(100, 24))]
     shown = [shrink(photo, place(96, 72, blobs.SIZE, "letterbox")) for photo in photos(0, 32)]
-    mean, std = (torch.tensor(values) for values in (MEAN, STD))
-    x = ((torch.from_numpy(np.stack(shown)) / 255 - mean) / std).permute(0, 3, 1, 2)
-    segmenter.network = int8.quantise(trained, x)
+    images = torch.from_numpy(np.stack(shown))
+    segmenter.network = int8.quantise(trained, normalise(images, images[..., 0])[0])
     others = [alpha > 0.5 for alpha in segmenter.predict(photos(100, 24))]
     one, other = (torch.from_numpy(np.stack(masks)) for masks in (masks, others))
     assert fast.agreement(one, other) > 0.99
