@@ -21,6 +21,7 @@ import measure
 import torch
 
 from portrait_dist import config, distributed
+from portrait_dist.allocator import keep_freed_memory
 from portrait_dist.losses import SoftIoULoss
 from portrait_dist.models import UNet
 
@@ -64,6 +65,7 @@ class Resident:
 
     def __init__(self, options: argparse.Namespace, size: int) -> None:
         self.options = options
+        keep_freed_memory()  # as train does
         self.device = distributed.pick_device(options.device)
         self.model = UNet(init_features=options.features).to(self.device, memory_format=torch.channels_last)
         if options.compile:

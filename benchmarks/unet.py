@@ -5,12 +5,12 @@
     python benchmarks/unet.py --checkpoint runs/NAME/ckpt_best.pth --shards shards   # with IoU against float32 masks
 
 Rows (each step keeps those before it): hub-eager-fp32, tf32 (GPU), channels-last, bf16, bn-folded, merged
-(portrait_dist.models.fast), int8 (portrait_dist.models.int8, on CPUs with VNNI), compiled (torch.compile of the bf16 model as it
-is), compiled-frozen (of the merged one, with frozen weights), max-autotune (GPU, with CUDA graphs), best; and train-… for
-forward, backward and Adam step. int8 can only be the best where its masks were compared, on a trained network. The share of the
-roofline is the fastest conceivable time of the original network on this machine (measured: a large matrix product in the row's
-precision, bf16's for int8, a large copy; activations read and written once) divided by the time taken. Rewrites that multiply
-less can exceed 1.
+(portrait_dist.models.fast), kept-memory (CPU; portrait_dist.allocator, all before have glibc's own way), int8
+(portrait_dist.models.int8, on CPUs with VNNI), compiled (torch.compile of the bf16 model as it is), compiled-frozen (of the
+merged one, with frozen weights), max-autotune (GPU, with CUDA graphs), best; and train-… for forward, backward and Adam step.
+int8 can only be the best where its masks were compared, on a trained network. The share of the roofline is the fastest
+conceivable time of the original network on this machine (measured: a large matrix product in the row's precision, bf16's for
+int8, a large copy; activations read and written once) divided by the time taken. Rewrites that multiply less can exceed 1.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ import measure
 import torch
 from torch import Tensor, nn
 
+from portrait_dist.allocator import keep_freed_memory, set_thresholds
 from portrait_dist.losses import SoftIoULoss
 from portrait_dist.models import UNet, fast, int8
 
 Work = Callable[[], Any]
 CHANNELS_LAST = torch.channels_last
+KEEP_MEMORY = ("kept-memory", "int8", "compiled-frozen", "train-kept-memory", "train-compiled")
+"""Rows with :func:`portrait_dist.allocator.keep_freed_memory`, on a CPU."""
 
 
 class Bench:
@@ -79,6 +82,8 @@ def networks(bench: Bench, calibration: Tensor, compiled: tuple[str, ...]) -> di
     folded = fast.fold_batch_norm(bench.model).to(memory_format=CHANNELS_LAST).bfloat16()
     ladder["bn-folded"] = _reading(folded, torch.bfloat16)
     ladder["merged"] = fast.prepare(bench.model, bench.device, "bf16")
+    if not bench.cuda:
+        ladder["kept-memory"] = ladder["merged"]
     if not bench.cuda and int8.is_supported() and bench.model.norm == "batch":
         ladder["int8"] = int8.quantise(bench.model, calibration)
     if "compiled" in compiled:
@@ -87,7 +92,20 @@ def networks(bench: Bench, calibration: Tensor, compiled: tuple[str, ...]) -> di
         ladder["compiled-frozen"] = _reading(_frozen(bench, {"freezing": True}), torch.bfloat16)
     if "max-autotune" in compiled:
         ladder["max-autotune"] = fast.prepare(bench.model, bench.device, "bf16", compile=True)
-    return ladder
+    return ladder if bench.cuda else {name: _with_memory(name, network) for name, network in ladder.items()}
+
+
+def _with_memory(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    """The work, with freed memory kept or given back, whatever the row before it did."""
+
+    def run(*args: Any) -> Any:
+        if name in KEEP_MEMORY:
+            keep_freed_memory()
+        else:
+            set_thresholds(trim=2**26, mmap=2**25)  # the largest that glibc's own adjustment comes to
+        return work(*args)
+
+    return run
 
 
 def _frozen(bench: Bench, options: dict[str, Any]) -> fast.Network:
@@ -154,10 +172,14 @@ def train_rows(bench: Bench, batch: int, repeats: int, compiled: tuple[str, ...]
     steps: dict[str, Work] = {"train-hub-eager-fp32": _train_step(bench, batch, False, False, False)}
     steps["train-channels-last"] = _train_step(bench, batch, True, False, False)
     steps["train-bf16"] = _train_step(bench, batch, True, True, False)
+    if not bench.cuda:
+        steps["train-kept-memory"] = steps["train-bf16"]
     if compiled:
         steps["train-compiled"] = _train_step(bench, batch, True, True, True)
     if bench.cuda:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    else:
+        steps = {name: _with_memory(name, step) for name, step in steps.items()}
     cases = {name: (lambda work=work: bench.rate(work, batch)) for name, work in steps.items()}
     rows = [measure.row(name, rates, batch_size=batch) for name, rates in measure.alternate(cases, repeats).items()]
     return _with_factors_and_best(rows, "train-best")
@@ -254,7 +276,10 @@ def _cost(bench: Bench) -> tuple[float, float]:
 
 def sweep(bench: Bench, batches: list[int], repeats: int) -> list[measure.Row]:
     """Batch sizes, for the first row of the ladder and the form that PortraitSegmenter uses."""
-    forms = {"hub-eager-fp32": bench.model, "merged": fast.prepare(bench.model, bench.device, "bf16")}
+    name, form = "merged" if bench.cuda else "kept-memory", fast.prepare(bench.model, bench.device, "bf16")
+    forms: dict[str, fast.Network] = {"hub-eager-fp32": bench.model, name: form}
+    if not bench.cuda:
+        forms = {name: _with_memory(name, form) for name, form in forms.items()}
     rows = []
     with torch.no_grad():
         for batch in batches:
@@ -285,7 +310,7 @@ def _pictures(shards: Path, split: str, size: int, count: int) -> Tensor:
 def main(words: list[str] | None = None) -> dict[str, Any]:
     options = _options(words)
     bench = Bench(options.device, options.size, options.features, options.checkpoint)
-    batch = options.batch or (64 if bench.cuda else 4)
+    batch = options.batch or (64 if bench.cuda else 8)
     repeats = options.repeats or 5
     real = RealPictures(options.shards, options.size, bench.device) if options.shards else None
     if bench.cuda:
@@ -317,7 +342,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", type=int, default=256, help="side of the pictures")
     parser.add_argument("--features", type=int, default=32, help="channels of the first level")
-    parser.add_argument("--batch", type=int, help="pictures at once (default 64 on a GPU, 4 on a CPU)")
+    parser.add_argument("--batch", type=int, help="pictures at once (default 64 on a GPU, 8 on a CPU, as predict has)")
     parser.add_argument("--checkpoint", type=Path, help="a trained network in place of a random one")
     parser.add_argument("--shards", type=Path, help="with --checkpoint: pictures to compare masks on")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")

@@ -78,6 +78,7 @@ class AugmentConfig:
 class ModelConfig:
     init_features: int = knob(32, "channels of the first level", minimum=1)
     norm: str = knob("batch", "normalisation layers: batch, or group (nothing shared across samples)", choices=("batch", "group"))
+    weights: str = knob("", "checkpoint whose weights a new run begins with (fine-tuning); random ones when empty")
 
 
 @dataclass

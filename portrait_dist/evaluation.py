@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from portrait_dist import distributed
+from portrait_dist.allocator import keep_freed_memory
 from portrait_dist.data import build_loader
 from portrait_dist.data.augment import normalise
 from portrait_dist.losses import SoftIoULoss
@@ -55,6 +56,7 @@ def evaluate(
         InputError: no such checkpoint or shards.
         DamagedDataError: one of them is damaged.
     """
+    keep_freed_memory()
     chosen = distributed.pick_device(device)
     distributed.start(chosen)
     model, about = distributed.on_every_rank(lambda: load_model(checkpoint))

@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from portrait_dist.allocator import keep_freed_memory
 from portrait_dist.data.augment import MEAN, STD
 from portrait_dist.distributed import pick_device
 from portrait_dist.errors import DamagedDataError, InputError
@@ -187,6 +188,7 @@ class PortraitSegmenter:
         self.levels = levels
         self.refine = REFINE if refine is None else refine
         self.mirror = MIRROR if mirror is None else mirror
+        keep_freed_memory()
         self.network = fast.prepare(model, self.device, precision)
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import largest_difference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,7 +16,7 @@ from portrait_dist import config
 from portrait_dist.losses import CustomSegLoss, SoftIoULoss
 from portrait_dist.metrics import SoftIoU
 from portrait_dist.models import UNet
-from portrait_dist.training import LoopOptions, PortraitTrainer
+from portrait_dist.training import LoopOptions, PortraitTrainer, checkpoints
 from portrait_dist.training.sg_adapter import Callback, Trainer, use_device
 
 torch.set_num_threads(1)
@@ -260,3 +261,19 @@ def test_a_plan_that_cannot_work_is_refused_with_its_numbers(tiny_shards: Path) 
         plan_of(tiny_shards, "train.batch_size=64")
     with pytest.raises(config.InputError, match=r"sync_bn.*GPUs only"):
         plan_of(tiny_shards, "train.sync_bn=true", "train.batch_size=6")
+
+
+def model_of(*keys: str, new: bool = True) -> torch.nn.Module:
+    from portrait_dist.training import run
+
+    return run._make_model(config.load(None, ["model.init_features=2", *keys]), new)
+
+
+def test_a_new_run_begins_with_the_weights_it_is_given_and_one_that_goes_on_does_not(tmp_path: Path) -> None:
+    given = model_of("train.seed=1")
+    checkpoints.save_atomically(tmp_path / "given.pth", {"net": given.state_dict()})
+    key = f"model.weights={tmp_path / 'given.pth'}"
+    assert largest_difference(model_of("train.seed=2", key).state_dict(), given.state_dict()) == 0
+    assert largest_difference(model_of("train.seed=2", key, new=False).state_dict(), given.state_dict()) > 0.1
+    with pytest.raises(config.InputError, match=r"another form; give model\.init_features=2 model\.norm=batch"):
+        model_of(key, "model.norm=group")

@@ -43,6 +43,13 @@ def assert_same_run(run: Path, reference: Path) -> None:
     assert largest_difference(checkpoint(run)["net"], checkpoint(reference)["net"]) < WEIGHTS
 
 
+def test_fine_tuning_begins_where_the_given_checkpoint_ended(one_process: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    keys = (f"model.weights={one_process / 'ckpt_latest.pth'}", "train.lr=1e-12", "train.max_epochs=1", "train.batch_size=6")
+    train(tmp_path, tiny_shards, *keys, ranks=2).result()
+    given, tuned = checkpoint(one_process)["net"], checkpoint(tmp_path / "run")["net"]
+    assert largest_difference(tuned, given) < 1e-6
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_n_ranks_train_the_same_model_as_one_process_with_the_same_global_batch(
     ranks: int, one_process: Path, tiny_shards: Path, tmp_path: Path

@@ -10,7 +10,6 @@ Threads are enough: reading, decoding, resizing, encoding and compressing all re
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import itertools
@@ -28,6 +27,7 @@ from typing import Any, TypeVar
 
 from isal import isal_zlib
 
+from portrait_dist.allocator import keep_freed_memory
 from portrait_dist.data.claim import sole_writer
 from portrait_dist.data.encode import EncodedPair, Settings, encode_pair
 from portrait_dist.data.shard_format import (
@@ -106,7 +106,7 @@ def pack(
     split = read_split(data)
     _check_keys(split)
     out = Path(out).absolute()
-    _keep_freed_memory()
+    keep_freed_memory()
     begin = time.perf_counter()
     try:
         with _claimed(out, split, settings):
@@ -124,18 +124,6 @@ def pack(
         "splits": {name: entry.samples for name, entry in manifest.splits.items()},
         "out": str(out),
     }
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep freed pixels for the next picture, for the rest of this process.
-
-    By default it gives large blocks back to the system; taking them anew, page by page, was a third of a pair's time. What is
-    kept is what the threads have in use at once, a few MB each.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(trim_threshold, 256 << 20)
-        ctypes.CDLL(None).mallopt(mmap_threshold, 32 << 20)
 
 
 def _check_keys(split: Split) -> None:

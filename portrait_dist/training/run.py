@@ -151,7 +151,7 @@ def _train(config: Config, device: torch.device, signals: StopSignals) -> dict[s
     trainer = _make_trainer(config, loaders[0], device, signals)
     resume = distributed.on_every_rank(lambda: _resume(config, plan))
     if resume != "finished":
-        model = _make_model(config)
+        model = distributed.on_every_rank(lambda: _make_model(config, new=resume == "start"))
         trainer.train(model, _training_params(config, plan, trainer, resume == "go on"), *loaders)
     result = _result(config, trainer, plan) if distributed.rank() == 0 else None
     if lock:
@@ -246,11 +246,20 @@ def _resume(config: Config, plan: Plan) -> str:
     return "go on"
 
 
-def _make_model(config: Config) -> torch.nn.Module:
+def _make_model(config: Config, new: bool) -> torch.nn.Module:
     from portrait_dist.models import UNet
 
     torch.manual_seed(config.train.seed)  # the same weights on every rank
-    return UNet(init_features=config.model.init_features, norm=config.model.norm)
+    settings: dict[str, Any] = {"init_features": config.model.init_features, "norm": config.model.norm}
+    model = UNet(**settings)
+    if config.model.weights and new:
+        given, _ = checkpoints.load_model(config.model.weights)
+        found = {"init_features": given.init_features, "norm": given.norm}
+        if found != settings:
+            words = " ".join(f"model.{name}={value}" for name, value in found.items())
+            raise InputError(f"model.weights={config.model.weights}: a network of another form; give {words}")
+        model.load_state_dict(given.state_dict())
+    return model
 
 
 def _make_trainer(config: Config, loader: Any, device: torch.device, signals: StopSignals) -> Any:

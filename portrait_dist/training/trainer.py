@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from portrait_dist import distributed
+from portrait_dist.allocator import keep_freed_memory
 from portrait_dist.errors import InputError, Stopped
 from portrait_dist.machine import versions
 from portrait_dist.training import checkpoints
@@ -102,6 +103,7 @@ class PortraitTrainer(AdaptedTrainer):
         about: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(experiment_name, ckpt_root_dir)
+        keep_freed_memory()
         self.options = options or LoopOptions()
         self.signals = signals or StopSignals()
         self.prepare = prepare
