@@ -45,14 +45,23 @@ class Bench:
         self.size = size
         self.model = _model(features, checkpoint).to(self.device).eval()
         self.at_least = 0.3 if self.cuda else 0.0
+        self.keeps_memory: bool | None = None
 
     def pictures(self, batch: int) -> Tensor:
         torch.manual_seed(1)
         return torch.randn(batch, 3, self.size, self.size, device=self.device)
 
-    def rate(self, work: Work, images: int) -> float:
-        """Images per second of one call of ``work``."""
+    def rate(self, work: Work, images: int, name: str = "") -> float:
+        """Images per second of one call of ``work``, for the row ``name``."""
         synchronize = torch.cuda.synchronize if self.cuda else lambda: None
+        keep = name in KEEP_MEMORY
+        if not self.cuda and keep != self.keeps_memory:
+            self.keeps_memory = keep
+            if keep:
+                keep_freed_memory()
+            else:
+                set_thresholds(trim=2**26, mmap=2**25)  # the largest that glibc's own adjustment comes to
+            work()  # leaves the memory as it will be from now on
         return images / measure.seconds_of(work, synchronize, self.at_least)
 
 
@@ -92,20 +101,7 @@ def networks(bench: Bench, calibration: Tensor, compiled: tuple[str, ...]) -> di
         ladder["compiled-frozen"] = _reading(_frozen(bench, {"freezing": True}), torch.bfloat16)
     if "max-autotune" in compiled:
         ladder["max-autotune"] = fast.prepare(bench.model, bench.device, "bf16", compile=True)
-    return ladder if bench.cuda else {name: _with_memory(name, network) for name, network in ladder.items()}
-
-
-def _with_memory(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-    """The work, with freed memory kept or given back, whatever the row before it did."""
-
-    def run(*args: Any) -> Any:
-        if name in KEEP_MEMORY:
-            keep_freed_memory()
-        else:
-            set_thresholds(trim=2**26, mmap=2**25)  # the largest that glibc's own adjustment comes to
-        return work(*args)
-
-    return run
+    return ladder
 
 
 def _frozen(bench: Bench, options: dict[str, Any]) -> fast.Network:
@@ -137,10 +133,13 @@ def forward_rows(
     x = bench.pictures(batch)
     ladder = networks(bench, real.calibration if real else x, compiled)
     with torch.no_grad():
-        ladder = _those_that_run(ladder, x)
-        exact = ladder["hub-eager-fp32"](x)
-        differences = {name: float((network(x).float() - exact).abs().max()) for name, network in ladder.items()}
-        cases = {name: (lambda network=network: bench.rate(lambda: network(x), batch)) for name, network in ladder.items()}
+        found = _outputs(ladder, x)
+        ladder = {name: network for name, network in ladder.items() if name in found}
+        differences = {name: float((output - found["hub-eager-fp32"]).abs().max()) for name, output in found.items()}
+        cases = {
+            name: (lambda name=name, network=network: bench.rate(lambda: network(x), batch, name))
+            for name, network in ladder.items()
+        }
         rates = measure.alternate(cases, repeats, warm_up=bench.cuda)
     masks = {}
     if real:  # whole batches: compiled forms take one shape
@@ -155,16 +154,15 @@ def forward_rows(
     return _with_factors_and_best(rows, "best")
 
 
-def _those_that_run(ladder: dict[str, fast.Network], x: Tensor) -> dict[str, fast.Network]:
-    """Compile what is to be compiled; a form that this machine cannot run (no compiler, say) is left out and named."""
-    running = {}
+def _outputs(ladder: dict[str, fast.Network], x: Tensor) -> dict[str, Tensor]:
+    """What each form gives, compiled where it is to be; one that cannot run here (no compiler, say) is left out and named."""
+    outputs = {}
     for name, network in ladder.items():
         try:
-            network(x)
-            running[name] = network
+            outputs[name] = network(x).float()
         except Exception as error:  # compilers fail in many ways
             print(f"  {name} does not run here: {str(error).splitlines()[0]}", file=sys.stderr)
-    return running
+    return outputs
 
 
 def train_rows(bench: Bench, batch: int, repeats: int, compiled: tuple[str, ...]) -> list[measure.Row]:
@@ -178,9 +176,7 @@ def train_rows(bench: Bench, batch: int, repeats: int, compiled: tuple[str, ...]
         steps["train-compiled"] = _train_step(bench, batch, True, True, True)
     if bench.cuda:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    else:
-        steps = {name: _with_memory(name, step) for name, step in steps.items()}
-    cases = {name: (lambda work=work: bench.rate(work, batch)) for name, work in steps.items()}
+    cases = {name: (lambda name=name, work=work: bench.rate(work, batch, name)) for name, work in steps.items()}
     rows = [measure.row(name, rates, batch_size=batch) for name, rates in measure.alternate(cases, repeats).items()]
     return _with_factors_and_best(rows, "train-best")
 
@@ -275,16 +271,19 @@ def _cost(bench: Bench) -> tuple[float, float]:
 
 
 def sweep(bench: Bench, batches: list[int], repeats: int) -> list[measure.Row]:
-    """Batch sizes, for the first row of the ladder and the form that PortraitSegmenter uses."""
+    """Batch sizes, for the first row of the ladder and the forms that PortraitSegmenter uses."""
     name, form = "merged" if bench.cuda else "kept-memory", fast.prepare(bench.model, bench.device, "bf16")
     forms: dict[str, fast.Network] = {"hub-eager-fp32": bench.model, name: form}
-    if not bench.cuda:
-        forms = {name: _with_memory(name, form) for name, form in forms.items()}
+    if not bench.cuda and int8.is_supported() and bench.model.norm == "batch":
+        forms["int8"] = int8.quantise(bench.model, bench.pictures(1))
     rows = []
     with torch.no_grad():
         for batch in batches:
             x = bench.pictures(batch)
-            cases = {name: (lambda form=form, x=x: bench.rate(lambda: form(x), len(x))) for name, form in forms.items()}
+            cases = {
+                name: (lambda name=name, form=form, x=x: bench.rate(lambda: form(x), len(x), name))
+                for name, form in forms.items()
+            }
             for name, rates in measure.alternate(cases, repeats).items():
                 rows.append(measure.row(name, rates, batch_size=batch))
     return rows
@@ -331,7 +330,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
 
 
 def _compiled_forms(options: argparse.Namespace, cuda: bool) -> tuple[str, ...]:
-    if options.no_compile:
+    if options.no_compile or (options.quick and not cuda):
         return ()
     forms = ("compiled-frozen",) if options.quick else ("compiled", "compiled-frozen")
     return (*forms, "max-autotune") if cuda else forms
