@@ -455,15 +455,15 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser = measure.arguments(__doc__)
     parser.add_argument("--data", type=Path, help="raw AISegment tree, or packed shards; generated when left out")
     parser.add_argument("--work", type=Path, help="folder for what is packed from it; a temporary one when left out")
-    parser.add_argument("--pairs", type=int, help="pairs to generate (default 640, with --quick 240)")
+    parser.add_argument("--pairs", type=int, help="pairs to generate (default 640, with --quick 200)")
     parser.add_argument("--copies", type=int, help="times that each picture stands in the 256-pixel shards (4, or 1 with --data)")
     parser.add_argument("--workers", type=int, default=measure.cores(), help="processes or threads (default: the cores)")
     parser.add_argument("--full-peers", action="store_true", help="also the other libraries with our decoder")
     options = parser.parse_args(words)
-    options.pairs = options.pairs or (240 if options.quick else 640)
+    options.pairs = options.pairs or (200 if options.quick else 640)
     options.copies = options.copies or (1 if options.data else 4)
     options.repeats = options.repeats or 5
-    options.seconds = 0.7 if options.quick else 2.0
+    options.seconds = 0.6 if options.quick else 2.0
     options.tutorial_images = 48 if options.quick else 128
     return options
 

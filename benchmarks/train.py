@@ -128,7 +128,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(words)
     cuda = options.device == "cuda"
     options.batch = options.batch or (64 if cuda else 4)
-    options.steps = options.steps or (300 if cuda else 5 if options.quick else 12)
+    options.steps = options.steps or (300 if cuda else 6 if options.quick else 12)
     options.precision = options.precision or ("bf16" if cuda else "fp32")
     options.repeats = options.repeats or (2 if options.quick else 5)
     return options

@@ -16,6 +16,7 @@ How a photo is brought to the network's size (``fit``): the network was trained 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,6 +32,7 @@ from portrait_dist.allocator import keep_freed_memory
 from portrait_dist.data.augment import MEAN, STD
 from portrait_dist.distributed import pick_device
 from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.machine import cores
 from portrait_dist.models import fast, int8
 from portrait_dist.models.unet import STRIDE, UNet
 
@@ -227,17 +229,25 @@ class PortraitSegmenter:
         return next(self.stream([read_picture(pictures)]))[1]
 
     def stream(self, pictures: Iterable[NDArray[np.uint8]], batch_size: int = 8) -> Iterator[tuple[NDArray[np.uint8], Alpha]]:
-        """Yield (picture, alpha) in order, ``batch_size`` pictures in memory at a time.
+        """Yield (picture, alpha) in order, twice ``batch_size`` pictures in memory at a time.
+
+        Masks are brought to full size by threads while this one runs the network on the next batch.
 
         Args:
             pictures: RGB uint8 [H, W, 3] of any sizes.
         """
         waiting = iter(pictures)
-        while batch := list(islice(waiting, batch_size)):
-            placements = [place(picture.shape[0], picture.shape[1], self.size, self.fit, self.aspect) for picture in batch]
-            for picture, placement, small in zip(batch, placements, self._small_alphas(batch, placements), strict=True):
-                alpha = enlarge(small, placement, *picture.shape[:2])
-                yield picture, self._refined(picture, alpha, placement)
+        with ThreadPoolExecutor(cores()) as threads:
+            finishing: list[tuple[NDArray[np.uint8], Future[Alpha]]] = []
+            while batch := list(islice(waiting, batch_size)):
+                placements = [place(picture.shape[0], picture.shape[1], self.size, self.fit, self.aspect) for picture in batch]
+                small = self._small_alphas(batch, placements)
+                yield from ((picture, future.result()) for picture, future in finishing)
+                finishing = [
+                    (picture, threads.submit(self._full_size, picture, alpha, placement))
+                    for picture, alpha, placement in zip(batch, small, placements, strict=True)
+                ]
+            yield from ((picture, future.result()) for picture, future in finishing)
 
     def _small_alphas(self, pictures: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]) -> list[Alpha]:
         """Alpha at the network's size; pictures whose inputs have one size share a batch."""
@@ -267,7 +277,7 @@ class PortraitSegmenter:
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD))
         return inputs.to(self.device).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
 
-    def calibrate(self, pictures: Sequence[Picture]) -> float:
+    def calibrate(self, pictures: Iterable[Picture]) -> float:
         """Compute in 8-bit integers from now on, where this keeps the masks; for CPUs (see :mod:`portrait_dist.models.int8`).
 
         Every second picture shows the ranges of the network's activations; masks of the others are compared with float32's. It
@@ -290,11 +300,11 @@ class PortraitSegmenter:
             )
         if self.model.norm != "batch":
             raise InputError("only a network with batch norms can compute in 8-bit integers; this one has group norms")
-        if len(pictures) < 2:
-            raise InputError(f"{len(pictures)} pictures are too few to calibrate with; give at least 2, better 64")
         fit = "letterbox" if self.fit == "cover" else self.fit  # all of one size
         read = map(read_picture, pictures)
         small = [shrink(photo, place(photo.shape[0], photo.shape[1], self.size, fit, self.aspect)) for photo in read]
+        if len(small) < 2:
+            raise InputError(f"{len(small)} pictures are too few to calibrate with; give at least 2, better 64")
         x = self._normalised(torch.from_numpy(np.stack(small)))
         network = int8.quantise(self.model, x[::2])
         exact = fast.prepare(self.model, self.device, "fp32")
@@ -303,7 +313,9 @@ class PortraitSegmenter:
             self.network = network
         return agreement
 
-    def _refined(self, picture: NDArray[np.uint8], alpha: Alpha, placement: Placement) -> Alpha:
+    def _full_size(self, picture: NDArray[np.uint8], small: Alpha, placement: Placement) -> Alpha:
+        """The network's alpha at the picture's own size."""
+        alpha = enlarge(small, placement, *picture.shape[:2])
         if not self.refine:
             return alpha
         from portrait_dist.refine import refine_alpha

@@ -6,8 +6,10 @@ the network.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,11 +24,15 @@ from numpy.typing import NDArray
 from portrait_dist import cutout
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
 from portrait_dist.inference import Alpha, PortraitSegmenter, read_picture
+from portrait_dist.models import fast
 from portrait_dist.progress import track
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 KINDS = ("mask", "cutout", "side-by-side")
 """For photo.jpg there are photo.mask.png, photo.cutout.png and photo.side-by-side.png."""
+
+CALIBRATION_PHOTOS = 64
+"""Photos, spread over all, that show ``--precision int8`` the ranges of the network's numbers."""
 
 Photo = NDArray[np.uint8]
 R = TypeVar("R")
@@ -40,6 +46,7 @@ def predict_files(
     background: str = "transparent",
     force: bool = False,
     batch_size: int = 8,
+    precision: str = "auto",
     **options: Any,
 ) -> dict[str, Any]:
     """Write mask, cut-out and side-by-side picture of every photo.
@@ -51,7 +58,9 @@ def predict_files(
         background: see :func:`portrait_dist.cutout.parse_background`.
         force: overwrite pictures that exist.
         batch_size: photos that go through the network together.
-        options: of :class:`portrait_dist.inference.PortraitSegmenter`.
+        precision: of :class:`portrait_dist.inference.PortraitSegmenter`; or ``int8``, calibrated with up to 64 of the photos and
+            used where the masks stay what they were.
+        options: of the same class.
 
     Returns:
         ``files`` (written paths), ``failed`` (always empty here), ``photos`` (how many are done), ``photos_per_second``.
@@ -65,7 +74,7 @@ def predict_files(
     names = name_outputs(find_photos(paths, out))
     _refuse_to_overwrite(names, out, force)
     scene = cutout.parse_background(background)
-    segmenter = PortraitSegmenter.from_checkpoint(checkpoint, **options)
+    segmenter = _segmenter(checkpoint, list(names), precision, options)
     work = _Work(segmenter, names, out, scene, batch_size)
     begin = time.perf_counter()
     written = list(track(work.run(), total=len(names), what="photos"))
@@ -79,6 +88,22 @@ def predict_files(
         listed = "; ".join(failure["error"] for failure in work.failed)
         raise DamagedDataError(f"{len(work.failed)} of {len(names)} photos were left out, the others are done: {listed}", result)
     return result
+
+
+def _segmenter(checkpoint: str | Path, photos: Sequence[Path], precision: str, options: dict[str, Any]) -> PortraitSegmenter:
+    whole = precision == "int8"
+    segmenter = PortraitSegmenter.from_checkpoint(checkpoint, precision="auto" if whole else precision, **options)
+    if whole:
+        agreement = segmenter.calibrate(_readable(photos[:: -(-len(photos) // CALIBRATION_PHOTOS)]))
+        verdict = "8-bit integers" if agreement >= fast.TOLERANCE else "too little, so in floating point"
+        print(f"masks in 8-bit integers against fp32: IoU {agreement:.4f}; {verdict}", file=sys.stderr)
+    return segmenter
+
+
+def _readable(photos: Iterable[Path]) -> Iterator[Photo]:
+    for photo in photos:
+        with contextlib.suppress(PortraitDistError):  # it is named when its turn comes
+            yield read_picture(photo)
 
 
 def find_photos(paths: Sequence[str], out: Path) -> dict[Path, Path]:

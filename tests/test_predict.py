@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from portrait_dist.cli import run
+from portrait_dist.models import int8
 from portrait_dist.prediction import name_outputs
 from tests import blobs
 
@@ -114,6 +115,15 @@ def test_wrong_input_gets_one_line_and_nothing_is_written(capfd, checkpoint, pho
     assert error.count("\n") == 1
     assert message in error
     assert not (photos.parent / "out").exists()
+
+
+@pytest.mark.skipif(not int8.is_supported(), reason="this CPU has no 8-bit dot products")
+def test_int8_is_calibrated_with_the_photos_that_can_be_read_and_says_what_it_keeps(capfd, checkpoint, photos, tmp_path):
+    (photos / "broken.jpg").write_bytes((photos / "one.jpg").read_bytes()[:300])
+    code, result, error = predict(capfd, checkpoint, photos, "--out", tmp_path / "out", "--precision", "int8")
+    assert (code, result["photos"]) == (3, 3)
+    assert "masks in 8-bit integers against fp32: IoU" in error
+    assert files(tmp_path / "out") == outputs("one", "two", "more/three")
 
 
 def test_photos_of_one_name_from_different_folders_and_formats_are_all_kept(tmp_path):

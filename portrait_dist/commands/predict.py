@@ -52,7 +52,14 @@ def _predict_summary(result: dict[str, Any]) -> str:
     "--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Photos that go through the network together."
 )
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
-@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16"]))
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "fp32", "bf16", "int8"]),
+    help="Arithmetic of the network. auto: bf16 where the processor multiplies it, else fp32. int8, for hundreds of photos on "
+    "a CPU: calibrated with 64 of them, used where masks keep IoU 0.999 with fp32's.",
+)
 def predict(checkpoint: str, paths: tuple[str, ...], out: str, **options: Any) -> dict[str, Any]:
     """Mask, cut-out and side-by-side picture of photos, at their own resolution.
 
