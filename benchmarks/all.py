@@ -149,12 +149,14 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="a trained network for unet.py, to compare masks with --shards")
     parser.add_argument("--shards", type=Path, help="shards with the kind of pictures that --checkpoint was trained on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default benchmarks/results)")
-    parser.add_argument("--only", nargs="+", choices=tuple(TITLES), default=list(TITLES), help="some of the benchmarks")
+    parser.add_argument("--only", nargs="+", choices=tuple(TITLES), help="some of the benchmarks (--quick: all but scaling)")
     parser.add_argument("--repeats", type=int, help="rounds, where not each benchmark's own number")
     parser.add_argument("--pairs", type=int, help="pairs to generate")
     parser.add_argument("--features", type=int, default=32, help="channels of the network's first level")
     parser.add_argument("--size", type=int, default=256, help="side of the network's pictures")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    options.only = options.only or [name for name in TITLES if not (options.quick and name == "scaling")]
+    return options
 
 
 if __name__ == "__main__":
