@@ -74,6 +74,7 @@ class Resident:
         images = torch.randn(options.batch, 3, size, size, device=self.device)
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.masks = (images[:, :1] > 0).float()
+        self.step()
 
     def __call__(self) -> float:
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
@@ -95,7 +96,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         needed = -(-options.batch * options.steps * 10 // 8) + 16
         shards = options.shards or generated_shards(folder, needed, options.size)
         end_to_end, resident = EndToEnd(options, shards, folder / "runs"), Resident(options, _side(shards))
-        rates = measure.alternate({"resident": resident, "train": end_to_end}, options.repeats)
+        rates = measure.alternate({"resident": resident, "train": end_to_end}, options.repeats, warm_up=not options.quick)
         rows = [measure.row(name, values, batch_size=options.batch) for name, values in rates.items()]
         wait = statistics.median(end_to_end.waits)
     rows[1]["data_wait_share"] = round(wait, 4)
