@@ -462,7 +462,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(words)
     options.pairs = options.pairs or (200 if options.quick else 640)
     options.copies = options.copies or (1 if options.data else 4)
-    options.repeats = options.repeats or 5
+    options.repeats = options.repeats or (4 if options.quick else 5)
     options.seconds = 0.6 if options.quick else 2.0
     options.tutorial_images = 48 if options.quick else 128
     return options

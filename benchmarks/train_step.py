@@ -180,7 +180,8 @@ def main(words: list[str] | None = None) -> dict[str, Any] | None:
     rows = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for setting in settings:
-            repeats = options.repeats or (2 if options.quick and setting.network == "real" and not cuda else 5)
+            few = 2 if setting.network == "real" else 3
+            repeats = options.repeats or (few if options.quick and not cuda else 5)
             rows += rows_of(setting, Path(folder), repeats)
     found = None
     if distributed.rank() == 0:
