@@ -91,9 +91,9 @@ def predict_files(
 
 
 def _segmenter(checkpoint: str | Path, photos: Sequence[Path], precision: str, options: dict[str, Any]) -> PortraitSegmenter:
-    whole = precision == "int8"
-    segmenter = PortraitSegmenter.from_checkpoint(checkpoint, precision="auto" if whole else precision, **options)
-    if whole:
+    integers = precision == "int8"
+    segmenter = PortraitSegmenter.from_checkpoint(checkpoint, precision="auto" if integers else precision, **options)
+    if integers:
         agreement = segmenter.calibrate(_readable(photos[:: -(-len(photos) // CALIBRATION_PHOTOS)]))
         verdict = "8-bit integers" if agreement >= fast.TOLERANCE else "too little, so in floating point"
         print(f"masks in 8-bit integers against fp32: IoU {agreement:.4f}; {verdict}", file=sys.stderr)
