@@ -65,9 +65,10 @@ def test_batched_operations_for_the_device_give_torchvisions_levels(pictures):
     assert (got.numpy() != expected).mean() < 1e-4
 
 
-def test_without_opencv_the_same_pictures_come_out(pictures, monkeypatch):
+@pytest.mark.parametrize("geometry", [{}, {"scale": 0.25, "rotation": 10, "translation": 0.1, "background": 0.5}])
+def test_without_opencv_the_same_pictures_come_out(geometry, pictures, monkeypatch):
     images, alphas = pictures
-    transform = Augment(AugmentConfig(), seed=3)
+    transform = Augment(AugmentConfig(**geometry), seed=3)
     fast = transform(images, alphas, epoch=0, positions=np.arange(24))
     monkeypatch.setattr(augment, "_opencv", lambda: None)
     plain = transform(images, alphas, epoch=0, positions=np.arange(24))

@@ -121,9 +121,10 @@ class Augment:
         """Augment with given parameters; shapes as in ``__call__``."""
         config = self.config
         if not (config.scale or config.rotation or config.translation or config.background):
-            return _colours_and_normalise(images, alphas, parameters)
-        pictures, mattes = colours(*flip(images, alphas, parameters.flip), parameters)
-        pictures, mattes = pictures.permute(0, 3, 1, 2), mattes[:, None] / 255
+            pictures, mattes = _flip_and_colours(images, alphas, parameters, normalised=True)
+            return pictures.permute(0, 3, 1, 2), mattes[:, None]
+        pictures, mattes = _flip_and_colours(images, alphas, parameters)
+        pictures, mattes = pictures.permute(0, 3, 1, 2), mattes[:, None]
         if config.scale or config.rotation or config.translation:
             pictures, mattes = move(pictures, mattes, parameters)
         if config.background:
@@ -259,14 +260,18 @@ def _to(values: NDArray[Any], device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _colours_and_normalise(
-    images: torch.Tensor, alphas: torch.Tensor, parameters: Parameters
+def _flip_and_colours(
+    images: torch.Tensor, alphas: torch.Tensor, parameters: Parameters, normalised: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flip, colours and normalisation: sample by sample in the caches of a CPU, else as whole batches on the device."""
+    """Flip and colours, and normalisation if asked: sample by sample in the caches of a CPU, else as whole batches on the device.
+
+    Returns:
+        float32 [B, H, W, 3], levels of 0..255 unless normalised, and float32 [B, H, W] in [0, 1].
+    """
     if images.device.type == "cpu" and _opencv() is not None:
-        return _on_cpu(images, alphas, parameters)
+        return _on_cpu(images, alphas, parameters, normalised)
     pictures, mattes = colours(*flip(images, alphas, parameters.flip), parameters)
-    return _normalise_float(pictures).permute(0, 3, 1, 2), mattes[:, None] / 255
+    return _normalise_float(pictures) if normalised else pictures, mattes / 255
 
 
 @functools.cache
@@ -279,7 +284,9 @@ def _opencv() -> Any:
     return cv2
 
 
-def _on_cpu(images: torch.Tensor, alphas: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_cpu(
+    images: torch.Tensor, alphas: torch.Tensor, parameters: Parameters, normalised: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as the batched way, up to one level where OpenCV rounds otherwise.
 
     Picture after picture on the calling thread, by operations without threads of their own. Steps of 10 to 60 µs on several
@@ -288,15 +295,16 @@ def _on_cpu(images: torch.Tensor, alphas: torch.Tensor, parameters: Parameters) 
     cv2 = _opencv()
     count, height, width, _ = images.shape
     pictures = torch.empty((count, height, width, 3), dtype=torch.float32)
-    mattes = torch.empty((count, 1, height, width), dtype=torch.float32)
+    mattes = torch.empty((count, height, width), dtype=torch.float32)
     given = zip(images.numpy(), alphas.numpy(), strict=True)
     for row, ((picture, matte), finished, share) in enumerate(zip(given, pictures.numpy(), mattes.numpy(), strict=True)):
         if parameters.flip[row]:
             picture, matte = cv2.flip(picture, 1), cv2.flip(matte, 1)
         np.copyto(finished, _colours_of_one(picture, parameters, row))
-        cv2.transform(finished, NORMALISER, dst=finished)
-        np.multiply(matte, np.float32(1 / 255), out=share[0])
-    return pictures.permute(0, 3, 1, 2), mattes
+        if normalised:
+            cv2.transform(finished, NORMALISER, dst=finished)
+        np.multiply(matte, np.float32(1 / 255), out=share)
+    return pictures, mattes
 
 
 def _colours_of_one(picture: NDArray[np.uint8], parameters: Parameters, row: int) -> NDArray[np.uint8]:
