@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +279,9 @@ def test_a_new_run_begins_with_the_weights_it_is_given_and_one_that_goes_on_does
     assert largest_difference(model_of("train.seed=2", key, new=False).state_dict(), given.state_dict()) > 0.1
     with pytest.raises(config.InputError, match=r"another form; give model\.init_features=2 model\.norm=batch"):
         model_of(key, "model.norm=group")
+
+
+def test_importing_the_trainer_leaves_the_programs_command_line_to_the_program() -> None:
+    code = "import sys; from portrait_dist.training import PortraitTrainer; print(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, "--help", "--local_rank=3"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "['--help', '--local_rank=3']"), done.stderr

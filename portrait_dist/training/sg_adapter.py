@@ -3,7 +3,7 @@
 It does three things:
 
 1. imports SuperGradients without the packages its training never runs and without its side effects (a log in the home
-   folder, an exception hook, muted ranks, false warnings about packages);
+   folder, an exception hook, muted ranks, words taken from the command line, false warnings about packages);
 2. replaces what does not run on today's torchmetrics and torch, or is wrong under torchrun;
 3. gives :class:`AdaptedTrainer`, SuperGradients' ``Trainer`` whose private steps call public methods that a subclass fills:
    ``wrap_model``, ``restore``, ``run_training_epoch``, ``run_evaluation``, ``save_epoch``, ``make_average``.
@@ -159,7 +159,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def _lean_import() -> Iterator[None]:
     finder = _Finder()
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in UNUSED_PACKAGES}
-    hook = sys.excepthook
+    hook, words = sys.excepthook, sys.argv
+    sys.argv = words[:1]  # it would answer the program's --help and take its --local_rank away
     sys.meta_path.insert(0, finder)
     try:
         with warnings.catch_warnings():
@@ -167,7 +168,7 @@ def _lean_import() -> Iterator[None]:
             yield
     finally:
         sys.meta_path.remove(finder)
-        sys.excepthook = hook
+        sys.excepthook, sys.argv = hook, words
         for name in [name for name, module in sys.modules.items() if isinstance(module, _StandInModule)]:
             del sys.modules[name]
         sys.modules.update(kept)
