@@ -22,9 +22,15 @@ from portrait_dist.data.shards import DamagedSampleError, ShardSet
 from portrait_dist.data.verify import verify
 from portrait_dist.errors import InputError
 
+STALL = 16384
+
 
 class Server(http.server.ThreadingHTTPServer):
-    """A web server that misbehaves as told. ``cuts``: bytes after which the next answers end, connection and all."""
+    """A web server that misbehaves as told.
+
+    ``cuts``: bytes after which the next answers end, connection and all. ``go_on``: while cleared, an answer with a shard stops
+    after ``STALL`` bytes and waits. ``starts``: from which byte on each shard was asked for.
+    """
 
     daemon_threads = True
 
@@ -35,7 +41,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.failures: list[int] = []
         self.ranges = True
         self.delay = 0.0
+        self.go_on = threading.Event()
+        self.go_on.set()
         self.asked: list[str] = []
+        self.starts: list[int] = []
 
     @property
     def address(self) -> str:
@@ -58,6 +67,8 @@ class _Answer(http.server.BaseHTTPRequestHandler):
             start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
             if start >= len(data):
                 return self.send_error(416)
+        if name.endswith(".tar"):
+            self.server.starts.append(start)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
         if start:
@@ -67,6 +78,8 @@ class _Answer(http.server.BaseHTTPRequestHandler):
         for place in range(start, end, 4096):
             self.wfile.write(data[place : min(place + 4096, end)])
             time.sleep(self.server.delay)
+            if name.endswith(".tar") and place >= STALL:
+                self.server.go_on.wait()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -194,6 +207,11 @@ def _read_all(address: str, folder: Path) -> int:
     return len(content(ShardSet(address, "train", cache=Cache(folder))))
 
 
+def _read_all_by_small_pieces(address: str, folder: Path) -> None:
+    remote.CHUNK = 4096
+    _read_all(address, folder)
+
+
 def test_processes_and_threads_of_a_machine_fetch_each_shard_once(server: Server, cache: Cache) -> None:
     server.delay = 0.002
     with multiprocessing.get_context("spawn").Pool(3) as pool:
@@ -206,8 +224,8 @@ def test_processes_and_threads_of_a_machine_fetch_each_shard_once(server: Server
 
 
 def test_a_killed_fetch_leaves_nothing_wrong_and_is_gone_on_with(server: Server, folder: Path, cache: Cache) -> None:
-    server.delay = 0.02
-    process = multiprocessing.get_context("spawn").Process(target=_read_all, args=(server.address, cache.folder))
+    server.go_on.clear()
+    process = multiprocessing.get_context("spawn").Process(target=_read_all_by_small_pieces, args=(server.address, cache.folder))
     process.start()
     end = time.monotonic() + 60
     while not any(part.stat().st_size for part in cache.folder.glob(".*.part")):
@@ -216,8 +234,10 @@ def test_a_killed_fetch_leaves_nothing_wrong_and_is_gone_on_with(server: Server,
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    server.delay = 0.0
+    server.go_on.set()
+    assert server.starts == [0]
     assert content(ShardSet(server.address, "train", cache=cache)) == content(ShardSet(folder, "train"))
+    assert server.starts[1] > 0, "the shard was fetched again from its beginning"
     assert not list(cache.folder.glob(".*.part"))
 
 
