@@ -67,7 +67,7 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Path]:
     if given is None:
         synthetic.generate(raw, options.pairs, seed=1)
     split.prepare(raw, work / "tree")
-    split.prepare(_repeated(raw, work / "repeated", options.copies) if options.copies > 1 else raw, work / "long-tree")
+    split.prepare(repeated(raw, work / "repeated", options.copies) if options.copies > 1 else raw, work / "long-tree")
     folders = {"tree": work / "tree", "256": work / "s256", "original": work / "original", "raw": work / "raw-codec"}
     per_shard = max(1, options.pairs // 8)  # webdataset deals whole shards to its workers
     packing.pack(work / "long-tree", folders["256"], (SIDE, SIDE), per_shard)
@@ -76,7 +76,7 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Path]:
     return folders
 
 
-def _repeated(raw: Path, out: Path, copies: int) -> Path:
+def repeated(raw: Path, out: Path, copies: int) -> Path:
     """A raw tree of hard links in which each pair stands ``copies`` times.
 
     An epoch of a few hundred small pictures lasts a tenth of a second, and its start counts; real ones are far longer.

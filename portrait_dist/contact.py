@@ -43,7 +43,7 @@ def write(
         ``out``, ``split``, ``samples``, ``keys``.
 
     Raises:
-        InputError: no such data, split or recipe, or ``out`` cannot be written.
+        InputError: no such data, split or recipe, a side is not of 8 to 4096 pixels, or ``out`` cannot be written.
         DamagedDataError: a sample cannot be decoded.
     """
     from portrait_dist import config
@@ -51,6 +51,8 @@ def write(
 
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise InputError(f"--out {out}: give a name that ends in .png or .jpg")
+    if size is not None and not all(8 <= side <= 4096 for side in size):
+        raise InputError(f"--size {size[0]}x{size[1]}: each side is from 8 to 4096 pixels")
     settings = config.load(recipe, words)
     found = read(data, split, samples, size)
     keys, images, alphas = (list(column) for column in zip(*found, strict=True))
@@ -66,14 +68,6 @@ def write(
             part.unlink()
         raise InputError(f"--out {out}: cannot be written ({error.strerror}); give another file") from error
     return {"out": str(out), "split": split, "samples": len(keys), "keys": keys}
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) from ``256x256``."""
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and 8 <= int(part) <= 4096 for part in parts):
-        raise InputError(f"--size {text}: write HEIGHTxWIDTH, each 8 to 4096 pixels, for example 256x256")
-    return int(parts[0]), int(parts[1])
 
 
 def read(data: str, split: str, count: int, size: tuple[int, int] | None = None) -> list[Sample]:

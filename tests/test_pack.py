@@ -119,7 +119,7 @@ def test_the_manifest_counts_and_hashes_what_is_there(tree: Path, tmp_path: Path
 
 
 def test_killed_and_run_again_it_keeps_whole_shards_and_ends_with_the_same_bytes(split_dir: Path, tmp_path: Path) -> None:
-    options = ["--data", str(split_dir), "--size", "64x64", "--samples-per-shard", "6", "--workers", "1"]
+    options = ["--data", str(split_dir), "--size", "64", "--samples-per-shard", "6", "--workers", "1"]
     command = [sys.executable, "-m", "portrait_dist", "pack", *options]
     out = tmp_path / "out"
     process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import multiprocessing
 import os
@@ -9,14 +10,15 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from portrait_dist.data import remote
+from portrait_dist.data import ahead, remote
+from portrait_dist.data.loader import StreamLoader, build_loader
 from portrait_dist.data.remote import Cache, FetchError
 from portrait_dist.data.shards import DamagedSampleError, ShardSet
 from portrait_dist.data.verify import verify
@@ -174,7 +176,7 @@ def test_a_changed_or_missing_shard_is_named_and_never_used(server: Server, fold
 def test_a_file_that_changes_while_it_is_fetched_is_fetched_anew(server: Server, folder: Path, cache: Cache) -> None:
     name, opened = "val-00000.tar", ShardSet(server.address, "val", cache=cache)
     cache.folder.mkdir()
-    (cache.folder / f".{opened.shards[0].sha256}.part").write_bytes(b"the beginning of another file")
+    (cache.folder / f".{opened.shards[0].sha256}.{opened.shards[0].bytes}.part").write_bytes(b"the beginning of another file")
     assert content(opened) == content(ShardSet(folder, "val"))
     assert server.asked.count(name) == 2
 
@@ -201,6 +203,121 @@ def test_the_cache_keeps_its_size_and_drops_what_was_not_used_for_longest(server
     assert content(opened) == content(ShardSet(folder, "train")), "what was dropped is fetched again"
     with pytest.raises(InputError, match="smaller than one shard"):
         ShardSet(server.address, "train", cache=Cache(tmp_path / "small", gigabytes=1e-6)).read(0)
+
+
+def limited(server: Server, folder: Path, shards: float) -> ShardSet:
+    """The training split behind a cache for so many shards."""
+    opened = ShardSet(server.address, "train", cache=Cache(folder / "cache"))
+    opened.cache.limit = int(shards * max(shard.bytes for shard in opened.shards))
+    return opened
+
+
+def test_what_is_being_fetched_has_its_room_in_the_cache(server: Server, tmp_path: Path) -> None:
+    opened = limited(server, tmp_path, 3.9)
+    for number in range(3):
+        opened.fetch(number)
+    with stalled(server, opened, 3, 4):
+        assert len(list(opened.cache.folder.glob("*.tar"))) == 1
+    assert len(list(opened.cache.folder.glob("*.tar"))) == 3
+    assert cached(opened.cache) <= opened.cache.limit
+
+
+def test_room_is_never_made_by_dropping_what_is_being_fetched(server: Server, tmp_path: Path) -> None:
+    opened = limited(server, tmp_path, 1.5)
+    with stalled(server, opened, 0, 1) as fetched:
+        pass
+    assert [one.result()[0].name for one in fetched] == [f"{shard.sha256}.tar" for shard in opened.shards[:2]]
+    assert server.starts == [0, 0]
+
+
+@contextlib.contextmanager
+def stalled(server: Server, opened: ShardSet, *numbers: int) -> Iterator[list[Future[tuple[Path, Path]]]]:
+    """Shards, one after the other, in the middle of being fetched; at the end they are whole."""
+    server.go_on.clear()
+    with ThreadPoolExecutor(len(numbers)) as threads:
+        fetched = []
+        for number in numbers:
+            before = len(server.starts)
+            fetched.append(threads.submit(opened.files, number))
+            until(lambda before=before: len(server.starts) > before)
+        try:
+            yield fetched
+        finally:
+            server.go_on.set()
+
+
+def until(held: Callable[[], bool]) -> None:
+    """Wait until it holds."""
+    end = time.monotonic() + 30
+    while not held():
+        assert time.monotonic() < end, "it did not come to hold"
+        time.sleep(0.005)
+
+
+def tars(server: Server) -> list[str]:
+    """Shards that were asked for, in turn."""
+    return [name for name in server.asked if name.endswith(".tar")]
+
+
+def sequential(server: Server, cache: Cache) -> StreamLoader:
+    """Batches of half a shard, in the order of the shards, one decoded ahead."""
+    return build_loader(
+        server.address, "train", 5, rank=0, world_size=1, shuffle=False, drop_last=False, workers=1, prefetch=1, cache=cache
+    )
+
+
+def test_shards_are_fetched_before_they_are_needed_and_each_once(server: Server, folder: Path, cache: Cache) -> None:
+    loader = sequential(server, cache)
+    batches, shards = iter(loader), loader.dataset.shards.shards
+    found = next(batches).keys
+    until(lambda: len(tars(server)) == len(shards))
+    assert found + [key for batch in batches for key in batch.keys] == [key for key, _, _ in content(ShardSet(folder, "train"))]
+    assert sorted(tars(server)) == [shard.name for shard in shards]
+
+
+def test_fetching_ahead_keeps_to_its_share_of_a_cache_that_does_not_hold_the_split(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
+    largest = max(path.stat().st_size for path in folder.glob("train-*.tar"))
+    loader = sequential(server, Cache(tmp_path / "cache", gigabytes=4.5 * largest / 1e9))
+    batches, keys = iter(loader), []
+    for number, batch in enumerate(batches):
+        keys += batch.keys
+        asked = min(number // 2 + 2, 6)  # those of the batches so far, and the next one
+        until(lambda asked=asked: len(tars(server)) >= asked)
+        time.sleep(0.05)
+        assert len(tars(server)) == asked
+    assert keys == [key for key, _, _ in content(ShardSet(folder, "train"))]
+    assert sorted(tars(server)) == [shard.name for shard in loader.dataset.shards.shards]
+
+
+def test_a_shard_that_cannot_be_fetched_ahead_is_named_where_it_is_needed(
+    server: Server, folder: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "FETCHES", 1)
+    expected = [key for key, _, _ in content(ShardSet(folder, "train"))]
+    (folder / "train-00003.tar").unlink()
+    batches = iter(sequential(server, cache))
+    assert [key for _ in range(6) for key in next(batches).keys] == expected[:30]
+    until(lambda: "train-00005.tar" in tars(server))
+    with pytest.raises(DamagedSampleError, match=r"train-00003\.tar, sample 0: is not there \(HTTP 404\)"):
+        next(batches)
+
+
+def test_a_loader_that_is_dropped_fetches_no_further(server: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "FETCHES", 1)
+    others = threading.enumerate()
+    server.go_on.clear()
+    batches = iter(sequential(server, cache))
+    until(lambda: len(server.starts) == 1)
+    threading.Timer(0.2, server.go_on.set).start()
+    started = [
+        thread for thread in threading.enumerate() if thread.name.startswith(("fetch-", "decode-")) and thread not in others
+    ]
+    assert len(started) == 2
+    del batches
+    until(lambda: not any(thread.is_alive() for thread in started))
+    assert len(tars(server)) <= 2
 
 
 def _read_all(address: str, folder: Path) -> int:

@@ -79,6 +79,7 @@ def test_the_sheet_of_shards_shows_the_stored_samples(
         (["--data", "nowhere", "--out", "a.png"], "nowhere"),
         (["--data", "SPLIT", "--out", "a.gif"], "--out"),
         (["--data", "SPLIT", "--out", "a.png", "--size", "big"], "--size"),
+        (["--data", "SPLIT", "--out", "a.png", "--size", "64x4"], "--size 64x4"),
         (["--data", "SPLIT", "--out", "a.png", "--split", "tset"], "Did you mean 'test'"),
         (["--data", "SPLIT", "--out", "a.png", "augment.flop=1"], "augment.flip"),
         (["--data", "SPLIT", "--out", "SPLIT/split.json/a.png"], "cannot be written"),

@@ -58,6 +58,26 @@ def command(name: str, *, summary: Callable[[dict[str, Any]], str], **attributes
     return decorate
 
 
+class Size(click.ParamType):
+    """``HEIGHTxWIDTH`` in pixels, or one number for a square: (H, W). ``original``, where allowed: None."""
+
+    def __init__(self, original: bool = False) -> None:
+        self.original = original
+        self.name = "HEIGHTxWIDTH|original" if original else "HEIGHTxWIDTH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int] | None:
+        if not isinstance(value, str):
+            return value
+        if self.original and value == "original":
+            return None
+        height, x, width = value.lower().partition("x")
+        sides = (height, width if x else height)
+        if not all(side.isdecimal() for side in sides):
+            either = ", or original" if self.original else ""
+            self.fail(f"'{value}' is not a size; give HEIGHTxWIDTH in pixels, such as 256x256{either}", param, ctx)
+        return int(sides[0]), int(sides[1])
+
+
 class _StdoutForJson:
     """While a command runs with ``--json``, file descriptor 1 is stderr, also for libraries and child processes."""
 

@@ -11,23 +11,7 @@ from typing import Any
 
 import click
 
-from portrait_dist.commands import command
-
-
-class Size(click.ParamType):
-    """``HEIGHTxWIDTH`` in pixels, or ``original``; (H, W) or None."""
-
-    name = "HEIGHTxWIDTH|original"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int] | None:
-        if not isinstance(value, str):
-            return value
-        if value == "original":
-            return None
-        height, x, width = value.partition("x")
-        if not (x and height.isdecimal() and width.isdecimal()):
-            self.fail(f"'{value}' is not a size; give HEIGHTxWIDTH in pixels, such as 256x256, or original", param, ctx)
-        return int(height), int(width)
+from portrait_dist.commands import Size, command
 
 
 def _pack_summary(result: dict[str, Any]) -> str:
@@ -41,7 +25,13 @@ def _pack_summary(result: dict[str, Any]) -> str:
 @command("pack", summary=_pack_summary)
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder that 'portrait-dist prepare' wrote.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; new, or one to finish.")
-@click.option("--size", type=Size(), default="256x256", show_default=True, help="Pixels of every sample, or their own.")
+@click.option(
+    "--size",
+    type=Size(original=True),
+    default="256x256",
+    show_default=True,
+    help="Pixels of every sample (256 is 256x256), or their own.",
+)
 @click.option("--samples-per-shard", default=1024, show_default=True, help="Samples in each tar.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: the CPUs there are]")
 @click.option(

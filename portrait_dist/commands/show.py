@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from portrait_dist.commands import command
+from portrait_dist.commands import Size, command
 
 
 @command("show", summary=lambda result: f"{result['samples']} samples of {result['split']} in {result['out']}")
@@ -19,7 +19,7 @@ from portrait_dist.commands import command
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Picture to write, .png or .jpg.")
 @click.option("--samples", type=click.IntRange(1, 200), default=8, show_default=True, help="Rows, evenly spread over the split.")
 @click.option("--augmented", type=click.IntRange(0, 20), default=3, show_default=True, help="Augmented versions of each.")
-@click.option("--size", metavar="HxW", help="Of each picture.  [default: the shards' own, or 256x256]")
+@click.option("--size", type=Size(), help="Of each picture.  [default: the shards' own, or 256x256]")
 @click.option("--recipe", metavar="NAME|FILE", help="Take the augmentation from this recipe.")
 @click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Of the augmentation.")
 @click.argument("words", nargs=-1, metavar="[key=value …]")
@@ -29,7 +29,7 @@ def show(
     out: Path,
     samples: int,
     augmented: int,
-    size: str | None,
+    size: tuple[int, int] | None,
     recipe: str | None,
     seed: int,
     words: tuple[str, ...],
@@ -49,7 +49,7 @@ def show(
         out,
         samples=samples,
         augmented=augmented,
-        size=contact.parse_size(size) if size else None,
+        size=size,
         recipe=recipe,
         words=words,
         seed=seed,

@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from portrait_dist import distributed
+from portrait_dist.data.ahead import FetchAhead
 from portrait_dist.data.order import Ints, Plan
 from portrait_dist.data.stream import AISegmentIterableDataset
 from portrait_dist.errors import DamagedDataError, InputError
@@ -81,7 +82,8 @@ def build_loader(
         split: ``train``, ``val`` or ``test``.
         batch_size: samples per rank and batch.
         seed: of the shuffle.
-        workers: decoding threads; 0 decodes in the caller. Changes the speed, never the batches.
+        workers: decoding threads; 0 decodes in the caller. Changes the speed, never the batches. With threads, remote shards
+            are fetched before they are needed (:class:`portrait_dist.data.ahead.FetchAhead`).
         rank, world_size: this process's place; the process group's by default, else torchrun's, else 0 of 1.
         prefetch: batches decoded ahead; with them the memory is bounded.
         pin_memory: batches in page-locked memory, for copies that run beside the GPU's work; by default where a GPU is.
@@ -313,7 +315,10 @@ class _Batches:
             arguments = (self._tasks, loader.dataset, self._stop)
             self._threads.append(threading.Thread(target=_work, args=arguments, name=f"decode-{number}", daemon=True))
             self._threads[-1].start()
+        self._fetches: FetchAhead | None = None
         if self._threads:
+            if loader.dataset.shards.remote:
+                self._fetches = FetchAhead(loader.dataset.shards, loader.dataset.batches(epoch, start))
             self._plan_ahead()
 
     def __iter__(self) -> _Batches:
@@ -338,6 +343,8 @@ class _Batches:
         if self._threads:
             self._plan_ahead()
         self._handed += 1
+        if self._fetches:
+            self._fetches.handed_out(self._handed)
         self._loader._handed_out(self, self._plan.seen_after(self._handed), time.perf_counter() - begin)
         return batch
 
@@ -366,6 +373,8 @@ class _Batches:
     def close(self) -> None:
         """Stop the threads and wait for them: each ends after the few samples of its task."""
         self._stop.set()
+        if self._fetches:
+            self._fetches.stop()
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:

@@ -55,7 +55,9 @@ class Cache:
     """Files from addresses, in a folder of limited size that processes and threads share.
 
     When there is no room, the files that were not opened for longest go. One that a reader has open stays readable; its space
-    is free when the reader is done with it (each reader of a split that exceeds the limit has at most eight open).
+    is free when the reader is done with it (each reader of a split that exceeds the limit has at most eight open). A file that
+    is being fetched has its whole size set aside, and never goes; only where all of these together exceed the limit, it is
+    exceeded.
 
     Args:
         folder: made when it is first needed; by default ``portrait-dist/shards`` in the user's cache folder. On a local disk:
@@ -83,10 +85,10 @@ class Cache:
             if self._has(path, size):
                 return path
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder / f".lock-{sha256[:2]}"):
+            with _locked(self.folder / _lock_name(sha256)):
                 if not self._has(path, size):
-                    self._make_room(size or 0)
-                    part = self.folder / f".{sha256}.part"
+                    part = self.folder / f".{sha256}.{size or 0}.part"
+                    self._make_room(size or 0, part)
                     _download(address, part, sha256, size)
                     part.replace(path)
             return path
@@ -110,7 +112,8 @@ class Cache:
         except FileNotFoundError:
             return False
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, size: int, part: Path) -> None:
+        """Let files go until there is room for ``size`` bytes, and set it aside by an empty ``part``."""
         if size > self.limit:
             raise InputError(
                 f"{self.folder}: the cache of {self.limit / 1e9:g} GB is smaller than one shard of {size / 1e9:.3g} GB; "
@@ -120,14 +123,39 @@ class Cache:
             files = []
             for entry in os.scandir(self.folder):
                 with contextlib.suppress(FileNotFoundError):
-                    if entry.name.endswith((".tar", ".index", ".part")):
-                        files.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
+                    if entry.name.endswith((".tar", ".index", ".part")) and entry.name != part.name:
+                        files.append((entry.stat().st_mtime_ns, _room_of(entry), Path(entry.path)))
             total = sum(length for _, length, _ in files)
             for _, length, path in sorted(files):
                 if total + size <= self.limit:
                     break
-                path.unlink(missing_ok=True)
-                total -= length
+                if not _is_being_fetched(path):
+                    path.unlink(missing_ok=True)
+                    total -= length
+            part.touch()
+
+
+def _room_of(entry: os.DirEntry[str]) -> int:
+    """Bytes of a file in the cache; for one that is being fetched, those it will have, which stand in its name."""
+    promised = entry.name.split(".")[-2]
+    length = entry.stat().st_size
+    return max(length, int(promised)) if entry.name.endswith(".part") and promised.isdecimal() else length
+
+
+def _is_being_fetched(path: Path) -> bool:
+    """Is a living process at it? What a killed one left behind is locked by nobody."""
+    if path.suffix != ".part":
+        return False
+    with path.with_name(_lock_name(path.name[1:])).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _lock_name(sha256: str) -> str:
+    return f".lock-{sha256[:2]}"
 
 
 def default_folder() -> Path:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import mmap
@@ -14,7 +15,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from isal import isal_zlib
+from numpy.typing import NDArray
 
 from portrait_dist.data import shard_format
 from portrait_dist.data.packing import pack
@@ -88,11 +91,9 @@ class ShardSet:
         self._lock = threading.Lock()
         self._opening: dict[int, threading.Lock] = {}
         self._unreachable: dict[int, str] = {}
-        self._most_open = MOST_OPEN
         if self.remote:
             self.cache = cache or Cache()
-            if sum(shard.bytes for shard in self.shards) > self.cache.limit:
-                self._most_open = MOST_OPEN_BEYOND_CACHE
+        self._most_open = MOST_OPEN if self.fits_cache else MOST_OPEN_BEYOND_CACHE
 
     def __len__(self) -> int:
         return self.samples
@@ -102,6 +103,15 @@ class ShardSet:
         """Hash of the split's content: equal where every byte of every shard is."""
         text = "\n".join([f"{self.split} {self.manifest.settings}", *(shard.sha256 for shard in self.shards)])
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def fits_cache(self) -> bool:
+        """Does the whole split lie on the local disk, or has the cache room for it?"""
+        return not self.remote or sum(shard.bytes for shard in self.shards) <= self.cache.limit
+
+    def numbers(self, samples: NDArray[np.int64]) -> list[int]:
+        """Number of the shard of each sample."""
+        return np.searchsorted(self._ends, samples, side="right").tolist()
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(number of the shard, position in it) of a sample."""
@@ -130,6 +140,12 @@ class ShardSet:
             return Path(self.location) / entry.name, Path(self.location) / entry.index_name
         tar = self.cache.fetch(join(self.location, entry.name), entry.sha256, entry.bytes)
         return tar, self.cache.fetch(join(self.location, entry.index_name), entry.index_sha256)
+
+    def fetch(self, number: int) -> None:
+        """Bring a remote shard into the cache if it is not open yet. What fails is tried again, and raised, by ``read``."""
+        if number not in self._open and number not in self._unreachable:
+            with contextlib.suppress(FetchError, InputError):
+                self.files(number)
 
     def read(self, sample: int) -> Encoded:
         """A sample's key and encoded members, without a copy.
