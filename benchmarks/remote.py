@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,12 +77,13 @@ def prepare(work: Path, options: argparse.Namespace) -> Path:
 def epoch(shards: str, work: Path, order: str, fetches: int, options: argparse.Namespace, firsts: list[float]) -> float:
     """Images per second of one epoch with an empty cache."""
     shutil.rmtree(work / "cache", ignore_errors=True)
-    ahead.FETCHES, images, begin = fetches, 0, time.perf_counter()
+    images, begin = 0, time.perf_counter()
     given = {"order": order, "block_samples": options.block_shards * options.samples_per_shard, "cache": Cache(work / "cache")}
-    for batch in build_loader(shards, "train", BATCH, workers=options.workers, **given):
-        if not images:
-            firsts.append(time.perf_counter() - begin)
-        images += len(batch)
+    with unittest.mock.patch.object(ahead, "FETCHES", fetches):
+        for batch in build_loader(shards, "train", BATCH, workers=options.workers, **given):
+            if not images:
+                firsts.append(time.perf_counter() - begin)
+            images += len(batch)
     return images / (time.perf_counter() - begin)
 
 
@@ -99,7 +101,7 @@ def rows_of(shards: Path, address: str, work: Path, options: argparse.Namespace)
     return rows
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = measure.arguments(__doc__)
     parser.add_argument("--pairs", type=int, default=128, help="generated pairs (default 128)")
     parser.add_argument("--shards", type=int, default=16, help="shards (default 16)")
@@ -109,7 +111,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.03, help="seconds to the first byte (default 0.03)")
     parser.add_argument("--megabytes", type=float, default=85.0, help="MB/s of each connection (default 85)")
     parser.add_argument("--serve", metavar="DIR", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     options.repeats = options.repeats or 5
     if options.serve:
         serve(options.serve, options.latency, options.megabytes)
@@ -117,8 +119,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         shards = prepare(work, options)
-        words = ["--serve", str(shards), "--latency", str(options.latency), "--megabytes", str(options.megabytes)]
-        server = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
+        network = ["--latency", str(options.latency), "--megabytes", str(options.megabytes)]
+        command = [sys.executable, __file__, "--serve", str(shards), *network]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             assert server.stdout is not None
             address = f"http://127.0.0.1:{int(server.stdout.readline())}"
@@ -126,8 +129,8 @@ def main() -> None:
         finally:
             server.terminate()
             server.wait()
-    network = {"latency_seconds": options.latency, "megabytes_per_second": options.megabytes}
-    measure.publish(measure.result("remote", rows, **network), options.json)
+    facts = {"latency_seconds": options.latency, "megabytes_per_second": options.megabytes}
+    measure.publish(measure.result("remote", rows, **facts), options.json)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,15 @@ def test_training_on_shards_is_measured_against_a_batch_on_the_device(tmp_path: 
     assert 0 <= found["rows"][1]["data_wait_share"] <= 1
 
 
+def test_remote_compares_fetching_ahead_with_waiting_and_with_local_shards(tmp_path: Path) -> None:
+    words = ["--pairs", "4", "--shards", "3", "--samples-per-shard", "16", "--repeats", "1", "--latency", "0.01"]
+    found = measured("remote", tmp_path / "remote.json", *words)
+    for order in ("full", "block"):
+        speeds = rates(found, order=order)
+        assert speeds.keys() == {"portrait_dist", "without-fetching-ahead", "local"}
+        assert all(speeds.values())
+
+
 def test_scaling_measures_real_ranks(tmp_path: Path, tiny_shards: Path) -> None:
     words = ("--shards", str(tiny_shards), "--ranks", "2", "--steps", "2", "--device", "cpu")
     found = measured("scaling", tmp_path / "scaling.json", *SMALL, *words)

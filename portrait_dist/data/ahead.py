@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from portrait_dist.data.order import Ints
 from portrait_dist.data.shards import ShardSet
 
-FETCHES = 4
+FETCHES = 8
 """Shards that a rank fetches at a time. Object stores limit each connection, to 85 to 90 MB/s for S3 by its own performance
 guide, so several bring more than one."""
 SHARE_OF_CACHE = 1 / 4
