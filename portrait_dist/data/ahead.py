@@ -9,8 +9,8 @@ from portrait_dist.data.order import Ints
 from portrait_dist.data.shards import ShardSet
 
 FETCHES = 8
-"""Shards that a rank fetches at a time. Object stores limit each connection, to 85 to 90 MB/s for S3 by its own performance
-guide, so several bring more than one."""
+"""Shards that a rank fetches at a time: several connections bring more than one, and hide the wait for the first byte (100 to
+200 ms for S3, by its performance guide). Four were slower, see benchmarks/NOTES.md."""
 SHARE_OF_CACHE = 1 / 4
 """How far ahead, where the split does not fit into the cache: the rest is for what is being read."""
 

@@ -310,12 +310,12 @@ class _Batches:
         ahead = loader.prefetch * loader.batch_size
         self._rows_per_task = max(1, min(MAX_SAMPLES_PER_TASK, ahead // (2 * max(1, loader.num_workers))))
         self._stop = threading.Event()
+        self._fetches: FetchAhead | None = None
         self._threads: list[threading.Thread] = []
         for number in range(min(loader.num_workers, self._plan.steps)):
             arguments = (self._tasks, loader.dataset, self._stop)
             self._threads.append(threading.Thread(target=_work, args=arguments, name=f"decode-{number}", daemon=True))
             self._threads[-1].start()
-        self._fetches: FetchAhead | None = None
         if self._threads:
             if loader.dataset.shards.remote:
                 self._fetches = FetchAhead(loader.dataset.shards, loader.dataset.batches(epoch, start))
