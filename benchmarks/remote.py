@@ -4,8 +4,8 @@
 
 A server on loopback, in a process of its own, gives the shards as an object store does: ``--latency`` seconds until the first
 byte (S3: 0.1 to 0.2, by its performance guide), then ``--megabytes`` a second on each connection. Every round begins with an
-empty cache. Rows, for the orders full and block: portrait_dist (fetching ahead), without-fetching-ahead
-(a decoding thread fetches a shard when it meets it), local. ``first_batch_seconds`` is the median time until then.
+empty cache. Rows, for the orders full and block: portrait_dist (fetching ahead), without-fetching-ahead (a decoding thread
+fetches a shard when it meets it), local. ``first_batch_seconds`` is the median time until then.
 """
 
 from __future__ import annotations
@@ -53,12 +53,8 @@ class Store(http.server.SimpleHTTPRequestHandler):
 
 def serve(folder: str, latency: float, megabytes: float) -> None:
     """Serve a folder, and write the port to stdout."""
-
-    def handler(*given: object) -> Store:
-        return Store(*given, directory=folder)  # type: ignore[arg-type]
-
     Store.latency, Store.speed = latency, megabytes * 1e6
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Store, directory=folder)) as server:
         print(server.server_address[1], flush=True)
         server.serve_forever()
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from portrait_dist.data.remote import Cache, FetchError
 from portrait_dist.data.shards import DamagedSampleError, ShardSet
 from portrait_dist.data.verify import verify
 from portrait_dist.errors import InputError
+from tests.jobs import wait_for
 
 STALL = 16384
 
@@ -239,19 +240,11 @@ def stalled(server: Server, opened: ShardSet, *numbers: int) -> Iterator[list[Fu
         for number in numbers:
             before = len(server.starts)
             fetched.append(threads.submit(opened.files, number))
-            until(lambda before=before: len(server.starts) > before)
+            wait_for(lambda before=before: len(server.starts) > before, "a shard's being asked for")
         try:
             yield fetched
         finally:
             server.go_on.set()
-
-
-def until(held: Callable[[], bool]) -> None:
-    """Wait until it holds."""
-    end = time.monotonic() + 30
-    while not held():
-        assert time.monotonic() < end, "it did not come to hold"
-        time.sleep(0.005)
 
 
 def tars(server: Server) -> list[str]:
@@ -270,7 +263,7 @@ def test_shards_are_fetched_before_they_are_needed_and_each_once(server: Server,
     loader = sequential(server, cache)
     batches, shards = iter(loader), loader.dataset.shards.shards
     found = next(batches).keys
-    until(lambda: len(tars(server)) == len(shards))
+    wait_for(lambda: len(tars(server)) == len(shards), "fetching all shards")
     assert found + [key for batch in batches for key in batch.keys] == [key for key, _, _ in content(ShardSet(folder, "train"))]
     assert sorted(tars(server)) == [shard.name for shard in shards]
 
@@ -284,7 +277,7 @@ def test_fetching_ahead_keeps_to_its_share_of_a_cache_that_does_not_hold_the_spl
     for number, batch in enumerate(batches):
         keys += batch.keys
         asked = min(number // 2 + 2, 6)  # those of the batches so far, and the next one
-        until(lambda asked=asked: len(tars(server)) >= asked)
+        wait_for(lambda asked=asked: len(tars(server)) >= asked, "fetching ahead")
         time.sleep(0.05)
         assert len(tars(server)) == asked
     assert keys == [key for key, _, _ in content(ShardSet(folder, "train"))]
@@ -299,7 +292,7 @@ def test_a_shard_that_cannot_be_fetched_ahead_is_named_where_it_is_needed(
     (folder / "train-00003.tar").unlink()
     batches = iter(sequential(server, cache))
     assert [key for _ in range(6) for key in next(batches).keys] == expected[:30]
-    until(lambda: "train-00005.tar" in tars(server))
+    wait_for(lambda: "train-00005.tar" in tars(server), "fetching the last shard")
     with pytest.raises(DamagedSampleError, match=r"train-00003\.tar, sample 0: is not there \(HTTP 404\)"):
         next(batches)
 
@@ -309,14 +302,14 @@ def test_a_loader_that_is_dropped_fetches_no_further(server: Server, cache: Cach
     others = threading.enumerate()
     server.go_on.clear()
     batches = iter(sequential(server, cache))
-    until(lambda: len(server.starts) == 1)
+    wait_for(lambda: len(server.starts) == 1, "the first fetch")
     threading.Timer(0.2, server.go_on.set).start()
     started = [
         thread for thread in threading.enumerate() if thread.name.startswith(("fetch-", "decode-")) and thread not in others
     ]
     assert len(started) == 2
     del batches
-    until(lambda: not any(thread.is_alive() for thread in started))
+    wait_for(lambda: not any(thread.is_alive() for thread in started), "the end of the threads")
     assert len(tars(server)) <= 2
 
 
@@ -344,10 +337,7 @@ def test_a_killed_fetch_leaves_nothing_wrong_and_is_gone_on_with(server: Server,
     server.go_on.clear()
     process = multiprocessing.get_context("spawn").Process(target=_read_all_by_small_pieces, args=(server.address, cache.folder))
     process.start()
-    end = time.monotonic() + 60
-    while not any(part.stat().st_size for part in cache.folder.glob(".*.part")):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_for(lambda: any(part.stat().st_size for part in cache.folder.glob(".*.part")), "the beginning of a shard")
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()

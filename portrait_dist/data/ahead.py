@@ -80,7 +80,8 @@ def _first_needs(shards: ShardSet, batches: Iterator[tuple[Ints, Ints]]) -> Iter
     """(batch, shard) for each shard at the first batch that needs it; planning ends with the last shard."""
     seen: set[int] = set()
     for batch, (_, samples) in enumerate(batches):
-        for number in dict.fromkeys(shards.numbers(samples)):
+        for sample in samples.tolist():
+            number, _ = shards.locate(sample)
             if number not in seen:
                 seen.add(number)
                 yield batch, number

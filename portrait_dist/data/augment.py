@@ -33,7 +33,9 @@ STD = (0.229, 0.224, 0.225)
 # ITU-R 601-2 luma in 1/65536, as Pillow's "L": whole numbers below 2^24, so float32 holds the sums exactly
 LUMA = (19595.0, 38470.0, 7471.0)
 LUMA_ROW = np.array([LUMA], dtype=np.float32) / 65536
-NORMALISER = np.column_stack([np.diag(1 / (255 * np.array(STD))), -np.array(MEAN) / STD]).astype(np.float32)
+SCALE, OFFSET = (1 / (255 * np.array(STD))).astype(np.float32), (-np.array(MEAN) / STD).astype(np.float32)
+"""float32 [3]: level · SCALE + OFFSET is (level / 255 - MEAN) / STD."""
+NORMALISER = np.column_stack([np.diag(SCALE), OFFSET])
 """float32 [3, 4]: a pixel's levels (r, g, b, 1) to its normalised values."""
 
 BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
@@ -249,9 +251,7 @@ def _normalise_float(pictures: torch.Tensor) -> torch.Tensor:
 @functools.lru_cache(maxsize=16)
 def _normaliser(width: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and offset of a row of ``width`` RGB pixels."""
-    mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
-    scale, offset = 1 / (255 * std), -mean / std
-    return tuple(row.float().repeat(width).to(device) for row in (scale, offset))  # type: ignore[return-value]
+    return tuple(torch.from_numpy(np.tile(row, width)).to(device) for row in (SCALE, OFFSET))  # type: ignore[return-value]
 
 
 def _to(values: NDArray[Any], device: torch.device) -> torch.Tensor:

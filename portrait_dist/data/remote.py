@@ -146,12 +146,11 @@ def _is_being_fetched(path: Path) -> bool:
     """Is a living process at it? What a killed one left behind is locked by nobody."""
     if path.suffix != ".part":
         return False
-    with path.with_name(_lock_name(path.name[1:])).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    try:
+        with _locked(path.with_name(_lock_name(path.name[1:])), fcntl.LOCK_NB):
+            return False
+    except BlockingIOError:
+        return True
 
 
 def _lock_name(sha256: str) -> str:
@@ -301,8 +300,12 @@ def _open_fsspec(address: str, start: int) -> tuple[Stream, int]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Only one process and thread of this machine at a time; released by the system when the process dies."""
+def _locked(path: Path, flags: int = 0) -> Iterator[None]:
+    """Only one process and thread of this machine at a time; released by the system when the process dies.
+
+    Raises:
+        BlockingIOError: with ``LOCK_NB`` as flags, where another one is in.
+    """
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | flags)
         yield

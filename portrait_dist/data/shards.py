@@ -15,9 +15,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from isal import isal_zlib
-from numpy.typing import NDArray
 
 from portrait_dist.data import shard_format
 from portrait_dist.data.packing import pack
@@ -108,10 +106,6 @@ class ShardSet:
     def fits_cache(self) -> bool:
         """Does the whole split lie on the local disk, or has the cache room for it?"""
         return not self.remote or sum(shard.bytes for shard in self.shards) <= self.cache.limit
-
-    def numbers(self, samples: NDArray[np.int64]) -> list[int]:
-        """Number of the shard of each sample."""
-        return np.searchsorted(self._ends, samples, side="right").tolist()
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(number of the shard, position in it) of a sample."""
