@@ -52,7 +52,11 @@ def words_of(name: str, options: argparse.Namespace, work: Path) -> list[str]:
         words += [] if options.quick else ["--full-peers"]
     else:
         words += ["--device", options.device] if options.device else []
-        words += ["--features", str(options.features), *(["--size", str(options.size)] if name in ("unet", "train_step") else [])]
+        words += [
+            "--features",
+            str(options.features),
+            *(["--size", str(options.size)] if name in ("unet", "train_step") else []),
+        ]
     packed = work / "data" / "s256"
     if name in ("train", "scaling") and (packed / "manifest.json").is_file():
         words += ["--shards", str(packed)]
@@ -74,7 +78,11 @@ def run(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     out = work / f"{name}.json"
     if code or not out.is_file():
         print("\n".join(lines[-15:]), file=sys.stderr)
-        return {"benchmark": name, "rows": [], "failed": lines[-1] if lines else f"exit code {code}"}
+        return {
+            "benchmark": name,
+            "rows": [],
+            "failed": lines[-1] if lines else f"exit code {code}",
+        }
     text = out.read_text().replace(str(work) + os.sep, "")  # of the temporary folder only the names
     return json.loads(text) | {"seconds": round(time.monotonic() - begin, 1)}
 
@@ -104,7 +112,18 @@ def page(found: dict[str, Any]) -> str:
 
 
 def _notes(part: dict[str, Any]) -> list[str]:
-    known = {"benchmark", "rows", "sweep", "aims", "machine", "versions", "commit", "date", "command", "seconds"}
+    known = {
+        "benchmark",
+        "rows",
+        "sweep",
+        "aims",
+        "machine",
+        "versions",
+        "commit",
+        "date",
+        "command",
+        "seconds",
+    }
     notes = [f"- {name}: {value}" for name, value in part.get("aims", {}).items()]
     notes += [f"- {name}: {value}" for name, value in part.items() if name not in known]
     swept = ["", "Batch sizes:", "", measure.table(part["sweep"])] if part.get("sweep") else []
@@ -144,12 +163,34 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="within 8 minutes on 2 cores")
     length.add_argument("--full", action="store_true", help="everything (the default)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="of the network (default: the GPU if there is one)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="of the network (default: the GPU if there is one)",
+    )
     parser.add_argument("--data", type=Path, help="raw AISegment tree; portraits are generated when left out")
-    parser.add_argument("--checkpoint", type=Path, help="a trained network for unet.py, to compare masks with --shards")
-    parser.add_argument("--shards", type=Path, help="shards with the kind of pictures that --checkpoint was trained on")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default benchmarks/results)")
-    parser.add_argument("--only", nargs="+", choices=tuple(TITLES), help="some of the benchmarks (--quick: all but scaling)")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="a trained network for unet.py, to compare masks with --shards",
+    )
+    parser.add_argument(
+        "--shards",
+        type=Path,
+        help="shards with the kind of pictures that --checkpoint was trained on",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help="folder for the results (default benchmarks/results)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=tuple(TITLES),
+        help="some of the benchmarks (--quick: all but scaling)",
+    )
     parser.add_argument("--repeats", type=int, help="rounds, where not each benchmark's own number")
     parser.add_argument("--pairs", type=int, help="pairs to generate")
     parser.add_argument("--features", type=int, default=32, help="channels of the network's first level")

@@ -22,10 +22,18 @@ def panels(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     loader = parts.get("loader", {}).get("rows", [])
     unet = parts.get("unet", {}).get("rows", [])
     chosen = [
-        (f"Batches, {label}: images/s", [row for row in loader if row.get("size") == size and not row["name"].startswith("pack")])
+        (
+            f"Batches, {label}: images/s",
+            [row for row in loader if row.get("size") == size and not row["name"].startswith("pack")],
+        )
         for size, label in (("256", "256-pixel shards"), ("original", "original-size shards"))
     ]
-    chosen.append(("U-Net forward, 256×256: images/s", [row for row in unet if not row["name"].startswith("train-")]))
+    chosen.append(
+        (
+            "U-Net forward, 256×256: images/s",
+            [row for row in unet if not row["name"].startswith("train-")],
+        )
+    )
     chosen.append(("U-Net training step: images/s", [row for row in unet if row["name"].startswith("train-")]))
     measured = [(title, [row for row in rows if row.get("images_per_second")]) for title, rows in chosen]
     return [(title, rows) for title, rows in measured if rows]
@@ -55,7 +63,13 @@ def draw(found: dict[str, Any]) -> str:
 
 def _bar(row: dict[str, Any], y: float, scale: float) -> list[str]:
     name, value = row["name"], row["images_per_second"]
-    ours = name.startswith("portrait_dist") or name in ("merged", "compiled-frozen", "max-autotune", "best", "train-best")
+    ours = name.startswith("portrait_dist") or name in (
+        "merged",
+        "compiled-frozen",
+        "max-autotune",
+        "best",
+        "train-best",
+    )
     colour = LIMIT if name == "ceiling" else OURS if ours else OTHERS
     middle, start = y + BAR / 2, LABEL + 12
     return [

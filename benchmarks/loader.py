@@ -34,8 +34,8 @@ import measure
 import numpy as np
 from numpy.typing import NDArray
 
-from portrait_dist.data.decode import decode_pair
-from portrait_dist.data.shards import ShardSet, read_manifest
+from portrait_dist.data.shards.decode import decode_pair
+from portrait_dist.data.shards.reader import ShardSet, read_manifest
 
 BATCH = 16
 SIDE = 256
@@ -58,7 +58,8 @@ def rate_of(start: Callable[[], Iterable[Any]], at_least: float) -> float:
 
 def prepare(options: argparse.Namespace, work: Path) -> dict[str, Path]:
     """Folders by name: raw tree, its split, and shards of both sizes and of the raw codec, as far as ``--data`` allows."""
-    from portrait_dist.data import packing, split, synthetic
+    from portrait_dist.data.shards import writer
+    from portrait_dist.data.source import split, synthetic
 
     given = options.data
     if given is not None and (given / "manifest.json").is_file():
@@ -67,12 +68,20 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Path]:
     if given is None:
         synthetic.generate(raw, options.pairs, seed=1)
     split.prepare(raw, work / "tree")
-    split.prepare(repeated(raw, work / "repeated", options.copies) if options.copies > 1 else raw, work / "long-tree")
-    folders = {"tree": work / "tree", "256": work / "s256", "original": work / "original", "raw": work / "raw-codec"}
+    split.prepare(
+        repeated(raw, work / "repeated", options.copies) if options.copies > 1 else raw,
+        work / "long-tree",
+    )
+    folders = {
+        "tree": work / "tree",
+        "256": work / "s256",
+        "original": work / "original",
+        "raw": work / "raw-codec",
+    }
     per_shard = max(1, options.pairs // 8)  # webdataset deals whole shards to its workers
-    packing.pack(work / "long-tree", folders["256"], (SIDE, SIDE), per_shard)
-    packing.pack(folders["tree"], folders["original"], None, per_shard)
-    packing.pack(work / "long-tree", folders["raw"], (SIDE, SIDE), per_shard, codec="raw")
+    writer.pack(work / "long-tree", folders["256"], (SIDE, SIDE), per_shard)
+    writer.pack(folders["tree"], folders["original"], None, per_shard)
+    writer.pack(work / "long-tree", folders["raw"], (SIDE, SIDE), per_shard, codec="raw")
     return folders
 
 
@@ -81,8 +90,8 @@ def repeated(raw: Path, out: Path, copies: int) -> Path:
 
     An epoch of a few hundred small pictures lasts a tenth of a second, and its start counts; real ones are far longer.
     """
-    from portrait_dist.data.pairs import find_pairs
-    from portrait_dist.data.split import place
+    from portrait_dist.data.source.pairs import find_pairs
+    from portrait_dist.data.source.split import place
 
     for pair in find_pairs(raw).pairs:
         for path in (pair.image, pair.matte):
@@ -235,7 +244,10 @@ def ceiling(shards: Path, workers: int, at_least: float) -> Case:
     """Decode bytes in memory on all cores, into rows of a batch, and do nothing else."""
     encoded = members(shards)
     pool = ThreadPoolExecutor(workers)
-    image, alpha = np.empty((workers, SIDE, SIDE, 3), np.uint8), np.empty((workers, SIDE, SIDE), np.uint8)
+    image, alpha = (
+        np.empty((workers, SIDE, SIDE, 3), np.uint8),
+        np.empty((workers, SIDE, SIDE), np.uint8),
+    )
 
     def run(worker: int) -> int:
         begin, done = time.perf_counter(), 0
@@ -310,8 +322,8 @@ def throughput(folders: dict[str, Path], work: Path, options: argparse.Namespace
 
 def packing_rows(folders: dict[str, Path], work: Path, options: argparse.Namespace) -> list[measure.Row]:
     """``pack`` against decoding the whole RGBA mattes on all cores, and nothing else: by OpenCV, and by Pillow."""
-    from portrait_dist.data import packing
-    from portrait_dist.data.split import read_split
+    from portrait_dist.data.shards import writer
+    from portrait_dist.data.source.split import read_split
 
     split = read_split(folders["tree"])
     mattes = [pair.matte.read_bytes() for pair in split.pairs("train")]
@@ -334,9 +346,13 @@ def packing_rows(folders: dict[str, Path], work: Path, options: argparse.Namespa
 
     def pack() -> float:
         shutil.rmtree(work / "packed", ignore_errors=True)
-        return float(packing.pack(folders["tree"], work / "packed", (SIDE, SIDE), workers=options.workers)["pairs_per_second"])
+        return float(writer.pack(folders["tree"], work / "packed", (SIDE, SIDE), workers=options.workers)["pairs_per_second"])
 
-    cases = {"pack": pack, "pack-limit": lambda: limit(by_opencv), "pack-limit-pillow": lambda: limit(by_pillow)}
+    cases = {
+        "pack": pack,
+        "pack-limit": lambda: limit(by_opencv),
+        "pack-limit-pillow": lambda: limit(by_pillow),
+    }
     rates = measure.alternate(cases, min(3, options.repeats) if options.quick else options.repeats)
     return [measure.row(name, values, size=str(SIDE)) for name, values in rates.items()]
 
@@ -412,10 +428,25 @@ def aims(rows: list[measure.Row]) -> dict[str, str]:
     compare("256: uint8 / ceiling", uint8_256, rate.get(("ceiling", "256")), 0.9)
     compare("256: uint8 / best of the others", uint8_256, best_peer, 2)
     compare("256: float / tutorial", float_256, rate.get(("tutorial", "256")), 20)
-    compare("original: uint8 / tutorial", ("portrait_dist-uint8", "original"), rate.get(("tutorial", "original")), 10)
+    compare(
+        "original: uint8 / tutorial",
+        ("portrait_dist-uint8", "original"),
+        rate.get(("tutorial", "original")),
+        10,
+    )
     compare("256: raw codec / tutorial", ("portrait_dist-raw", "256"), rate.get(("tutorial", "256")), 90)
-    compare("pack / decoding its mattes with OpenCV", ("pack", "256"), rate.get(("pack-limit", "256")), 0.85)
-    compare("pack / decoding its mattes with Pillow", ("pack", "256"), rate.get(("pack-limit-pillow", "256")), 0.85)
+    compare(
+        "pack / decoding its mattes with OpenCV",
+        ("pack", "256"),
+        rate.get(("pack-limit", "256")),
+        0.85,
+    )
+    compare(
+        "pack / decoding its mattes with Pillow",
+        ("pack", "256"),
+        rate.get(("pack-limit-pillow", "256")),
+        0.85,
+    )
     return found
 
 
@@ -431,7 +462,11 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         rows = throughput(folders, work, options)
         if "tree" in folders:
             rows += packing_rows(folders, work, options)
-        facts: dict[str, Any] = {"aims": aims(rows), "workers": options.workers, "batch_size": BATCH}
+        facts: dict[str, Any] = {
+            "aims": aims(rows),
+            "workers": options.workers,
+            "batch_size": BATCH,
+        }
         shards = folders.get("256") or folders["original"]
         facts["first_batch_seconds"] = first_batch_seconds(shards, options.workers, 3)
         facts["memory_growth_mb"] = memory_megabytes(shards, options.workers)
@@ -456,8 +491,17 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="raw AISegment tree, or packed shards; generated when left out")
     parser.add_argument("--work", type=Path, help="folder for what is packed from it; a temporary one when left out")
     parser.add_argument("--pairs", type=int, help="pairs to generate (default 640, with --quick 200)")
-    parser.add_argument("--copies", type=int, help="times that each picture stands in the 256-pixel shards (4, or 1 with --data)")
-    parser.add_argument("--workers", type=int, default=measure.cores(), help="processes or threads (default: the cores)")
+    parser.add_argument(
+        "--copies",
+        type=int,
+        help="times that each picture stands in the 256-pixel shards (4, or 1 with --data)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=measure.cores(),
+        help="processes or threads (default: the cores)",
+    )
     parser.add_argument("--full-peers", action="store_true", help="also the other libraries with our decoder")
     options = parser.parse_args(words)
     options.pairs = options.pairs or (200 if options.quick else 640)

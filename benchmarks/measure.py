@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # also where the package is not installed, with its dependencies on PYTHONPATH
+# Also where the package is not installed, with its dependencies on PYTHONPATH.
+sys.path.insert(0, str(REPOSITORY))
 
-from portrait_dist import machine  # noqa: E402
-from portrait_dist.machine import cores  # noqa: E402, F401
+from portrait_dist.system import info  # noqa: E402
+from portrait_dist.system.info import cores  # noqa: E402, F401
 
 MORE_PACKAGES = ("pillow", "opencv-python-headless", "litdata", "mosaicml-streaming")
-"""Whose versions matter besides those that portrait_dist.machine names."""
+"""Whose versions matter besides those that portrait_dist.system.info names."""
 
 Row = dict[str, Any]
 
@@ -41,14 +42,14 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 def description() -> dict[str, Any]:
     """Processor, cores, memory, GPU and load of this machine."""
-    found = machine.machine()
+    found = info.machine()
     memory = round(found.pop("memory_bytes") / 1e9, 1)
     return {**found, "memory_gb": memory, "load_at_start": round(os.getloadavg()[0], 2)}
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the figures depend on; absent ones are left out."""
-    return {name: found for name, found in machine.versions(*MORE_PACKAGES).items() if found != "not installed"}
+    return {name: found for name, found in info.versions(*MORE_PACKAGES).items() if found != "not installed"}
 
 
 def commit() -> str:

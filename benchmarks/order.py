@@ -46,7 +46,11 @@ def main() -> None:
                     rows.append(in_a_fresh_process(kind, samples, ranks))
                     show(rows[-1])
     if chosen.out:
-        machine = {"platform": platform.platform(), "processor": platform.processor(), "python": platform.python_version()}
+        machine = {
+            "platform": platform.platform(),
+            "processor": platform.processor(),
+            "python": platform.python_version(),
+        }
         Path(chosen.out).write_text(json.dumps({"rows": rows, "machine": machine}, indent=1) + "\n")
 
 
@@ -54,13 +58,19 @@ def measure(kind: str, samples: int, ranks: int) -> dict[str, Any]:
     """Plan one rank's epoch in this process."""
     import numpy as np
 
-    from portrait_dist.data.order import Order, Plan
+    from portrait_dist.data.stream.order import Order, Plan
 
     sizes = np.full(-(-samples // SAMPLES_PER_SHARD), SAMPLES_PER_SHARD)
     sizes[-1] -= sizes.sum() - samples
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.perf_counter()
-    order = Order(samples, 0, kind, block_samples=BLOCK_SAMPLES, shard_sizes=sizes if kind == "block" else None)
+    order = Order(
+        samples,
+        0,
+        kind,
+        block_samples=BLOCK_SAMPLES,
+        shard_sizes=sizes if kind == "block" else None,
+    )
     plan = Plan(samples, BATCH_SIZE, ranks - 1, ranks)
     planned = check = 0
     at_once = 4096 // BATCH_SIZE  # batches, as the loader does

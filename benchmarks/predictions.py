@@ -19,13 +19,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from portrait_dist import cutout, metrics
-from portrait_dist.data.split import read_split
-from portrait_dist.inference import FITS, PortraitSegmenter, read_picture
-from portrait_dist.refine import refine_alpha
+from portrait_dist import metrics
+from portrait_dist.data.source.split import read_split
+from portrait_dist.inference import compositing
+from portrait_dist.inference.refine import refine_alpha
+from portrait_dist.inference.segmenter import FITS, PortraitSegmenter, read_picture
 
 Pair = tuple[np.ndarray, np.ndarray]
-SHAPES = {"upright 3:4": None, "landscape 4:3": 4 / 3, "landscape 16:9": 16 / 9, "square": 1.0, "phone 9:16": 9 / 16}
+SHAPES = {
+    "upright 3:4": None,
+    "landscape 4:3": 4 / 3,
+    "landscape 16:9": 16 / 9,
+    "square": 1.0,
+    "phone 9:16": 9 / 16,
+}
 REFINEMENTS = [(radius, smoothness) for radius in (1.0, 2.0, 4.0, 8.0) for smoothness in (1e-2, 1e-3, 1e-4)]
 
 
@@ -51,15 +58,15 @@ def frames(loaded: list[Pair], aspect: float) -> list[Pair]:
         if max(alpha[:, :4].mean(), alpha[:, -4:].mean()) > 0.35 * 255:
             continue
         height, width = alpha.shape
-        scene = cutout.to_bytes(cutout.blurred(other, other_alpha.astype(np.float32) / 255))
+        scene = compositing.to_bytes(compositing.blurred(other, other_alpha.astype(np.float32) / 255))
         frame = np.asarray(Image.fromarray(scene).resize((round(height * aspect), height)))
         left = (frame.shape[1] - width) // 2
         matte = np.pad(alpha, ((0, 0), (left, frame.shape[1] - width - left)))
         share = alpha[..., None].astype(np.float32) / 255
-        person = share * cutout.foreground_colours(picture, share[..., 0])
+        person = share * compositing.foreground_colours(picture, share[..., 0])
         composed = frame.astype(np.float32) / 255
         composed[:, left : left + width] = person + (1 - share) * composed[:, left : left + width]
-        made.append((cutout.to_bytes(composed), matte))
+        made.append((compositing.to_bytes(composed), matte))
     return made
 
 
@@ -68,7 +75,10 @@ def score(pairs: Iterator[Pair]) -> dict[str, float]:
     pooled, figures = metrics.SoftIoU(), metrics.AlphaFigures()
     begin, count = time.perf_counter(), 0
     for alpha, matte in pairs:
-        preds, target = torch.from_numpy(alpha)[None], torch.from_numpy(matte.astype(np.float32) / 255)[None]
+        preds, target = (
+            torch.from_numpy(alpha)[None],
+            torch.from_numpy(matte.astype(np.float32) / 255)[None],
+        )
         pooled.update(preds, target)
         figures.update(preds, target)
         count += 1
@@ -100,14 +110,29 @@ def main(words: list[str] | None = None) -> None:
     for shape, windows in shapes.items():
         for fit in FITS if windows else ():
             segmenter.fit = fit
-            add(f"{shape}, {fit}", ((segmenter.predict(picture), matte) for picture, matte in windows))
+            add(
+                f"{shape}, {fit}",
+                ((segmenter.predict(picture), matte) for picture, matte in windows),
+            )
     segmenter.fit, segmenter.mirror = "letterbox", False
-    add("upright 3:4, letterbox, not mirrored", ((segmenter.predict(picture), matte) for picture, matte in loaded))
+    add(
+        "upright 3:4, letterbox, not mirrored",
+        ((segmenter.predict(picture), matte) for picture, matte in loaded),
+    )
     segmenter.mirror = True
     alphas = [segmenter.predict(picture) for picture, _ in loaded]
     for radius, smoothness in REFINEMENTS:
         refined = (
-            (refine_alpha(picture, alpha, picture.shape[0] / segmenter.size[0], radius=radius, smoothness=smoothness), matte)
+            (
+                refine_alpha(
+                    picture,
+                    alpha,
+                    picture.shape[0] / segmenter.size[0],
+                    radius=radius,
+                    smoothness=smoothness,
+                ),
+                matte,
+            )
             for (picture, matte), alpha in zip(loaded, alphas, strict=True)
         )
         add(f"refined, radius {radius:g}, epsilon {smoothness:g}", refined)

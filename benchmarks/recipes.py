@@ -28,7 +28,13 @@ import measure
 CLI = [sys.executable, "-m", "portrait_dist"]
 NO_BACKGROUNDS = ["augment.background=0"]
 NO_GEOMETRY = ["augment.scale=0", "augment.rotation=0", "augment.translation=0"]
-NO_SCHEDULE = ["train.ema=false", "train.warmup_steps=0", "train.optimizer=adam", "train.weight_decay=0", "train.lr=0.001"]
+NO_SCHEDULE = [
+    "train.ema=false",
+    "train.warmup_steps=0",
+    "train.optimizer=adam",
+    "train.weight_decay=0",
+    "train.lr=0.001",
+]
 ROWS: dict[str, list[str]] = {
     "tutorial": ["--recipe", "tutorial"],
     "soft IoU loss": ["--recipe", "aisegment_unet", *NO_BACKGROUNDS, *NO_GEOMETRY, *NO_SCHEDULE],
@@ -59,7 +65,15 @@ def shards_of(seed: int, raw: Path, options: argparse.Namespace, work: Path) -> 
     """The pictures, split by this seed and packed."""
     call("prepare", "--raw", str(raw), "--out", str(work / f"split{seed}"), "--seed", str(seed))
     out = work / f"shards{seed}"
-    call("pack", "--data", str(work / f"split{seed}"), "--out", str(out), "--size", f"{options.side}x{options.side}")
+    call(
+        "pack",
+        "--data",
+        str(work / f"split{seed}"),
+        "--out",
+        str(out),
+        "--size",
+        f"{options.side}x{options.side}",
+    )
     return out
 
 
@@ -86,9 +100,20 @@ def score(name: str, seed: int, shards: Path, options: argparse.Namespace, work:
     trained = call("train", *settings_of(name, options), *own, f"train.threads={threads}", "train.pictures=0")
     found: dict[str, Any] = {"minutes": round((time.monotonic() - begin) / 60, 2)}
     for split in ("val", "test"):
-        scored = call("evaluate", "--checkpoint", str(trained["checkpoint"]), "--data", str(shards), "--split", split)
+        scored = call(
+            "evaluate",
+            "--checkpoint",
+            str(trained["checkpoint"]),
+            "--data",
+            str(shards),
+            "--split",
+            split,
+        )
         found |= {f"{split}_{figure}": scored[figure] for figure in FIGURES}
-    print(f"  {name}, seed {seed}: val {found['val_iou']:.4f}, test {found['test_iou']:.4f}, {found['minutes']} min", flush=True)
+    print(
+        f"  {name}, seed {seed}: val {found['val_iou']:.4f}, test {found['test_iou']:.4f}, {found['minutes']} min",
+        flush=True,
+    )
     return found | {"seed": seed, "steps": trained["steps"]}
 
 
@@ -148,7 +173,11 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     rows = [row(name, [run for job, run in zip(jobs, scores, strict=True) if job[0] == name], options) for name in options.only]
     pictures = options.raw.name if options.raw else f"{options.pairs} generated pairs"
     best = max(rows, key=lambda line: line["val_iou"])["name"]
-    about = {"pictures": f"{pictures}, {options.side}x{options.side}", "seeds": options.seeds, "jobs": options.jobs}
+    about = {
+        "pictures": f"{pictures}, {options.side}x{options.side}",
+        "seeds": options.seeds,
+        "jobs": options.jobs,
+    }
     found = measure.result("recipes", rows, best=best, **about)
     measure.write(found, options.json)
     print(page(found))
@@ -168,8 +197,19 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--jobs", type=int, default=measure.cores(), help="runs at a time, which share the cores")
     parser.add_argument("--work", type=Path, help="folder for shards and runs, kept; a temporary one when left out")
-    parser.add_argument("--page", type=Path, nargs="+", metavar="JSON", help="only print the tables of these results")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write rows, every run, machine and versions to this file")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="only print the tables of these results",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="OUT",
+        help="write rows, every run, machine and versions to this file",
+    )
     return parser.parse_args(words)
 
 

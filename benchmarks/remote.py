@@ -26,8 +26,10 @@ from pathlib import Path
 import loader as loader_benchmark
 import measure
 
-from portrait_dist.data import ahead, build_loader, packing, split, synthetic
-from portrait_dist.data.remote import Cache
+from portrait_dist.data import build_loader
+from portrait_dist.data.shards import prefetch, writer
+from portrait_dist.data.shards.cache import Cache
+from portrait_dist.data.source import split, synthetic
 
 BATCH = 16
 PIECE = 1 << 18
@@ -64,18 +66,32 @@ def prepare(work: Path, options: argparse.Namespace) -> Path:
     synthetic.generate(work / "raw", options.pairs, seed=1)
     copies = -(-options.samples_per_shard * options.shards // options.pairs)
     split.prepare(
-        loader_benchmark.repeated(work / "raw", work / "repeated", copies), work / "tree", val_fraction=0.0, test_fraction=0.0
+        loader_benchmark.repeated(work / "raw", work / "repeated", copies),
+        work / "tree",
+        val_fraction=0.0,
+        test_fraction=0.0,
     )
-    packing.pack(work / "tree", work / "shards", (256, 256), options.samples_per_shard)
+    writer.pack(work / "tree", work / "shards", (256, 256), options.samples_per_shard)
     return work / "shards"
 
 
-def epoch(shards: str, work: Path, order: str, fetches: int, options: argparse.Namespace, firsts: list[float]) -> float:
+def epoch(
+    shards: str,
+    work: Path,
+    order: str,
+    fetches: int,
+    options: argparse.Namespace,
+    firsts: list[float],
+) -> float:
     """Images per second of one epoch with an empty cache."""
     shutil.rmtree(work / "cache", ignore_errors=True)
     images, begin = 0, time.perf_counter()
-    given = {"order": order, "block_samples": options.block_shards * options.samples_per_shard, "cache": Cache(work / "cache")}
-    with unittest.mock.patch.object(ahead, "FETCHES", fetches):
+    given = {
+        "order": order,
+        "block_samples": options.block_shards * options.samples_per_shard,
+        "cache": Cache(work / "cache"),
+    }
+    with unittest.mock.patch.object(prefetch, "FETCHES", fetches):
         for batch in build_loader(shards, "train", BATCH, workers=options.workers, **given):
             if not images:
                 firsts.append(time.perf_counter() - begin)
@@ -84,7 +100,11 @@ def epoch(shards: str, work: Path, order: str, fetches: int, options: argparse.N
 
 
 def rows_of(shards: Path, address: str, work: Path, options: argparse.Namespace) -> list[measure.Row]:
-    kinds = {"portrait_dist": (address, ahead.FETCHES), "without-fetching-ahead": (address, 0), "local": (str(shards), 0)}
+    kinds = {
+        "portrait_dist": (address, prefetch.FETCHES),
+        "without-fetching-ahead": (address, 0),
+        "local": (str(shards), 0),
+    }
     rows = []
     for order in ("full", "block"):
         firsts: dict[str, list[float]] = {name: [] for name in kinds}
@@ -93,7 +113,14 @@ def rows_of(shards: Path, address: str, work: Path, options: argparse.Namespace)
             for name, (place, fetches) in kinds.items()
         }
         for name, rates in measure.alternate(cases, options.repeats).items():
-            rows.append(measure.row(name, rates, order=order, first_batch_seconds=round(statistics.median(firsts[name]), 2)))
+            rows.append(
+                measure.row(
+                    name,
+                    rates,
+                    order=order,
+                    first_batch_seconds=round(statistics.median(firsts[name]), 2),
+                )
+            )
     return rows
 
 
@@ -102,7 +129,12 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=128, help="generated pairs (default 128)")
     parser.add_argument("--shards", type=int, default=16, help="shards (default 16)")
     parser.add_argument("--samples-per-shard", type=int, default=1024, help="(default 1024)")
-    parser.add_argument("--block-shards", type=int, default=4, help="shards in a block of the block order (default 4)")
+    parser.add_argument(
+        "--block-shards",
+        type=int,
+        default=4,
+        help="shards in a block of the block order (default 4)",
+    )
     parser.add_argument("--workers", type=int, default=measure.cores(), help="decoding threads (default: the cores)")
     parser.add_argument("--latency", type=float, default=0.1, help="seconds to the first byte (default 0.1)")
     parser.add_argument("--megabytes", type=float, default=85.0, help="MB/s of each connection (default 85)")

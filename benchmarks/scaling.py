@@ -25,12 +25,41 @@ from train import generated_shards
 def train(options: argparse.Namespace, shards: Path, folder: Path, ranks: int) -> float:
     """Images per second of one run."""
     folder = Path(tempfile.mkdtemp(dir=folder))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    words += ["-m", "portrait_dist", "train", "--json", f"data.shards={shards}", f"run.root={folder}", "run.name=run"]
-    words += [f"model.init_features={options.features}", f"train.batch_size={options.batch}", "train.max_epochs=1"]
-    words += [f"train.max_batches={options.steps}", "train.max_val_batches=1", "train.average_best=false"]
-    words += ["train.pictures=0", f"train.device={options.device}", f"train.precision={options.precision}"]
-    words += [f"data.workers={options.workers}", *(["train.threads=1"] if options.device == "cpu" else [])]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+    ]
+    words += [
+        "-m",
+        "portrait_dist",
+        "train",
+        "--json",
+        f"data.shards={shards}",
+        f"run.root={folder}",
+        "run.name=run",
+    ]
+    words += [
+        f"model.init_features={options.features}",
+        f"train.batch_size={options.batch}",
+        "train.max_epochs=1",
+    ]
+    words += [
+        f"train.max_batches={options.steps}",
+        "train.max_val_batches=1",
+        "train.average_best=false",
+    ]
+    words += [
+        "train.pictures=0",
+        f"train.device={options.device}",
+        f"train.precision={options.precision}",
+    ]
+    words += [
+        f"data.workers={options.workers}",
+        *(["train.threads=1"] if options.device == "cpu" else []),
+    ]
     paths = [str(measure.REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
@@ -51,7 +80,13 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     for line in rows:
         one = rows[0]["images_per_second"] / rows[0]["ranks"]
         line["efficiency"] = round(line["images_per_second"] / line["ranks"] / one, 3)
-    found = measure.result("scaling", rows, device=options.device, features=options.features, precision=options.precision)
+    found = measure.result(
+        "scaling",
+        rows,
+        device=options.device,
+        features=options.features,
+        precision=options.precision,
+    )
     measure.publish(found, options.json)
     return found
 
@@ -61,7 +96,12 @@ def _options(words: list[str] | None) -> argparse.Namespace:
 
     parser = measure.arguments(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks (default 1, 2, 4 … as far as cores or GPUs go)")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        help="numbers of ranks (default 1, 2, 4 … as far as cores or GPUs go)",
+    )
     parser.add_argument("--shards", type=Path, help="packed shards; generated when left out")
     parser.add_argument("--size", type=int, default=256, help="side of generated shards")
     parser.add_argument("--features", type=int, default=32, help="channels of the network's first level")

@@ -21,18 +21,19 @@ import measure
 import torch
 
 from portrait_dist import config, distributed
-from portrait_dist.allocator import keep_freed_memory
 from portrait_dist.losses import SoftIoULoss
 from portrait_dist.models import UNet
+from portrait_dist.system.malloc import keep_freed_memory
 
 
 def generated_shards(folder: Path, pairs: int, size: int) -> Path:
     """Shards of generated portraits, ``size`` pixels square."""
-    from portrait_dist.data import packing, split, synthetic
+    from portrait_dist.data.shards import writer
+    from portrait_dist.data.source import split, synthetic
 
     synthetic.generate(folder / "raw", pairs, seed=1)
     split.prepare(folder / "raw", folder / "tree")
-    packing.pack(folder / "tree", folder / "shards", (size, size))
+    writer.pack(folder / "tree", folder / "shards", (size, size))
     return folder / "shards"
 
 
@@ -45,14 +46,33 @@ class EndToEnd:
         self.runs = 0
 
     def __call__(self) -> float:
-        from portrait_dist.training.run import train
+        from portrait_dist.training.main import train
 
         self.runs += 1
-        keys = {"data.shards": self.shards, "data.workers": self.options.workers, "run.root": self.folder}
-        keys |= {"run.name": f"run{self.runs}", "model.init_features": self.options.features, "train.max_epochs": 1}
-        keys |= {"train.batch_size": self.options.batch, "train.max_batches": self.options.steps, "train.max_val_batches": 1}
-        keys |= {"train.precision": self.options.precision, "train.compile": str(self.options.compile).lower()}
-        keys |= {"train.device": self.options.device, "train.average_best": "false", "train.pictures": 0}
+        keys = {
+            "data.shards": self.shards,
+            "data.workers": self.options.workers,
+            "run.root": self.folder,
+        }
+        keys |= {
+            "run.name": f"run{self.runs}",
+            "model.init_features": self.options.features,
+            "train.max_epochs": 1,
+        }
+        keys |= {
+            "train.batch_size": self.options.batch,
+            "train.max_batches": self.options.steps,
+            "train.max_val_batches": 1,
+        }
+        keys |= {
+            "train.precision": self.options.precision,
+            "train.compile": str(self.options.compile).lower(),
+        }
+        keys |= {
+            "train.device": self.options.device,
+            "train.average_best": "false",
+            "train.pictures": 0,
+        }
         result = train(config.load(None, [f"{key}={value}" for key, value in keys.items()]))
         assert result is not None
         lines = [json.loads(line) for line in (self.folder / f"run{self.runs}" / "metrics.jsonl").read_text().splitlines()]
@@ -95,21 +115,32 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         folder = Path(temporary)
         needed = -(-options.batch * options.steps * 10 // 8) + 16
         shards = options.shards or generated_shards(folder, needed, options.size)
-        end_to_end, resident = EndToEnd(options, shards, folder / "runs"), Resident(options, _side(shards))
+        end_to_end, resident = (
+            EndToEnd(options, shards, folder / "runs"),
+            Resident(options, _side(shards)),
+        )
         rates = measure.alternate({"resident": resident, "train": end_to_end}, options.repeats, warm_up=not options.quick)
         rows = [measure.row(name, values, batch_size=options.batch) for name, values in rates.items()]
         wait = statistics.median(end_to_end.waits)
     rows[1]["data_wait_share"] = round(wait, 4)
     ratios = [train / base for train, base in zip(rates["train"], rates["resident"], strict=True)]
-    aims = {"train / resident": f"{statistics.median(ratios):.3f} (aim 0.97)", "share of time waiting for data": f"{wait:.4f}"}
-    about = {"device": options.device, "precision": options.precision, "features": options.features, "steps": options.steps}
+    aims = {
+        "train / resident": f"{statistics.median(ratios):.3f} (aim 0.97)",
+        "share of time waiting for data": f"{wait:.4f}",
+    }
+    about = {
+        "device": options.device,
+        "precision": options.precision,
+        "features": options.features,
+        "steps": options.steps,
+    }
     found = measure.result("train", rows, aims=aims, **about)
     measure.publish(found, options.json)
     return found
 
 
 def _side(shards: Path) -> int:
-    from portrait_dist.data.shards import read_manifest
+    from portrait_dist.data.shards.reader import read_manifest
 
     size = read_manifest(shards).size
     return size[0] if size else 256

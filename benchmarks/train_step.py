@@ -93,11 +93,18 @@ def bare(setting: Setting, folder: Path) -> float:
     if distributed.is_initialized():
         gpu = [setting.device.index] if setting.device.type == "cuda" else None
         model = nn.parallel.DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True, static_graph=True)
-    optimizer, loss, clock = torch.optim.Adam(model.parameters(), 1e-3), CustomSegLoss(0.5, 0.5), Clock(setting)
+    optimizer, loss, clock = (
+        torch.optim.Adam(model.parameters(), 1e-3),
+        CustomSegLoss(0.5, 0.5),
+        Clock(setting),
+    )
     batches: Iterable[Any] = setting.loader(setting.steps + setting.skipped)
     for step, (images, masks) in enumerate(batches):
         clock.start_of(step)
-        x, y = images.to(setting.device, non_blocking=True), masks.to(setting.device, non_blocking=True)
+        x, y = (
+            images.to(setting.device, non_blocking=True),
+            masks.to(setting.device, non_blocking=True),
+        )
         loss(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -140,10 +147,18 @@ def rows_of(setting: Setting, folder: Path, repeats: int) -> list[measure.Row]:
     rows = []
     for name, values in rates.items():
         ranks = distributed.world_size()
-        row = measure.row(name, [value * setting.batch * ranks for value in values], network=setting.network, ranks=ranks)
+        row = measure.row(
+            name,
+            [value * setting.batch * ranks for value in values],
+            network=setting.network,
+            ranks=ranks,
+        )
         # Each round against the bare loop of the same round: what slows the machine for a while slows both.
         extra = [1e3 / value - 1e3 / base for value, base in zip(values, rates["bare"], strict=True)]
-        row |= {"ms_per_step": round(1e3 / statistics.median(values), 3), "overhead_ms": round(statistics.median(extra), 3)}
+        row |= {
+            "ms_per_step": round(1e3 / statistics.median(values), 3),
+            "overhead_ms": round(statistics.median(extra), 3),
+        }
         rows.append(row)
     if "supergradients" not in cases:
         rows.append(measure.absent("supergradients", "trains separate models on CPU ranks", network=setting.network))
@@ -174,7 +189,13 @@ def main(words: list[str] | None = None) -> dict[str, Any] | None:
     settings = [
         Setting("small", 4, min(64, options.size), 4, steps, 3, device),
         Setting(
-            "real", options.features, options.size, batch, steps if cuda else 2 if options.quick else 5, 3 if cuda else 1, device
+            "real",
+            options.features,
+            options.size,
+            batch,
+            steps if cuda else 2 if options.quick else 5,
+            3 if cuda else 1,
+            device,
         ),
     ]
     rows = []
@@ -185,7 +206,12 @@ def main(words: list[str] | None = None) -> dict[str, Any] | None:
             rows += rows_of(setting, Path(folder), repeats)
     found = None
     if distributed.rank() == 0:
-        about = {"device": str(device), "features": options.features, "size": options.size, "batch_size": batch}
+        about = {
+            "device": str(device),
+            "features": options.features,
+            "size": options.size,
+            "batch_size": batch,
+        }
         found = measure.result("train_step", rows, aims=shares(rows), **about)
         measure.publish(found, options.json)
     distributed.stop()

@@ -5,7 +5,7 @@
     python benchmarks/unet.py --checkpoint runs/NAME/ckpt_best.pth --shards shards   # with IoU against float32 masks
 
 Rows (each step keeps those before it): hub-eager-fp32, tf32 (GPU), channels-last, bf16, bn-folded, merged
-(portrait_dist.models.fast), kept-memory (CPU; portrait_dist.allocator, all before have glibc's own way), int8
+(portrait_dist.models.fused), kept-memory (CPU; portrait_dist.system.malloc, all before have glibc's own way), int8
 (portrait_dist.models.int8, on CPUs with VNNI), compiled (torch.compile of the bf16 model as it is), compiled-frozen (of the
 merged one, with frozen weights), max-autotune (GPU, with CUDA graphs), best; and train-… for forward, backward and Adam step.
 int8 can only be the best where its masks were compared, on a trained network. The share of the roofline is the fastest
@@ -26,14 +26,14 @@ import measure
 import torch
 from torch import Tensor, nn
 
-from portrait_dist.allocator import keep_freed_memory, set_thresholds
 from portrait_dist.losses import SoftIoULoss
-from portrait_dist.models import UNet, fast, int8
+from portrait_dist.models import UNet, fused, int8
+from portrait_dist.system.malloc import keep_freed_memory, set_thresholds
 
 Work = Callable[[], Any]
 CHANNELS_LAST = torch.channels_last
 KEEP_MEMORY = ("kept-memory", "int8", "compiled-frozen", "train-kept-memory", "train-compiled")
-"""Rows with :func:`portrait_dist.allocator.keep_freed_memory`, on a CPU."""
+"""Rows with :func:`portrait_dist.system.malloc.keep_freed_memory`, on a CPU."""
 
 
 class Bench:
@@ -67,7 +67,7 @@ class Bench:
 
 def _model(features: int, checkpoint: Path | None) -> UNet:
     if checkpoint is not None:
-        from portrait_dist.training.checkpoints import load_model
+        from portrait_dist.checkpoints import load_model
 
         return load_model(checkpoint)[0]
     torch.manual_seed(0)
@@ -79,18 +79,18 @@ def _model(features: int, checkpoint: Path | None) -> UNet:
     return model
 
 
-def networks(bench: Bench, calibration: Tensor, compiled: tuple[str, ...]) -> dict[str, fast.Network]:
+def networks(bench: Bench, calibration: Tensor, compiled: tuple[str, ...]) -> dict[str, fused.Network]:
     """Name → function from normalised float32 [B, 3, H, W] to probabilities, in the order of the ladder."""
     plain, last = bench.model, copy.deepcopy(bench.model).to(memory_format=CHANNELS_LAST)
     bf16 = copy.deepcopy(last).bfloat16()
-    ladder: dict[str, fast.Network] = {"hub-eager-fp32": _with_tf32(plain, False, bench.cuda)}
+    ladder: dict[str, fused.Network] = {"hub-eager-fp32": _with_tf32(plain, False, bench.cuda)}
     if bench.cuda:
         ladder["tf32"] = _with_tf32(plain, True, True)
     ladder["channels-last"] = _with_tf32(_reading(last, torch.float32), bench.cuda, bench.cuda)
     ladder["bf16"] = _reading(bf16, torch.bfloat16)
-    folded = fast.fold_batch_norm(bench.model).to(memory_format=CHANNELS_LAST).bfloat16()
+    folded = fused.fold_batch_norm(bench.model).to(memory_format=CHANNELS_LAST).bfloat16()
     ladder["bn-folded"] = _reading(folded, torch.bfloat16)
-    ladder["merged"] = fast.prepare(bench.model, bench.device, "bf16")
+    ladder["merged"] = fused.prepare(bench.model, bench.device, "bf16")
     if not bench.cuda:
         ladder["kept-memory"] = ladder["merged"]
     if not bench.cuda and int8.is_supported() and bench.model.norm == "batch":
@@ -100,22 +100,22 @@ def networks(bench: Bench, calibration: Tensor, compiled: tuple[str, ...]) -> di
     if "compiled-frozen" in compiled:
         ladder["compiled-frozen"] = _reading(_frozen(bench, {"freezing": True}), torch.bfloat16)
     if "max-autotune" in compiled:
-        ladder["max-autotune"] = fast.prepare(bench.model, bench.device, "bf16", compile=True)
+        ladder["max-autotune"] = fused.prepare(bench.model, bench.device, "bf16", compile=True)
     return ladder
 
 
-def _frozen(bench: Bench, options: dict[str, Any]) -> fast.Network:
-    merged = fast.merge_up_convolutions(fast.fold_batch_norm(bench.model)).to(memory_format=CHANNELS_LAST).bfloat16()
+def _frozen(bench: Bench, options: dict[str, Any]) -> fused.Network:
+    merged = fused.merge_up_convolutions(fused.fold_batch_norm(bench.model)).to(memory_format=CHANNELS_LAST).bfloat16()
     logits = torch.compile(merged, options=options)
     return lambda x: torch.sigmoid(logits(x).float())
 
 
-def _reading(network: fast.Network, dtype: torch.dtype) -> fast.Network:
+def _reading(network: fused.Network, dtype: torch.dtype) -> fused.Network:
     """The network, with its input brought to channels-last and ``dtype``: part of the price."""
     return lambda x: network(x.to(dtype, memory_format=CHANNELS_LAST))
 
 
-def _with_tf32(network: fast.Network, allowed: bool, cuda: bool) -> fast.Network:
+def _with_tf32(network: fused.Network, allowed: bool, cuda: bool) -> fused.Network:
     if not cuda:
         return network
 
@@ -127,7 +127,12 @@ def _with_tf32(network: fast.Network, allowed: bool, cuda: bool) -> fast.Network
 
 
 def forward_rows(
-    bench: Bench, limits: Roofline, batch: int, repeats: int, compiled: tuple[str, ...], real: RealPictures | None
+    bench: Bench,
+    limits: Roofline,
+    batch: int,
+    repeats: int,
+    compiled: tuple[str, ...],
+    real: RealPictures | None,
 ) -> list[measure.Row]:
     """The ladder of inference; masks are compared on real pictures, if there are some."""
     x = bench.pictures(batch)
@@ -144,17 +149,17 @@ def forward_rows(
     masks = {}
     if real:  # whole batches: compiled forms take one shape
         whole = real.unseen[: len(real.unseen) // batch * batch]
-        masks = {name: fast.masks_of(network, whole, batch) for name, network in ladder.items()}
+        masks = {name: fused.masks_of(network, whole, batch) for name, network in ladder.items()}
     rows = []
     for name, values in rates.items():
         rows.append(measure.row(name, values, batch_size=batch, **limits.share(name, values)))
         rows[-1] |= {"largest_difference": float(f"{differences[name]:.1e}")}
         if masks:
-            rows[-1] |= {"iou_with_fp32": round(fast.agreement(masks[name], masks["hub-eager-fp32"]), 6)}
+            rows[-1] |= {"iou_with_fp32": round(fused.agreement(masks[name], masks["hub-eager-fp32"]), 6)}
     return _with_factors_and_best(rows, "best")
 
 
-def _outputs(ladder: dict[str, fast.Network], x: Tensor) -> dict[str, Tensor]:
+def _outputs(ladder: dict[str, fused.Network], x: Tensor) -> dict[str, Tensor]:
     """What each form gives, compiled where it is to be; one that cannot run here (no compiler, say) is left out and named."""
     outputs = {}
     for name, network in ladder.items():
@@ -206,7 +211,7 @@ def _with_factors_and_best(rows: list[measure.Row], name: str) -> list[measure.R
         line["times_eager"] = round(line["images_per_second"] / first, 2)
         line["ms_per_image"] = float(f"{1e3 / line['images_per_second']:.4g}")
     unknown = {"int8": 0.0}  # the others keep the masks whatever the weights
-    equal = [line for line in rows if line.get("iou_with_fp32", unknown.get(line["name"], 1.0)) >= fast.TOLERANCE]
+    equal = [line for line in rows if line.get("iou_with_fp32", unknown.get(line["name"], 1.0)) >= fused.TOLERANCE]
     fastest = max(equal, key=lambda line: line["images_per_second"])
     return [*rows, {**fastest, "name": name, "note": fastest["name"]}]
 
@@ -272,8 +277,11 @@ def _cost(bench: Bench) -> tuple[float, float]:
 
 def sweep(bench: Bench, batches: list[int], repeats: int) -> list[measure.Row]:
     """Batch sizes, for the first row of the ladder and the forms that PortraitSegmenter uses."""
-    name, form = "merged" if bench.cuda else "kept-memory", fast.prepare(bench.model, bench.device, "bf16")
-    forms: dict[str, fast.Network] = {"hub-eager-fp32": bench.model, name: form}
+    name, form = (
+        "merged" if bench.cuda else "kept-memory",
+        fused.prepare(bench.model, bench.device, "bf16"),
+    )
+    forms: dict[str, fused.Network] = {"hub-eager-fp32": bench.model, name: form}
     if not bench.cuda and int8.is_supported() and bench.model.norm == "batch":
         forms["int8"] = int8.quantise(bench.model, bench.pictures(1))
     rows = []
@@ -300,7 +308,7 @@ class RealPictures:
 
 def _pictures(shards: Path, split: str, size: int, count: int) -> Tensor:
     from portrait_dist.data import build_loader
-    from portrait_dist.data.augment import normalise
+    from portrait_dist.preprocessing import normalise
 
     loader = build_loader(shards, split, batch_size=16, size=(size, size), shuffle=False)
     return torch.cat([normalise(batch.image, batch.alpha)[0] for batch in loader])[:count]
@@ -320,7 +328,12 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     rows += train_rows(bench, training_batch, repeats, () if options.quick or options.no_compile else ("compiled",))
     swept = [] if options.quick else sweep(bench, [1, 16, 64, 256, 512] if bench.cuda else [1, 2, 8, 16], repeats)
     found = measure.result(
-        "unet", rows, sweep=swept, device=str(bench.device), size=options.size, threads=torch.get_num_threads()
+        "unet",
+        rows,
+        sweep=swept,
+        device=str(bench.device),
+        size=options.size,
+        threads=torch.get_num_threads(),
     )
     found["roofline"] = limits.facts()
     measure.publish(found, options.json)
@@ -341,7 +354,11 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", type=int, default=256, help="side of the pictures")
     parser.add_argument("--features", type=int, default=32, help="channels of the first level")
-    parser.add_argument("--batch", type=int, help="pictures at once (default 64 on a GPU, 8 on a CPU, as predict has)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="pictures at once (default 64 on a GPU, 8 on a CPU, as predict has)",
+    )
     parser.add_argument("--checkpoint", type=Path, help="a trained network in place of a random one")
     parser.add_argument("--shards", type=Path, help="with --checkpoint: pictures to compare masks on")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")

@@ -16,20 +16,20 @@ from portrait_dist.errors import PortraitDistError, nearest
 
 COMMANDS = {
     "quickstart": "portrait_dist.commands.quickstart:quickstart",
-    "synth": "portrait_dist.commands.prepare:synth",
+    "synth": "portrait_dist.commands.synth:synth",
     "prepare": "portrait_dist.commands.prepare:prepare",
     "pack": "portrait_dist.commands.pack:pack",
-    "verify": "portrait_dist.commands.pack:verify",
+    "verify": "portrait_dist.commands.verify:verify",
     "show": "portrait_dist.commands.show:show",
     "train": "portrait_dist.commands.train:train",
-    "evaluate": "portrait_dist.commands.train:evaluate",
+    "evaluate": "portrait_dist.commands.evaluate:evaluate",
     "predict": "portrait_dist.commands.predict:predict",
-    "export": "portrait_dist.commands.predict:export",
+    "export": "portrait_dist.commands.export:export",
     "submit": "portrait_dist.commands.submit:submit",
-    "status": "portrait_dist.commands.submit:status",
+    "status": "portrait_dist.commands.status:status",
     "report": "portrait_dist.commands.report:report",
     "doctor": "portrait_dist.commands.doctor:doctor",
-    "completion": "portrait_dist.commands.doctor:completion",
+    "completion": "portrait_dist.commands.completion:completion",
 }
 
 
@@ -52,7 +52,10 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(package_name="portrait-dist")
 def portrait_dist() -> None:
     """Portrait background removal at any scale: data, shards, distributed training, masks and cut-outs."""

@@ -35,7 +35,14 @@ def knob(
 ) -> Any:
     """A dataclass field with its help text (unit included) and its bounds; ``above`` is an open lower bound."""
     return field(
-        default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "minimum": minimum,
+            "above": above,
+            "maximum": maximum,
+        },
     )
 
 
@@ -51,12 +58,24 @@ class RunConfig:
 @dataclass
 class DataConfig:
     shards: str = knob("", "folder or address of the shards that 'portrait-dist pack' wrote")
-    size: int = knob(0, "side of the square training picture, pixels, for shards of original size; 0 means 256", minimum=0)
+    size: int = knob(
+        0,
+        "side of the square training picture, pixels, for shards of original size; 0 means 256",
+        minimum=0,
+    )
     workers: int = knob(2, "decoding threads of each rank; changes the speed, never the batches", minimum=0)
     prefetch_batches: int = knob(4, "batches decoded ahead, per rank", minimum=1)
-    order: str = knob("full", "shuffle: the whole split, or by blocks (few shards open at a time)", choices=("full", "block"))
+    order: str = knob(
+        "full",
+        "shuffle: the whole split, or by blocks (few shards open at a time)",
+        choices=("full", "block"),
+    )
     block_samples: int = knob(16384, "samples in a block when data.order=block", minimum=1)
-    on_damage: str = knob("stop", "a damaged sample stops the run, or is skipped and counted", choices=("stop", "skip"))
+    on_damage: str = knob(
+        "stop",
+        "a damaged sample stops the run, or is skipped and counted",
+        choices=("stop", "skip"),
+    )
     log_keys: bool = knob(False, "write the keys of every training batch to keys-rank<r>.jsonl in the run folder")
     cache_dir: str = knob("", "folder for shards fetched from a remote address; the user's cache folder when empty")
     cache_gigabytes: float = knob(50.0, "size limit of that folder, GB", above=0)
@@ -71,20 +90,31 @@ class AugmentConfig:
     scale: float = knob(0.0, "zoom factor drawn from [1/(1+s), 1+s]", minimum=0)
     rotation: float = knob(0.0, "angle drawn from [-r, r] degrees", minimum=0, maximum=180)
     translation: float = knob(0.0, "shift drawn from [-t, t], as a share of the side", minimum=0, maximum=1)
-    background: float = knob(0.0, "probability of a new background taken from another picture of the batch", minimum=0, maximum=1)
+    background: float = knob(
+        0.0,
+        "probability of a new background taken from another picture of the batch",
+        minimum=0,
+        maximum=1,
+    )
 
 
 @dataclass
 class ModelConfig:
     init_features: int = knob(32, "channels of the first level", minimum=1)
-    norm: str = knob("batch", "normalisation layers: batch, or group (nothing shared across samples)", choices=("batch", "group"))
+    norm: str = knob(
+        "batch",
+        "normalisation layers: batch, or group (nothing shared across samples)",
+        choices=("batch", "group"),
+    )
     weights: str = knob("", "checkpoint whose weights a new run begins with (fine-tuning); random ones when empty")
 
 
 @dataclass
 class LossConfig:
     kind: str = knob(
-        "soft_iou", "IoU term: differentiable soft IoU, or the tutorial's (no gradient)", choices=("soft_iou", "tutorial")
+        "soft_iou",
+        "IoU term: differentiable soft IoU, or the tutorial's (no gradient)",
+        choices=("soft_iou", "tutorial"),
     )
     bce_weight: float = knob(0.5, "weight of binary cross-entropy", minimum=0)
     iou_weight: float = knob(0.5, "weight of the IoU term", minimum=0)
@@ -108,7 +138,11 @@ class TrainConfig:
     ema: bool = knob(False, "keep an exponential moving average of the weights, validated and saved")
     ema_decay: float = knob(0.999, "decay of that average", minimum=0, maximum=1)
     seed: int = knob(42, "seed of weights, order and augmentation", minimum=0)
-    device: str = knob("auto", "auto: this rank's GPU if there is one, else the CPU", choices=("auto", "cpu", "cuda"))
+    device: str = knob(
+        "auto",
+        "auto: this rank's GPU if there is one, else the CPU",
+        choices=("auto", "cpu", "cuda"),
+    )
     precision: str = knob("fp32", "arithmetic of forward and backward", choices=("fp32", "bf16"))
     channels_last: bool = knob(True, "memory format of model and images")
     compile: bool = knob(False, "compile the model with torch.compile")
@@ -214,7 +248,11 @@ def _leaves(node: yaml.MappingNode, prefix: str) -> typing.Iterator[tuple[str, A
         if isinstance(value_node, yaml.MappingNode):
             yield from _leaves(value_node, f"{key}.")
         else:
-            yield key, value_node.value if isinstance(value_node, yaml.ScalarNode) else None, key_node.start_mark.line + 1
+            yield (
+                key,
+                value_node.value if isinstance(value_node, yaml.ScalarNode) else None,
+                key_node.start_mark.line + 1,
+            )
 
 
 def _set(config: Config, key: str, text: Any, where: str) -> None:
@@ -241,7 +279,8 @@ def _parse(text: Any, kind: type | types.UnionType, key: str, where: str) -> Any
             raise ValueError
         return str(text)
     except (KeyError, ValueError, TypeError):
-        name = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[kind]  # type: ignore[index]
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+        name = names[kind]  # type: ignore[index]
         raise InputError(f"{where}: {key} is {name}, not '{text}'") from None
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import socket
 import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from portrait_dist.errors import InputError, PortraitDistError
@@ -208,3 +210,48 @@ def print0(message: str) -> None:
     """Print one line on stderr, on rank 0 only."""
     if rank() == 0:
         print(message, file=sys.stderr, flush=True)
+
+
+def check_shared_folder(folder: Path, seconds: float = 20.0) -> None:
+    """Make sure that every node sees the folder that rank 0 writes to. Collective: every rank calls it, the group is up.
+
+    Args:
+        folder: the run folder; rank 0 makes it.
+        seconds: how long a node may take to see a new file (NFS caches folder listings).
+
+    Raises:
+        InputError: on every rank, naming the nodes that do not see it.
+    """
+    if world_size() == 1:
+        return
+    token, problem = folder / f".seen-by-all-{uuid.uuid4().hex}", ""
+    if rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            token.touch()
+        except OSError as error:
+            problem = f"{folder}: cannot write the run folder ({error.strerror}); choose another run.root"
+    name, problem = gather_objects((token.name, problem))[0]
+    if problem:
+        raise InputError(problem)
+    seen = gather_objects((socket.gethostname(), _appears(folder / name, seconds)))
+    if rank() == 0:
+        token.unlink(missing_ok=True)
+    if blind := sorted({host for host, sees in seen if not sees}):
+        raise InputError(
+            f"{folder}: rank 0 on {seen[0][0]} writes here, but {', '.join(blind)} does not see it; "
+            "set run.root to a folder that all nodes share"
+        )
+
+
+def _appears(path: Path, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if path.name in os.listdir(path.parent):
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)

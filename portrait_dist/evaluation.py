@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from portrait_dist import distributed
-from portrait_dist.allocator import keep_freed_memory
+from portrait_dist.checkpoints import load_model
 from portrait_dist.data import build_loader
-from portrait_dist.data.augment import normalise
 from portrait_dist.losses import SoftIoULoss
 from portrait_dist.metrics import PrecisionRecall, SoftIoU, per_sample
-from portrait_dist.training.checkpoints import load_model
+from portrait_dist.preprocessing import normalise
+from portrait_dist.system.malloc import keep_freed_memory
 
 
 def evaluate(
@@ -63,12 +63,23 @@ def evaluate(
     model.to(chosen)
     size = about.get("size") or [256, 256]
     loader = distributed.on_every_rank(
-        lambda: build_loader(shards, split, batch_size, workers=workers, shuffle=False, size=(size[0], size[1]), drop_last=False)
+        lambda: build_loader(
+            shards,
+            split,
+            batch_size,
+            workers=workers,
+            shuffle=False,
+            size=(size[0], size[1]),
+            drop_last=False,
+        )
     )
     rows, pooled, thresholds, loss = _score(model, loader, chosen)
     sums = torch.tensor([loss, float(len(rows))], dtype=torch.float64, device=chosen)
     distributed.sum_over_ranks([sums])
-    iou, at = float(pooled.compute()), {name: values.tolist() for name, values in thresholds.compute().items()}
+    iou, at = (
+        float(pooled.compute()),
+        {name: values.tolist() for name, values in thresholds.compute().items()},
+    )
     every = [row for part in distributed.gather_objects(rows) for row in part]
     if distributed.rank() != 0:
         return None
@@ -76,8 +87,16 @@ def evaluate(
     if table:
         write_table(every, Path(table))
     if curve:
-        write_table([dict(zip(at, values, strict=True)) for values in zip(*at.values(), strict=True)], Path(curve))
-    result = {"split": split, "samples": len(every), "iou": iou, "loss": float(sums[0] / sums[1].clamp(min=1))}
+        write_table(
+            [dict(zip(at, values, strict=True)) for values in zip(*at.values(), strict=True)],
+            Path(curve),
+        )
+    result = {
+        "split": split,
+        "samples": len(every),
+        "iou": iou,
+        "loss": float(sums[0] / sums[1].clamp(min=1)),
+    }
     result |= {**_means(every), **_at_thresholds(at), "world_size": distributed.world_size()}
     if pictures:
         result["pictures"] = _draw(model, shards, split, size, every, Path(pictures), chosen)
@@ -106,7 +125,13 @@ def _score(
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Means of the samples' figures."""
-    names = {"mean_iou": "iou", "mae": "mae", "mse": "mse", "boundary_iou": "boundary_iou", "gradient_error": "gradient_error"}
+    names = {
+        "mean_iou": "iou",
+        "mae": "mae",
+        "mse": "mse",
+        "boundary_iou": "boundary_iou",
+        "gradient_error": "gradient_error",
+    }
     return {name: sum(row[figure] for row in rows) / max(len(rows), 1) for name, figure in names.items()}
 
 
@@ -114,7 +139,11 @@ def _at_thresholds(at: dict[str, list[float]]) -> dict[str, float]:
     """Precision and recall at 0.5, and the threshold of the largest IoU."""
     half = at["thresholds"].index(0.5)
     best = at["thresholds"][at["iou"].index(max(at["iou"]))]
-    return {"precision": at["precision"][half], "recall": at["recall"][half], "best_threshold": best}
+    return {
+        "precision": at["precision"][half],
+        "recall": at["recall"][half],
+        "best_threshold": best,
+    }
 
 
 def baseline_iou(shards: str, size: tuple[int, int], split: str = "test") -> float:
@@ -162,7 +191,16 @@ def _draw(
     wanted = {"worst": ranked[:4], "median": ranked[max(0, middle - 2) : middle + 2]}
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    loader = build_loader(shards, split, 16, shuffle=False, size=(size[0], size[1]), drop_last=False, rank=0, world_size=1)
+    loader = build_loader(
+        shards,
+        split,
+        16,
+        shuffle=False,
+        size=(size[0], size[1]),
+        drop_last=False,
+        rank=0,
+        world_size=1,
+    )
     found = _find(loader, {row["key"] for group in wanted.values() for row in group})
     for name, group in wanted.items():
         if not group:

@@ -73,7 +73,8 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _make_shards(raw: Path | None, folder: Path) -> Path:
-    from portrait_dist.data import packing, split, synthetic
+    from portrait_dist.data.shards import writer
+    from portrait_dist.data.source import split, synthetic
 
     if raw is None:
         _say(f"1/5 {GENERATED_PAIRS} generated portraits")
@@ -81,7 +82,7 @@ def _make_shards(raw: Path | None, folder: Path) -> Path:
         synthetic.generate(raw, GENERATED_PAIRS, seed=1)
     _say("2/5 split and shards")
     split.prepare(raw, folder / "data")
-    packing.pack(folder / "data", folder / "shards", size=SIZE)
+    writer.pack(folder / "data", folder / "shards", size=SIZE)
     return folder / "shards"
 
 
@@ -109,10 +110,17 @@ def _train(shards: Path, folder: Path, processes: int) -> dict[str, Any]:
         "-m",
         "portrait_dist",
     ]
-    keys = [f"data.shards={shards}", f"run.root={folder / 'runs'}", "run.name=quickstart", f"train.max_epochs={epochs}"]
+    keys = [
+        f"data.shards={shards}",
+        f"run.root={folder / 'runs'}",
+        "run.name=quickstart",
+        f"train.max_epochs={epochs}",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     process = subprocess.Popen(
-        [*launcher, "train", "--json", "--recipe", "quickstart", *keys], stdout=subprocess.PIPE, env=environment
+        [*launcher, "train", "--json", "--recipe", "quickstart", *keys],
+        stdout=subprocess.PIPE,
+        env=environment,
     )
     try:
         output, _ = process.communicate()
@@ -133,11 +141,11 @@ def _train(shards: Path, folder: Path, processes: int) -> dict[str, Any]:
 
 def _cut_out(checkpoint: str, folder: Path) -> list[str]:
     """Mask, cut-out and side-by-side picture of the first four test pictures at their own resolution."""
-    from portrait_dist import prediction
-    from portrait_dist.data import split
+    from portrait_dist.data.source import split
+    from portrait_dist.inference import batch
 
     images = [str(pair.image) for pair in split.read_split(folder / "data").pairs("test")[:4]]
-    written: list[str] = prediction.predict_files(checkpoint, images, folder / "pictures", force=True)["files"]
+    written: list[str] = batch.predict_files(checkpoint, images, folder / "pictures", force=True)["files"]
     return written
 
 

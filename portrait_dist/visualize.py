@@ -17,7 +17,10 @@ Alpha = NDArray[Any]
 
 PAPER, INK, FAINT = (250, 250, 250), (30, 30, 30), (110, 110, 110)
 FIGURE, EDGE = (0, 200, 120), (255, 255, 0)
-MISSED, WRONG = (255, 140, 0), (230, 0, 90)  # a person taken for background, and the other way round
+MISSED, WRONG = (
+    (255, 140, 0),
+    (230, 0, 90),
+)  # a person taken for background, and the other way round
 GAP, TEXT = 6, 13  # pixels
 
 
@@ -71,14 +74,25 @@ def picture_grid(images: Sequence[Picture], alphas: Sequence[Alpha], predictions
     """
     rows, captions = [], []
     for image, alpha, prediction in zip(images, alphas, predictions, strict=True):
-        rows.append([image, _grey(alpha), _grey(prediction), cut_out(image, prediction), errors(image, alpha, prediction)])
+        rows.append(
+            [
+                image,
+                _grey(alpha),
+                _grey(prediction),
+                cut_out(image, prediction),
+                errors(image, alpha, prediction),
+            ]
+        )
         captions.append(f"IoU {iou(alpha, prediction):.4f}")
     headings = ["image", "matte", "prediction", "cut-out", "missed: orange, wrong: red"]
     return sheet(rows, headings, captions)
 
 
 def contact_sheet(
-    images: Sequence[Picture], alphas: Sequence[Alpha], captions: Sequence[str], augmented: Sequence[Sequence[Picture]] = ()
+    images: Sequence[Picture],
+    alphas: Sequence[Alpha],
+    captions: Sequence[str],
+    augmented: Sequence[Sequence[Picture]] = (),
 ) -> Image.Image:
     """One row for each sample: image, matte, overlay, cut-out, then what augmentation makes of it.
 
@@ -116,9 +130,15 @@ def sheet(rows: Sequence[Sequence[Picture]], headings: Sequence[str], captions: 
         for column, picture in enumerate(row):
             cell = Image.fromarray(np.ascontiguousarray(picture))
             paper.paste(
-                cell if cell.size == (width, height) else cell.resize((width, height)), (GAP + column * (width + GAP), top)
+                cell if cell.size == (width, height) else cell.resize((width, height)),
+                (GAP + column * (width + GAP), top),
             )
-        pen.text((GAP, top + height + GAP // 2), _fitting(caption, total[0] - 2 * GAP, font), fill=FAINT, font=font)
+        pen.text(
+            (GAP, top + height + GAP // 2),
+            _fitting(caption, total[0] - 2 * GAP, font),
+            fill=FAINT,
+            font=font,
+        )
     return paper
 
 

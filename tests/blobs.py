@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import torch
 
-from portrait_dist.data.augment import MEAN, STD
-from portrait_dist.inference import place, shrink
+from portrait_dist.inference.segmenter import place, shrink
 from portrait_dist.losses import SoftIoULoss
 from portrait_dist.models import UNet
+from portrait_dist.preprocessing import MEAN, STD
 
 SIZE = (64, 64)
 
@@ -23,7 +23,10 @@ def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]
     axes = (int(side * random.uniform(0.2, 0.35)), int(side * random.uniform(0.25, 0.45)))
     cv2.ellipse(alpha, centre, axes, 0, 0, 360, 1.0, -1)
     alpha = cv2.GaussianBlur(alpha, (0, 0), side / 100)
-    person, ground = random.uniform((0.6, 0.3, 0.1), (0.9, 0.5, 0.3)), random.uniform((0.1, 0.3, 0.5), (0.3, 0.5, 0.8))
+    person, ground = (
+        random.uniform((0.6, 0.3, 0.1), (0.9, 0.5, 0.3)),
+        random.uniform((0.1, 0.3, 0.5), (0.3, 0.5, 0.8)),
+    )
     image = ground + alpha[..., None] * (person - ground) + random.normal(0, 0.03, (height, width, 1))
     return (image.clip(0, 1) * 255).round().astype(np.uint8), alpha
 
@@ -56,5 +59,11 @@ def train(steps: int = 100) -> UNet:
 
 def save(model: UNet, path: Path, size: tuple[int, int] = SIZE) -> Path:
     """A checkpoint with the content that training writes."""
-    torch.save({"net": model.state_dict(), "portrait_dist": {"model": model.settings, "size": list(size), "config": {}}}, path)
+    torch.save(
+        {
+            "net": model.state_dict(),
+            "portrait_dist": {"model": model.settings, "size": list(size), "config": {}},
+        },
+        path,
+    )
     return path

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session")
 def raw_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generated raw AISegment tree of 71 pairs, 600×800 (so that 80/10/10 gives 57, 7 and 7)."""
-    from portrait_dist.data import synthetic
+    from portrait_dist.data.source import synthetic
 
     folder = tmp_path_factory.mktemp("raw") / "tree"
     synthetic.generate(folder, 71, seed=7)
@@ -26,7 +26,7 @@ def raw_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def split_dir(raw_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The generated tree, split and arranged."""
-    from portrait_dist.data import split
+    from portrait_dist.data.source import split
 
     folder = tmp_path_factory.mktemp("split") / "data"
     split.prepare(raw_tree, folder)
@@ -36,10 +36,10 @@ def split_dir(raw_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_shards(split_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32×32 shards of the split, 10 samples a shard: 57 train, 7 val, 7 test."""
-    from portrait_dist.data import packing
+    from portrait_dist.data.shards import writer
 
     folder = tmp_path_factory.mktemp("tiny") / "shards"
-    packing.pack(split_dir, folder, size=(32, 32), samples_per_shard=10)
+    writer.pack(split_dir, folder, size=(32, 32), samples_per_shard=10)
     return folder
 
 

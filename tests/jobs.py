@@ -64,7 +64,10 @@ class Job:
     def end(self) -> None:
         """Kill what is left of the job."""
         try:
-            family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+            family = [
+                psutil.Process(self.process.pid),
+                *psutil.Process(self.process.pid).children(recursive=True),
+            ]
         except psutil.NoSuchProcess:
             return
         for process in family:

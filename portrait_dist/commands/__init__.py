@@ -74,7 +74,11 @@ class Size(click.ParamType):
         sides = (height, width if x else height)
         if not all(side.isdecimal() for side in sides):
             either = ", or original" if self.original else ""
-            self.fail(f"'{value}' is not a size; give HEIGHTxWIDTH in pixels, such as 256x256{either}", param, ctx)
+            self.fail(
+                f"'{value}' is not a size; give HEIGHTxWIDTH in pixels, such as 256x256{either}",
+                param,
+                ctx,
+            )
         return int(sides[0]), int(sides[1])
 
 

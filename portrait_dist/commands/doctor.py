@@ -1,4 +1,4 @@
-"""``doctor`` and ``completion``."""
+"""``doctor``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ def _doctor_summary(result: dict[str, Any]) -> str:
 
 
 @command("doctor", summary=_doctor_summary, epilog=DOCTOR_EXAMPLES)
-@click.option("--path", default=".", show_default=True, type=click.Path(path_type=Path), help="Folder whose disk is measured.")
+@click.option(
+    "--path",
+    default=".",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder whose disk is measured.",
+)
 @click.option("--shards", metavar="SHARDS", help="Packed shards to look at: a folder or an address.")
 @click.option("--gpu", is_flag=True, help="No usable GPU is a failure.")
 def doctor(path: Path, shards: str | None, gpu: bool) -> dict[str, Any]:
@@ -43,8 +49,8 @@ def doctor(path: Path, shards: str | None, gpu: bool) -> dict[str, Any]:
     """
     import dataclasses
 
-    from portrait_dist.doctor import FAIL, diagnose
     from portrait_dist.errors import PortraitDistError
+    from portrait_dist.system.doctor import FAIL, diagnose
 
     checks = []
     for finding in diagnose(path, shards, gpu_required=gpu):
@@ -55,18 +61,3 @@ def doctor(path: Path, shards: str | None, gpu: bool) -> dict[str, Any]:
     if failed:
         raise PortraitDistError(f"doctor: {', '.join(failed)} failed; do what the arrows above say", result=result)
     return result
-
-
-@command("completion", summary=lambda result: result["script"])
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> dict[str, Any]:
-    """Print the script that lets a shell complete commands, options and key=value words.
-
-    \b
-        bash: echo 'eval "$(portrait-dist completion bash)"' >> ~/.bashrc
-        zsh:  echo 'eval "$(portrait-dist completion zsh)"' >> ~/.zshrc      (after compinit)
-        fish: portrait-dist completion fish > ~/.config/fish/completions/portrait-dist.fish
-    """
-    from portrait_dist import completion as shells
-
-    return {"shell": shell, "script": shells.script(shell)}

@@ -1,7 +1,6 @@
-"""``pack`` and ``verify``: from a train / val / test tree to shards, and whether shards are what they were.
+"""``pack`` writes shards of a prepared tree.
 
 portrait-dist pack --data data --out shards
-portrait-dist verify shards
 """
 
 from __future__ import annotations
@@ -23,8 +22,18 @@ def _pack_summary(result: dict[str, Any]) -> str:
 
 
 @command("pack", summary=_pack_summary)
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder that 'portrait-dist prepare' wrote.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; new, or one to finish.")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder that 'portrait-dist prepare' wrote.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write; new, or one to finish.",
+)
 @click.option(
     "--size",
     type=Size(original=True),
@@ -41,9 +50,20 @@ def _pack_summary(result: dict[str, Any]) -> str:
     show_default=True,
     help="JPEG and grey PNG; or pixels, about seven times as large, that need no decoding.",
 )
-@click.option("--quality", default=95, show_default=True, help="Of the JPEGs, 1 to 100; not used with --size original.")
+@click.option(
+    "--quality",
+    default=95,
+    show_default=True,
+    help="Of the JPEGs, 1 to 100; not used with --size original.",
+)
 def pack(
-    data: Path, out: Path, size: tuple[int, int] | None, samples_per_shard: int, workers: int | None, codec: str, quality: int
+    data: Path,
+    out: Path,
+    size: tuple[int, int] | None,
+    samples_per_shard: int,
+    workers: int | None,
+    codec: str,
+    quality: int,
 ) -> dict[str, Any]:
     """Pack a prepared tree into WebDataset shards with a manifest and indexes.
 
@@ -55,36 +75,6 @@ def pack(
     Interrupted and run again it finishes: whole shards are kept, and the bytes are the same as without the interruption.
     At original size the JPEG files are stored as they are.
     """
-    from portrait_dist.data import shards
+    from portrait_dist.data.shards import writer
 
-    return shards.pack(data, out, size, samples_per_shard, workers, codec, quality)
-
-
-def _verify_summary(result: dict[str, Any]) -> str:
-    return f"{result['samples']} samples in {result['shards']} shards: all as they were packed"
-
-
-@command("verify", summary=_verify_summary)
-@click.argument("shards")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: the CPUs there are]")
-def verify(shards: str, workers: int | None) -> dict[str, Any]:
-    """Check counts and hashes of SHARDS (a folder or an address), and that every sample decodes.
-
-    \b
-        portrait-dist verify shards
-        portrait-dist verify https://example.org/shards
-
-    Ends with exit code 3 and names shard and sample where something is damaged, missing, or there but not in the manifest.
-    """
-    from portrait_dist.data.verify import verify as verify_shards
-    from portrait_dist.errors import DamagedDataError
-
-    result = verify_shards(shards, workers)
-    if result["ok"]:
-        return result
-    for line in result["errors"][1:]:
-        click.echo(line, err=True)
-    number = len(result["errors"])
-    more = f" (and {number - 1} more, above)" if number > 1 else ""
-    mend = "copy the shards again from where they are whole, or pack them again"
-    raise DamagedDataError(f"{result['errors'][0]}{more}; {mend}", result=result)
+    return writer.pack(data, out, size, samples_per_shard, workers, codec, quality)

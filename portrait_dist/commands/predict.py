@@ -1,4 +1,4 @@
-"""``predict`` and ``export``."""
+"""``predict``."""
 
 from __future__ import annotations
 
@@ -26,13 +26,22 @@ def _predict_summary(result: dict[str, Any]) -> str:
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the pictures.")
 @click.option(
-    "--background", default="transparent", show_default=True, help="transparent, a colour (white, #1e90ff), blur, or a picture."
+    "--background",
+    default="transparent",
+    show_default=True,
+    help="transparent, a colour (white, #1e90ff), blur, or a picture.",
 )
 @click.option("--force", is_flag=True, help="Overwrite pictures that exist.")
 @click.option(
-    "--refine/--no-refine", default=None, help="Let alpha follow the photo's edges at full resolution; on unless switched off."
+    "--refine/--no-refine",
+    default=None,
+    help="Let alpha follow the photo's edges at full resolution; on unless switched off.",
 )
-@click.option("--mirror/--no-mirror", default=None, help="Average with the mirrored photo's mask; on unless switched off.")
+@click.option(
+    "--mirror/--no-mirror",
+    default=None,
+    help="Average with the mirrored photo's mask; on unless switched off.",
+)
 @click.option(
     "--fit",
     default="letterbox",
@@ -49,7 +58,11 @@ def _predict_summary(result: dict[str, Any]) -> str:
     help="The network's alpha at which the mask is 0 and 1; 0.3 0.7 removes haze.",
 )
 @click.option(
-    "--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Photos that go through the network together."
+    "--batch-size",
+    default=8,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Photos that go through the network together.",
 )
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option(
@@ -67,33 +80,6 @@ def predict(checkpoint: str, paths: tuple[str, ...], out: str, **options: Any) -
     (8-bit grey alpha), photo.cutout.png and photo.side-by-side.png. A photo that cannot be read does not stop the others: it is
     named at the end, and the exit code is 3.
     """
-    from portrait_dist.prediction import predict_files
+    from portrait_dist.inference.batch import predict_files
 
     return predict_files(checkpoint, paths, out, **options)
-
-
-def _export_summary(result: dict[str, Any]) -> str:
-    return (
-        f"{result['file']}: {result['bytes'] / 1e6:.1f} MB, checked against the network: "
-        f"largest difference {result['largest_difference']:.2g}\n"
-        f"input   {result['input']}\noutput  {result['output']}"
-    )
-
-
-@command(
-    "export",
-    summary=_export_summary,
-    epilog="\b\nExample:\n  portrait-dist export --checkpoint runs/first/ckpt_best.pth --format onnx --out portrait.onnx\n",
-)
-@click.option("--checkpoint", required=True, help="A .pth file of a run.")
-@click.option("--format", "kind", required=True, type=click.Choice(["onnx", "pt2"]), help="ONNX, or PyTorch's exported program.")
-@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The file to write.")
-@click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
-def export(checkpoint: str, kind: str, out: str, force: bool) -> dict[str, Any]:
-    """Write the network for other programs and check the file against it.
-
-    Input: RGB pictures from 0 to 1, any batch size, at the size of training; output: alpha. The file says so in its metadata.
-    """
-    from portrait_dist.export import export as write
-
-    return write(checkpoint, out, kind, force=force)

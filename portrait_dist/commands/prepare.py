@@ -1,6 +1,5 @@
-"""``synth`` and ``prepare``: from nothing, or from a raw AISegment tree, to a train / val / test tree.
+"""``prepare`` splits a raw tree into train, val and test.
 
-portrait-dist synth --out raw --pairs 300
 portrait-dist prepare --raw raw --out data
 """
 
@@ -14,33 +13,6 @@ import click
 from portrait_dist.commands import command
 
 
-def _synth_summary(result: dict[str, Any]) -> str:
-    megabytes = result["bytes"] / 1e6
-    return (
-        f"{result['pairs']} pairs, {megabytes:.0f} MB, in {result['out']} ({result['pairs_per_second']:.1f} pairs/s)\n"
-        f"next: portrait-dist prepare --raw {result['out']} --out DIR"
-    )
-
-
-@command("synth", summary=_synth_summary)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; new, or one to finish.")
-@click.option("--pairs", required=True, type=int, help="How many pairs of image and matte.")
-@click.option("--seed", default=0, show_default=True, help="Pair i is a pure function of (seed, i).")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: the CPUs there are]")
-def synth(out: Path, pairs: int, seed: int, workers: int | None) -> dict[str, Any]:
-    """Make a raw AISegment tree of synthetic portraits, 600x800.
-
-    Killed and run again it finishes: complete files are kept.
-
-    \b
-        portrait-dist synth --out raw --pairs 300
-        portrait-dist synth --out raw --pairs 34427 --workers 16     as many as AISegment has
-    """
-    from portrait_dist.data.synthetic import generate
-
-    return generate(out, pairs, seed, workers)
-
-
 def _prepare_summary(result: dict[str, Any]) -> str:
     lines = [
         f"{result['pairs']} pairs: train {result['train']}, val {result['val']}, test {result['test']}, in {result['out']}",
@@ -52,11 +24,36 @@ def _prepare_summary(result: dict[str, Any]) -> str:
 
 
 @command("prepare", summary=_prepare_summary)
-@click.option("--raw", required=True, type=click.Path(path_type=Path), help="Raw tree that holds clip_img and matting.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; new, or of the same settings.")
-@click.option("--val-fraction", default=0.1, show_default=True, help="Share of the pairs for validation, rounded down.")
-@click.option("--test-fraction", default=0.1, show_default=True, help="Share of the pairs for the test, rounded down.")
-@click.option("--seed", default=1, show_default=True, help="The split is a pure function of the names and this.")
+@click.option(
+    "--raw",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Raw tree that holds clip_img and matting.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to write; new, or of the same settings.",
+)
+@click.option(
+    "--val-fraction",
+    default=0.1,
+    show_default=True,
+    help="Share of the pairs for validation, rounded down.",
+)
+@click.option(
+    "--test-fraction",
+    default=0.1,
+    show_default=True,
+    help="Share of the pairs for the test, rounded down.",
+)
+@click.option(
+    "--seed",
+    default=1,
+    show_default=True,
+    help="The split is a pure function of the names and this.",
+)
 @click.option(
     "--split-by",
     type=click.Choice(["sample", "group"]),
@@ -72,7 +69,13 @@ def _prepare_summary(result: dict[str, Any]) -> str:
     help="Hard links where the file system allows, copies otherwise; or always copies.",
 )
 def prepare(
-    raw: Path, out: Path, val_fraction: float, test_fraction: float, seed: int, split_by: str, mode: str
+    raw: Path,
+    out: Path,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    split_by: str,
+    mode: str,
 ) -> dict[str, Any]:
     """Pair the images and mattes of a raw AISegment tree and arrange them in train, val and test.
 
@@ -82,14 +85,23 @@ def prepare(
 
     Checks that every matte has an alpha channel and the size of its image, and that no file is cut off.
     """
-    from portrait_dist.data import split
+    from portrait_dist.data.source import split
 
     made, report = split.prepare(
-        raw, out, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed, split_by=split_by, mode=mode
+        raw,
+        out,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+        split_by=split_by,
+        mode=mode,
     )
     _name("image without a matte", report.images_without_matte)
     _name("matte without an image", report.mattes_without_image)
-    _name("left out, the same as a file of its name that is taken", [other for _, other in report.identical])
+    _name(
+        "left out, the same as a file of its name that is taken",
+        [other for _, other in report.identical],
+    )
     return {
         "pairs": len(report.pairs),
         **{name: len(made.keys(name)) for name in split.SPLITS},

@@ -25,11 +25,23 @@ def _summary(result: dict[str, Any]) -> str:
     summary=_summary,
     epilog="\b\nExamples:\n  portrait-dist quickstart\n  portrait-dist quickstart --raw AISegment --out out/first --nproc 2\n",
 )
-@click.option("--raw", type=click.Path(file_okay=False), help="A raw AISegment tree; a small generated one when not given.")
 @click.option(
-    "--out", default="out/quickstart", show_default=True, type=click.Path(file_okay=False), help="Folder for everything."
+    "--raw",
+    type=click.Path(file_okay=False),
+    help="A raw AISegment tree; a small generated one when not given.",
 )
-@click.option("--nproc", type=click.IntRange(1), help="Training processes; all GPUs, or 2 on a CPU, when not given.")
+@click.option(
+    "--out",
+    default="out/quickstart",
+    show_default=True,
+    type=click.Path(file_okay=False),
+    help="Folder for everything.",
+)
+@click.option(
+    "--nproc",
+    type=click.IntRange(1),
+    help="Training processes; all GPUs, or 2 on a CPU, when not given.",
+)
 def quickstart(raw: str | None, out: str, nproc: int | None) -> dict[str, Any]:
     """Data, shards, distributed training, test score and cut-out pictures, in one go."""
     from portrait_dist import quickstart as steps

@@ -1,4 +1,4 @@
-"""``submit`` and ``status``."""
+"""``submit``."""
 
 from __future__ import annotations
 
@@ -31,41 +31,57 @@ def _submit_summary(result: dict[str, Any]) -> str:
 
 
 @command("submit", summary=_submit_summary, epilog=SUBMIT_EXAMPLES)
-@click.option("--recipe", default="aisegment_unet", show_default=True, help="Name of a recipe of the package, or a YAML file.")
+@click.option(
+    "--recipe",
+    default="aisegment_unet",
+    show_default=True,
+    help="Name of a recipe of the package, or a YAML file.",
+)
 @click.option("--nodes", default=1, show_default=True, type=click.IntRange(1), help="Nodes.")
-@click.option("--gpus-per-node", default=0, show_default=True, type=click.IntRange(0), help="GPUs and ranks on each node.")
-@click.option("--cpus-per-node", default=0, type=click.IntRange(0), help="CPUs on each node.  [default: 8 for each GPU]")
-@click.option("--time", default="", help="Time limit of one turn, such as 8:00:00; the job saves before it, and requeues itself.")
+@click.option(
+    "--gpus-per-node",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="GPUs and ranks on each node.",
+)
+@click.option(
+    "--cpus-per-node",
+    default=0,
+    type=click.IntRange(0),
+    help="CPUs on each node.  [default: 8 for each GPU]",
+)
+@click.option(
+    "--time",
+    default="",
+    help="Time limit of one turn, such as 8:00:00; the job saves before it, and requeues itself.",
+)
 @click.option("--partition", default="", help="Partition of the cluster.")
 @click.option("--account", default="", help="Account to charge.")
-@click.option("--array", multiple=True, metavar="KEY=V1,V2", help="An array job with one run for each value; repeat for a grid.")
 @click.option(
-    "--sbatch", "extra", multiple=True, metavar="OPTION", help="One more option for sbatch, such as --sbatch=--qos=long."
+    "--array",
+    multiple=True,
+    metavar="KEY=V1,V2",
+    help="An array job with one run for each value; repeat for a grid.",
 )
-@click.option("--dry-run", is_flag=True, help="Check everything and print the sbatch command, but queue nothing.")
+@click.option(
+    "--sbatch",
+    "extra",
+    multiple=True,
+    metavar="OPTION",
+    help="One more option for sbatch, such as --sbatch=--qos=long.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything and print the sbatch command, but queue nothing.",
+)
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 def submit(recipe: str, settings: tuple[str, ...], dry_run: bool, **request: Any) -> dict[str, Any]:
     """Queue a training job on SLURM; what would fail later is said now.
 
     The settings are those of 'portrait-dist train'. The same line again goes on with a run.
     """
-    from portrait_dist import submission
+    from portrait_dist.slurm import submit
 
-    return submission.submit(recipe, settings, submission.Request(**request), dry_run)
-
-
-def _status_summary(result: dict[str, Any]) -> str:
-    from portrait_dist.status import table
-
-    return table(result)
-
-
-@command("status", summary=_status_summary, epilog="\b\nExample:\n  portrait-dist status runs/first\n")
-@click.argument("run", type=click.Path())
-def status(run: str) -> dict[str, Any]:
-    """How far a run is: epoch, IoU, speed, time left, last error. Reads the run's folder only; works without SLURM."""
-    from pathlib import Path
-
-    from portrait_dist.status import run_status
-
-    return run_status(Path(run))
+    return submit.submit(recipe, settings, submit.Request(**request), dry_run)

@@ -6,18 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from portrait_dist.data.folder import AISegmentDataset
-    from portrait_dist.data.loader import Batch, StreamLoader, build_loader
-    from portrait_dist.data.stream import AISegmentIterableDataset
+    from portrait_dist.data.map_dataset import AISegmentDataset
+    from portrait_dist.data.stream.dataset import AISegmentIterableDataset
+    from portrait_dist.data.stream.loader import Batch, StreamLoader, build_loader
 
 __all__ = ["AISegmentDataset", "AISegmentIterableDataset", "Batch", "StreamLoader", "build_loader"]
 
 _HOMES = {
-    "AISegmentDataset": "folder",
-    "AISegmentIterableDataset": "stream",
-    "Batch": "loader",
-    "StreamLoader": "loader",
-    "build_loader": "loader",
+    "AISegmentDataset": "map_dataset",
+    "AISegmentIterableDataset": "stream.dataset",
+    "Batch": "stream.loader",
+    "StreamLoader": "stream.loader",
+    "build_loader": "stream.loader",
 }
 
 

@@ -23,18 +23,15 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from portrait_dist.data.order import Ints, key, keys, mix
+from portrait_dist.data.stream.order import Ints, key, keys, mix
+from portrait_dist.preprocessing import OFFSET, SCALE, normalise_levels
 
 if TYPE_CHECKING:
     from portrait_dist.config import AugmentConfig
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training set, RGB in [0, 1]
-STD = (0.229, 0.224, 0.225)
 # ITU-R 601-2 luma in 1/65536, as Pillow's "L": whole numbers below 2^24, so float32 holds the sums exactly
 LUMA = (19595.0, 38470.0, 7471.0)
 LUMA_ROW = np.array([LUMA], dtype=np.float32) / 65536
-SCALE, OFFSET = (1 / (255 * np.array(STD))).astype(np.float32), (-np.array(MEAN) / STD).astype(np.float32)
-"""float32 [3]: level · SCALE + OFFSET is (level / 255 - MEAN) / STD."""
 NORMALISER = np.column_stack([np.diag(SCALE), OFFSET])
 """float32 [3, 4]: a pixel's levels (r, g, b, 1) to its normalised values."""
 
@@ -106,12 +103,18 @@ class Augment:
         config = self.config
         draws = uniform(self.seed, epoch, np.asarray(positions, dtype=np.int64), DRAWS).T
         spreads = (config.brightness, config.contrast, config.saturation)
-        lows, highs = [max(0.0, 1 - spread) for spread in spreads], [1 + spread for spread in spreads]
+        lows, highs = (
+            [max(0.0, 1 - spread) for spread in spreads],
+            [1 + spread for spread in spreads],
+        )
         log_zoom = math.log1p(config.scale)
         return Parameters(
             flip=draws[0] < config.flip,
             order=ORDERS[(draws[1] * len(ORDERS)).astype(np.int64)],
-            factors=np.stack([low + (high - low) * draw for low, high, draw in zip(lows, highs, draws[2:5], strict=True)], 1),
+            factors=np.stack(
+                [low + (high - low) * draw for low, high, draw in zip(lows, highs, draws[2:5], strict=True)],
+                1,
+            ),
             zoom=np.exp((2 * draws[5] - 1) * log_zoom),
             angle=(2 * draws[6] - 1) * config.rotation,
             shift_x=(2 * draws[7] - 1) * config.translation,
@@ -131,12 +134,7 @@ class Augment:
             pictures, mattes = move(pictures, mattes, parameters)
         if config.background:
             pictures = new_background(pictures, mattes, parameters.background)
-        return _normalise_float(pictures.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), mattes
-
-
-def normalise(images: torch.Tensor, alphas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 [B, H, W, 3] and [B, H, W] → normalised float32 [B, 3, H, W] (channels-last memory) and [B, 1, H, W] in [0, 1]."""
-    return _normalise_float(images.float()).permute(0, 3, 1, 2), alphas[:, None].float().div_(255)
+        return normalise_levels(pictures.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), mattes
 
 
 def flip(images: torch.Tensor, alphas: torch.Tensor, chosen: NDArray[np.bool_]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +162,10 @@ def colours(images: torch.Tensor, alphas: torch.Tensor, parameters: Parameters) 
     """
     pictures = images.float()
     rows = np.arange(len(images))[:, None]
-    steps = _to(np.stack([parameters.order, parameters.factors[rows, parameters.order]]).astype(np.float32), images.device)
+    steps = _to(
+        np.stack([parameters.order, parameters.factors[rows, parameters.order]]).astype(np.float32),
+        images.device,
+    )
     for turn in range(3):
         kind, factor = (steps[index, :, turn, None, None, None] for index in (0, 1))
         grey = _grey(pictures)
@@ -240,20 +241,6 @@ def _grey(pictures: torch.Tensor) -> torch.Tensor:
     return ((luma + 32768) / 65536).floor()[..., None]
 
 
-def _normalise_float(pictures: torch.Tensor) -> torch.Tensor:
-    """float32 [B, H, W, 3] in 0..255 → (x / 255 - mean) / std, in place where the memory allows."""
-    width = pictures.shape[2]
-    scale, offset = _normaliser(width, str(pictures.device))
-    rows = pictures.reshape(-1, width * 3)  # long rows vectorise, rows of three channels do not
-    return torch.addcmul(offset, rows, scale, out=rows).view(pictures.shape)
-
-
-@functools.lru_cache(maxsize=16)
-def _normaliser(width: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and offset of a row of ``width`` RGB pixels."""
-    return tuple(torch.from_numpy(np.tile(row, width)).to(device) for row in (SCALE, OFFSET))  # type: ignore[return-value]
-
-
 def _to(values: NDArray[Any], device: torch.device) -> torch.Tensor:
     """A small array on the device; from page-locked memory, so that the copy waits for nothing."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
@@ -271,7 +258,7 @@ def _flip_and_colours(
     if images.device.type == "cpu" and _opencv() is not None:
         return _on_cpu(images, alphas, parameters, normalised)
     pictures, mattes = colours(*flip(images, alphas, parameters.flip), parameters)
-    return _normalise_float(pictures) if normalised else pictures, mattes / 255
+    return normalise_levels(pictures) if normalised else pictures, mattes / 255
 
 
 @functools.cache

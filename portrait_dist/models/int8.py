@@ -23,7 +23,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from portrait_dist.models.fast import Network, border_bias, compose, fold_batch_norm
+from portrait_dist.models.fused import Network, border_bias, compose, fold_batch_norm
 from portrait_dist.models.unet import LEVELS, UNet
 
 FLOAT_LEVELS = 2
@@ -89,7 +89,11 @@ class ByteConv:
         shift = (self.weight.double() * scales - exact).sum(dim=(2, 3)) @ (reads.mean / reads.step)
         self.bias = (bias.detach().double() / gives - shift).float()
         self.zeros = torch.zeros(len(bias), dtype=torch.int8)
-        self.padding, self.dtype, self.activation = [padding, padding], dtype, "relu" if relu else "none"
+        self.padding, self.dtype, self.activation = (
+            [padding, padding],
+            dtype,
+            "relu" if relu else "none",
+        )
         self.packed, self.packed_for = self.weight, torch.Size()
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -106,7 +110,22 @@ class ByteConv:
             out = torch.ops.onednn.qconv2d_pointwise(*read, self.bias, *window, 1.0, 0, self.dtype, self.activation, [], "")
         else:
             join = torch.ops.onednn.qconv2d_pointwise.binary
-            out = join(*read, add, self.bias, *window, 1.0, 0, add.dtype, 1.0, 0, "sum", 1.0, self.activation, [], "")
+            out = join(
+                *read,
+                add,
+                self.bias,
+                *window,
+                1.0,
+                0,
+                add.dtype,
+                1.0,
+                0,
+                "sum",
+                1.0,
+                self.activation,
+                [],
+                "",
+            )
         return cast("Tensor", out)
 
 
@@ -134,7 +153,7 @@ class ByteBlock:
 
 
 class ByteJoin:
-    """A level of the decoder, up-convolution and first convolution as one: see :class:`portrait_dist.models.fast.UpJoin`.
+    """A level of the decoder, up-convolution and first convolution as one: see :class:`portrait_dist.models.fused.UpJoin`.
 
     What an up-convolution gives has rare, very large numbers, for which bytes are too coarse; merged, they are never seen. The
     transposed 4×4 convolution, stride 2, is a 2×2 one with four outputs, one for each of the pixels that a pixel becomes.
@@ -149,13 +168,22 @@ class ByteJoin:
         x uint8 [B, 2C, H, W], skip uint8 [B, C, 2H, 2W] → uint8 or bfloat16 [B, C, 2H, 2W].
     """
 
-    def __init__(self, upconv: nn.ConvTranspose2d, block: nn.Sequential, reads: Sequence[Reading], gives: Tensor | None) -> None:
+    def __init__(
+        self,
+        upconv: nn.ConvTranspose2d,
+        block: nn.Sequential,
+        reads: Sequence[Reading],
+        gives: Tensor | None,
+    ) -> None:
         channels = upconv.out_channels
         first, middle = block[0], reads[2].step
         assert isinstance(first, nn.Conv2d)
         up_half, skip_half = first.weight.detach().double().split(channels, dim=1)
         kernel = compose(upconv.weight.detach().double(), up_half).transpose(0, 1)  # [C, 2C, 4, 4]
-        taps = ((3, 1), (2, 0))  # of the even and of the odd pixels, from the first of two input pixels to the second
+        taps = (
+            (3, 1),
+            (2, 0),
+        )  # of the even and of the odd pixels, from the first of two input pixels to the second
         pixels = [kernel[:, :, rows][..., columns] for rows in taps for columns in taps]
         zero = torch.zeros(4 * channels)
         self.up = ByteConv(torch.cat(pixels), zero, reads[0], middle.repeat(4), dtype=SUMS, relu=False)

@@ -53,9 +53,20 @@ class UNet(nn.Module):
         input [B, in_channels, H, W] with H and W multiples of 16, output [B, out_channels, H, W].
     """
 
-    def __init__(self, in_channels: int = 3, out_channels: int = 1, init_features: int = 32, norm: str = "batch") -> None:
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 1,
+        init_features: int = 32,
+        norm: str = "batch",
+    ) -> None:
         super().__init__()
-        self.in_channels, self.out_channels, self.init_features, self.norm = in_channels, out_channels, init_features, norm
+        self.in_channels, self.out_channels, self.init_features, self.norm = (
+            in_channels,
+            out_channels,
+            init_features,
+            norm,
+        )
         channels = [init_features * 2**level for level in range(LEVELS + 1)]
         # Modules are made in the Hub model's order, so that a seed gives the same initial weights there and here.
         for level, (fan_in, width) in enumerate(zip([in_channels, *channels], channels[:-1], strict=False), start=1):

@@ -68,7 +68,10 @@ class Agreement:
 
         agreed = self.finish()
         tensor = torch.tensor([wish], dtype=torch.int32)
-        self.pending = (dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True), tensor)
+        self.pending = (
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True),
+            tensor,
+        )
         return agreed
 
     def finish(self) -> int:

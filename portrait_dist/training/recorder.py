@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from portrait_dist import distributed
-from portrait_dist.machine import machine
+from portrait_dist.system.info import machine
 from portrait_dist.training.sg_adapter import Callback, PhaseContext
 
 
@@ -55,7 +55,13 @@ class RunRecorder(Callback):
         """A line within the epoch: this rank's mean loss so far and the speed."""
         if self.file:
             loss = next(iter(losses.values()), None)
-            self.file.write("interval", **self._place(context.epoch, batch_idx + 1), loss=loss, lr=self._lr(), **self._speed())
+            self.file.write(
+                "interval",
+                **self._place(context.epoch, batch_idx + 1),
+                loss=loss,
+                lr=self._lr(),
+                **self._speed(),
+            )
 
     def on_train_loader_end(self, context: PhaseContext) -> None:
         """Keep the training figures for the epoch's line."""
@@ -95,7 +101,10 @@ class RunRecorder(Callback):
             lr=self._lr(),
             **self.speed,
         )
-        scalars = {"Images per second": self.speed["images_per_second"], "Data wait share": self.speed["data_wait_share"]}
+        scalars = {
+            "Images per second": self.speed["images_per_second"],
+            "Data wait share": self.speed["data_wait_share"],
+        }
         if self.speed["gpu_memory_bytes"]:
             scalars["GPU memory GB"] = self.speed["gpu_memory_bytes"] / 1e9
         for tag, value in scalars.items():

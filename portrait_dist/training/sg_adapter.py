@@ -95,7 +95,13 @@ class _RunFolderLog:
         return cls.filename
 
     @classmethod
-    def setup_logging(cls, filename: str, copy_already_logged_messages: bool, filemode: str = "a", log_level: Any = None) -> None:
+    def setup_logging(
+        cls,
+        filename: str,
+        copy_already_logged_messages: bool,
+        filemode: str = "a",
+        log_level: Any = None,
+    ) -> None:
         cls.filename = filename
         logger = logging.getLogger("super_gradients")
         for handler in [one for one in logger.handlers if isinstance(one, logging.FileHandler)]:
@@ -136,7 +142,10 @@ def _nothing(*_: Any, **__: Any) -> None: ...
 _REPLACED: dict[str, dict[str, Any]] = {
     "super_gradients.common.auto_logging.auto_logger": {"AutoLoggerConfig": _RunFolderLog},
     "super_gradients.common.auto_logging.console_logging": {"ConsoleSink": _NoConsoleSink},
-    "super_gradients.common.abstractions.mute_processes": {"mute_subprocesses": _nothing, "mute_current_process": _nothing},
+    "super_gradients.common.abstractions.mute_processes": {
+        "mute_subprocesses": _nothing,
+        "mute_current_process": _nothing,
+    },
     "super_gradients.common.crash_handler": {"setup_crash_handler": _nothing},
     "super_gradients.sanity_check": {"env_sanity_check": _nothing},
 }
@@ -186,7 +195,10 @@ import_super_gradients()
 from super_gradients.common.environment.device_utils import device_config  # noqa: E402
 from super_gradients.common.sg_loggers.base_sg_logger import BaseSGLogger  # noqa: E402
 from super_gradients.training import Trainer  # noqa: E402
-from super_gradients.training.metrics.metric_utils import get_metrics_results_tuple, get_train_loop_description_dict  # noqa: E402
+from super_gradients.training.metrics.metric_utils import (  # noqa: E402
+    get_metrics_results_tuple,
+    get_train_loop_description_dict,
+)
 from super_gradients.training.sg_trainer import sg_trainer as _sg_trainer  # noqa: E402
 from super_gradients.training.utils import sg_trainer_utils  # noqa: E402
 from super_gradients.training.utils.callbacks import Callback, PhaseContext  # noqa: E402
@@ -216,7 +228,9 @@ _sg_trainer.Accuracy = lambda: None
 _sg_trainer.Top5 = lambda: None
 _MetricCollection = _sg_trainer.MetricCollection
 _sg_trainer.MetricCollection = lambda metrics, *args, **kwargs: _MetricCollection(
-    [metric for metric in metrics if metric is not None] if isinstance(metrics, (list, tuple)) else metrics, *args, **kwargs
+    [metric for metric in metrics if metric is not None] if isinstance(metrics, (list, tuple)) else metrics,
+    *args,
+    **kwargs,
 )
 # SuperGradients seeds with the local rank: two nodes would draw the same numbers.
 _sg_trainer.random_seed = lambda is_ddp, device, seed: distributed.seed_everything(seed)
@@ -282,7 +296,11 @@ class AdaptedTrainer(Trainer):
         raise NotImplementedError
 
     def save_epoch(
-        self, epoch: int, train_values: dict[str, float], valid_values: dict[str, float], context: PhaseContext
+        self,
+        epoch: int,
+        train_values: dict[str, float],
+        valid_values: dict[str, float],
+        context: PhaseContext,
     ) -> None:
         """Write the checkpoints after a validated epoch (called on rank 0)."""
         raise NotImplementedError
@@ -346,7 +364,13 @@ class AdaptedTrainer(Trainer):
         validating = evaluation_type.name == "VALIDATION"
         title = f"Validating epoch {epoch}" if validating else f"Testing {dataset_name}".strip()
         return self.run_evaluation(
-            data_loader, metrics, context, show=not silent_mode, validating=validating, title=title, max_batches=max_batches
+            data_loader,
+            metrics,
+            context,
+            show=not silent_mode,
+            validating=validating,
+            title=title,
+            max_batches=max_batches,
         )
 
     def _save_checkpoint(
@@ -361,7 +385,10 @@ class AdaptedTrainer(Trainer):
         self.save_epoch(epoch, train_metrics_dict or {}, validation_results_dict or {}, context)
 
     def _init_monitored_items(self) -> None:
-        average, self.training_params.average_best_models = self.training_params.average_best_models, False
+        average, self.training_params.average_best_models = (
+            self.training_params.average_best_models,
+            False,
+        )
         super()._init_monitored_items()
         self.training_params.average_best_models = average
         if average and self.model_weight_averaging is None:
@@ -412,7 +439,11 @@ class FusedEMA(ModelEMA):
         decay = self.decay_function(self.decay, step, total_steps)
         pairs = [
             (ours, theirs.detach())
-            for ours, theirs in zip(self.ema.state_dict().values(), unwrap_model(model).state_dict().values(), strict=True)
+            for ours, theirs in zip(
+                self.ema.state_dict().values(),
+                unwrap_model(model).state_dict().values(),
+                strict=True,
+            )
             if ours.dtype.is_floating_point
         ]
         with torch.no_grad():

@@ -23,12 +23,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from portrait_dist import distributed
-from portrait_dist.allocator import keep_freed_memory
+from portrait_dist import checkpoints, distributed
 from portrait_dist.errors import InputError, Stopped
-from portrait_dist.machine import versions
-from portrait_dist.training import checkpoints
-from portrait_dist.training.batches import DeviceBatches, TensorBatch
+from portrait_dist.system.info import versions
+from portrait_dist.system.malloc import keep_freed_memory
+from portrait_dist.training.averaging import AverageOfBest
+from portrait_dist.training.device_batches import DeviceBatches, TensorBatch
 from portrait_dist.training.preemption import SAVE, STOP, Agreement, StopNotice, StopSignals
 from portrait_dist.training.sg_adapter import AdaptedTrainer, PhaseContext, unwrap_model
 
@@ -177,7 +177,13 @@ class PortraitTrainer(AdaptedTrainer):
         done = self._start_epoch(context)
         steps = self.steps_per_epoch
         batches = DeviceBatches(self.train_loader, self.torch_device, limit=steps - done, done=done)
-        bar = tqdm(initial=done, total=steps, desc=f"Train epoch {context.epoch}", disable=not _visible(show), dynamic_ncols=True)
+        bar = tqdm(
+            initial=done,
+            total=steps,
+            desc=f"Train epoch {context.epoch}",
+            disable=not _visible(show),
+            dynamic_ncols=True,
+        )
         with bar, contextlib.closing(batches):
             for batch_idx, batch in enumerate(batches, start=done):
                 self._train_step(batch, batch_idx, context)
@@ -219,14 +225,22 @@ class PortraitTrainer(AdaptedTrainer):
             inputs, targets = self.pre_prediction_callback(inputs, targets, batch_idx)
         if self.options.log_keys and isinstance(batch, TensorBatch):
             self._log_keys(context.epoch, batch_idx, batch.keys)
-        context.update_context(batch_idx=batch_idx, inputs=inputs, target=targets, additional_batch_items=extra, **extra)
+        context.update_context(
+            batch_idx=batch_idx,
+            inputs=inputs,
+            target=targets,
+            additional_batch_items=extra,
+            **extra,
+        )
         self.phase_callback_handler.on_train_batch_start(context)
         first, last = self._accumulation_bounds(batch_idx)
         with contextlib.nullcontext() if batch_idx == last else self._no_sync():
             outputs, probabilities = self._forward(self.net, inputs)
             loss, items = self.compute_loss(outputs, targets)
             context.update_context(
-                preds=probabilities, loss_log_items=items, loss_logging_items_names=self.loss_logging_items_names
+                preds=probabilities,
+                loss_log_items=items,
+                loss_logging_items_names=self.loss_logging_items_names,
             )
             self.phase_callback_handler.on_train_batch_loss_end(context)
             if batch_idx == 0:
@@ -238,7 +252,11 @@ class PortraitTrainer(AdaptedTrainer):
         self.phase_callback_handler.on_train_batch_end(context)
 
     def _log_keys(self, epoch: int, batch: int, keys: list[str]) -> None:
-        with open(Path(self.checkpoints_dir_path) / f"keys-rank{distributed.rank()}.jsonl", "a", encoding="utf-8") as file:
+        with open(
+            Path(self.checkpoints_dir_path) / f"keys-rank{distributed.rank()}.jsonl",
+            "a",
+            encoding="utf-8",
+        ) as file:
             file.write(json.dumps({"epoch": epoch, "batch": batch, "keys": keys}) + "\n")
 
     def _accumulation_bounds(self, batch_idx: int) -> tuple[int, int]:
@@ -372,7 +390,13 @@ class PortraitTrainer(AdaptedTrainer):
         ):
             for batch_idx, batch in enumerate(batches):
                 inputs, targets, extra = self._inputs(batch, training=False, epoch=None)
-                context.update_context(batch_idx=batch_idx, inputs=inputs, target=targets, additional_batch_items=extra, **extra)
+                context.update_context(
+                    batch_idx=batch_idx,
+                    inputs=inputs,
+                    target=targets,
+                    additional_batch_items=extra,
+                    **extra,
+                )
                 before(context)
                 outputs, probabilities = self._forward(net, inputs)
                 context.update_context(preds=probabilities, batch=batch)
@@ -433,13 +457,21 @@ class PortraitTrainer(AdaptedTrainer):
         return state
 
     def save_epoch(
-        self, epoch: int, train_values: dict[str, float], valid_values: dict[str, float], context: PhaseContext
+        self,
+        epoch: int,
+        train_values: dict[str, float],
+        valid_values: dict[str, float],
+        context: PhaseContext,
     ) -> None:
         """Best (when better), then latest, then the average of the best; on rank 0, after validation."""
         value = float(valid_values[self.metric_to_watch])
         sign = 1.0 if self.greater_metric_to_watch_is_better else -1.0
         better = np.isfinite(value) and (sign * value > sign * self.best_metric)
-        metrics = {"tracked_metric_name": self.metric_to_watch, "valid": dict(valid_values), "train": dict(train_values)}
+        metrics = {
+            "tracked_metric_name": self.metric_to_watch,
+            "valid": dict(valid_values),
+            "train": dict(train_values),
+        }
         if better:
             self.best_metric, self._best_ckpt_metrics = value, metrics
         state = self._state(epoch, value, metrics)
@@ -455,13 +487,15 @@ class PortraitTrainer(AdaptedTrainer):
             mean = self.model_weight_averaging.get_average_model(net, valid_values)
             rest = {name: state[name] for name in ("acc", "epoch", "metrics", "packages", "portrait_dist")}
             self.sg_logger.add_checkpoint(
-                tag=self.average_model_checkpoint_filename, state_dict={"net": mean, **rest}, global_step=epoch
+                tag=self.average_model_checkpoint_filename,
+                state_dict={"net": mean, **rest},
+                global_step=epoch,
             )
         self._last_save = time.monotonic()
 
-    def make_average(self) -> checkpoints.AverageOfBest:
+    def make_average(self) -> AverageOfBest:
         """Mean of the ten best models."""
-        return checkpoints.AverageOfBest(self.checkpoints_dir_path, self.metric_to_watch, self.greater_metric_to_watch_is_better)
+        return AverageOfBest(self.checkpoints_dir_path, self.metric_to_watch, self.greater_metric_to_watch_is_better)
 
     def _state(self, epoch: int, value: float, metrics: dict[str, Any]) -> dict[str, Any]:
         """SuperGradients' checkpoint dict, and under ``portrait_dist`` what exact resuming needs beyond it."""
@@ -501,7 +535,10 @@ class PortraitTrainer(AdaptedTrainer):
         if distributed.rank() == 0:
             metrics = {"tracked_metric_name": self.metric_to_watch, "valid": {}, "train": {}}
             state = self._state(context.epoch, float(self.best_metric), metrics)
-            state["portrait_dist"]["position"] = {"loader": position["loader"], "batches": position["batches"]}
+            state["portrait_dist"]["position"] = {
+                "loader": position["loader"],
+                "batches": position["batches"],
+            }
             self.sg_logger.add_checkpoint(tag=checkpoints.LATEST, state_dict=state, global_step=context.epoch)
         self._last_save = time.monotonic()
 
@@ -511,7 +548,11 @@ class PortraitTrainer(AdaptedTrainer):
     def _sums(self, context: PhaseContext) -> dict[str, Any]:
         """This rank's sums of the training epoch so far."""
         meter = context.loss_avg_meter
-        return {"loss": meter.sum, "count": meter.count, "metrics": _metric_states(self.train_metrics)}
+        return {
+            "loss": meter.sum,
+            "count": meter.count,
+            "metrics": _metric_states(self.train_metrics),
+        }
 
     def _restore_random_state(self, about: dict[str, Any]) -> None:
         """Each rank's random state; a rank that the saved run did not have keeps its seed."""
@@ -555,7 +596,11 @@ def _random_state() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state = {
-        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "python": {
+            "version": version,
+            "words": torch.tensor(words, dtype=torch.int64),
+            "gauss": gauss,
+        },
         "numpy": {
             "name": str(name),
             "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
@@ -574,7 +619,13 @@ def _set_random_state(state: dict[str, Any]) -> None:
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     np.random.set_state(
-        (numpy["name"], numpy["keys"].numpy().astype(np.uint32), numpy["position"], numpy["has_gauss"], numpy["cached"])
+        (
+            numpy["name"],
+            numpy["keys"].numpy().astype(np.uint32),
+            numpy["position"],
+            numpy["has_gauss"],
+            numpy["cached"],
+        )
     )
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():

@@ -24,7 +24,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+PROGRAMS = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "squeue",
+    "scancel",
+    "sinfo",
+)
 NODES = ("n0", "n1")
 LAUNCH = Path(__file__).parents[2] / "launch"
 MARK = "PORTRAIT_DIST_TEST_CLUSTER"  # in the environment of every process of the cluster and of its jobs
@@ -135,7 +145,13 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        places = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        places = {
+            "key-file": "key",
+            "socket": "socket",
+            "pid-file": "pid",
+            "log-file": "log",
+            "seed-file": "seed",
+        }
         words = [f"--{option}={self.folder}/munge.{suffix}" for option, suffix in places.items()]
         self._start_daemon("munged", "--foreground", "--force", "--num-threads=2", *words)
         self.until((self.folder / "munge.socket").exists, 10, "munged listens")
@@ -143,7 +159,15 @@ class Cluster:
     def start_node(self, name: str) -> None:
         """Start a node's slurmd."""
         (self.folder / f"spool-{name}").mkdir(exist_ok=True)
-        self._start_daemon("slurmd", "-D", "-N", name, "-f", str(self.folder / "slurm.conf"), label=f"slurmd-{name}")
+        self._start_daemon(
+            "slurmd",
+            "-D",
+            "-N",
+            name,
+            "-f",
+            str(self.folder / "slurm.conf"),
+            label=f"slurmd-{name}",
+        )
 
     def lose_node(self, name: str) -> None:
         """Kill a node's slurmd and everything that runs on the node, at once, as a power cut would."""
@@ -159,7 +183,11 @@ class Cluster:
         assert path, f"{program} is not installed"
         with (self.folder / f"{label or program}.out").open("ab") as output:
             self.daemons[label or program] = subprocess.Popen(
-                [path, *words], env=self.environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL
+                [path, *words],
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
             )
 
     def stop(self) -> None:
@@ -195,7 +223,13 @@ class Cluster:
     def command(self, *words: str, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
         """Run one of SLURM's commands on this cluster and return what it printed."""
         done = subprocess.run(
-            words, env=self.environment | variables, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+            words,
+            env=self.environment | variables,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
@@ -217,7 +251,15 @@ class Cluster:
 
     def wait(self, number: int | str, seconds: float = 120) -> dict[str, str]:
         """Wait until a job is over; returns what ``job`` does."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
+        over = (
+            "COMPLETED",
+            "FAILED",
+            "CANCELLED",
+            "TIMEOUT",
+            "NODE_FAIL",
+            "BOOT_FAIL",
+            "OUT_OF_MEMORY",
+        )
         self.until(lambda: self.job(number)["JobState"] in over, seconds, f"job {number} is over")
         return self.job(number)
 

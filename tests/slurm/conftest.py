@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from cluster import Cluster, missing_programs
+
+from tests.slurm.cluster import Cluster, missing_programs
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,40 @@ import pytest
 
 from portrait_dist.config import RunConfig, load
 from portrait_dist.errors import InputError
-from portrait_dist.slurm import Allocation, Turn, _went_on, decide, note_turn, srun_command, sweep, task_words, torchrun_options
+from portrait_dist.slurm.job import (
+    Allocation,
+    Turn,
+    _went_on,
+    decide,
+    note_turn,
+    srun_command,
+    sweep,
+    task_words,
+    torchrun_options,
+)
 
-JOB = {"SLURM_JOB_ID": "123", "SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_NODELIST": "n[0-3]", "SLURM_CPUS_ON_NODE": "64"}
+JOB = {
+    "SLURM_JOB_ID": "123",
+    "SLURM_JOB_NUM_NODES": "4",
+    "SLURM_JOB_NODELIST": "n[0-3]",
+    "SLURM_CPUS_ON_NODE": "64",
+}
 
 
-def _turn(exit_code: int = 1, signal_name: str = "", kind: str = "", message: str = "", cancelled: bool = False) -> Turn:
-    return Turn(exit_code, signal_name, {"kind": kind, "message": message} if kind else None, cancelled, progressed=True)
+def _turn(
+    exit_code: int = 1,
+    signal_name: str = "",
+    kind: str = "",
+    message: str = "",
+    cancelled: bool = False,
+) -> Turn:
+    return Turn(
+        exit_code,
+        signal_name,
+        {"kind": kind, "message": message} if kind else None,
+        cancelled,
+        progressed=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -24,7 +51,10 @@ def _turn(exit_code: int = 1, signal_name: str = "", kind: str = "", message: st
         (_turn(75, "", "stop", "stopped by SIGTERM at epoch 3"), "stopped by SIGTERM at epoch 3"),
         (_turn(140, "SIGUSR2"), "stopped by SIGUSR2"),  # before the ranks were ready to save
         (_turn(137), "failed with exit code 137"),
-        (_turn(1, "", "error", "rank 3: OSError: gone"), "failed with exit code 1 (rank 3: OSError: gone)"),
+        (
+            _turn(1, "", "error", "rank 3: OSError: gone"),
+            "failed with exit code 1 (rank 3: OSError: gone)",
+        ),
     ],
 )
 def test_a_stopped_or_failed_turn_is_followed_by_another(turn: Turn, reason: str) -> None:
@@ -38,7 +68,10 @@ def test_a_stopped_or_failed_turn_is_followed_by_another(turn: Turn, reason: str
         (_turn(75, "SIGTERM", "stop", cancelled=True), "cancelled"),
         (_turn(2), "another turn would fail in the same way"),
         (_turn(3), "another turn would fail in the same way"),
-        (_turn(1, "", "error", "rank 0: DamagedSampleError: x"), "another turn would fail in the same way"),
+        (
+            _turn(1, "", "error", "rank 0: DamagedSampleError: x"),
+            "another turn would fail in the same way",
+        ),
     ],
 )
 def test_a_finished_cancelled_or_hopeless_job_does_not_come_back(turn: Turn, reason: str) -> None:
@@ -49,7 +82,10 @@ def test_a_finished_cancelled_or_hopeless_job_does_not_come_back(turn: Turn, rea
 
 def test_failed_jobs_stay_away_where_a_key_says_so() -> None:
     run = RunConfig(requeue_on_failure=False)
-    assert decide(_turn(1), 0, 0, run) == (False, "failed with exit code 1, and run.requeue_on_failure=false")
+    assert decide(_turn(1), 0, 0, run) == (
+        False,
+        "failed with exit code 1, and run.requeue_on_failure=false",
+    )
     assert decide(_turn(75, "SIGUSR2", "stop"), 0, 0, run)[0]
 
 
@@ -113,10 +149,22 @@ def test_each_node_gets_one_task_and_the_first_hosts_the_rendezvous() -> None:
 
 def test_a_sweep_trains_every_combination_in_a_run_of_its_own() -> None:
     assert sweep([]) == [[]]
-    words = ["--sweep", "train.lr=1e-3,3e-4", "--recipe", "quickstart", "--sweep=train.seed=1,2", "run.name=try"]
+    words = [
+        "--sweep",
+        "train.lr=1e-3,3e-4",
+        "--recipe",
+        "quickstart",
+        "--sweep=train.seed=1,2",
+        "run.name=try",
+    ]
     tasks = [task_words(words, task) for task in range(4)]
     loaded = [load("quickstart", [word for word in task if "=" in word]) for task in tasks]
-    assert [(one.train.lr, one.train.seed) for one in loaded] == [(1e-3, 1), (1e-3, 2), (3e-4, 1), (3e-4, 2)]
+    assert [(one.train.lr, one.train.seed) for one in loaded] == [
+        (1e-3, 1),
+        (1e-3, 2),
+        (3e-4, 1),
+        (3e-4, 2),
+    ]
     assert len({one.run_dir for one in loaded}) == 4
     assert loaded[0].run.name == "try-train.lr=1e-3,train.seed=1"
     for wrong in (None, 4):

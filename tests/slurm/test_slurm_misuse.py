@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import LAUNCH, Cluster
 
 from portrait_dist.errors import InputError
-from portrait_dist.slurm import check_launch
+from portrait_dist.slurm.job import check_launch
+from tests.slurm.cluster import LAUNCH, Cluster
 
 TRAIN = f"{sys.executable} -m portrait_dist train data.shards=none"
 TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 1 -m portrait_dist train data.shards=none"
@@ -84,8 +84,14 @@ RANK = {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_S
     [
         (STEP, "without torchrun"),
         (STEP | RANK | {"SLURM_STEP_NUM_TASKS": "16"}, "one task per node, not per GPU"),
-        (STEP | RANK | {"GROUP_WORLD_SIZE": "1", "WORLD_SIZE": "8"}, "joined 1 node\\(s\\) of the 2"),
-        (STEP | RANK | {"SLURM_GPUS_ON_NODE": "4"}, "started 8 rank\\(s\\) on a node where SLURM gave 4 GPU"),
+        (
+            STEP | RANK | {"GROUP_WORLD_SIZE": "1", "WORLD_SIZE": "8"},
+            "joined 1 node\\(s\\) of the 2",
+        ),
+        (
+            STEP | RANK | {"SLURM_GPUS_ON_NODE": "4"},
+            "started 8 rank\\(s\\) on a node where SLURM gave 4 GPU",
+        ),
     ],
 )
 def test_a_launch_that_does_not_match_the_allocation_is_refused(environment: dict[str, str], message: str) -> None:
@@ -98,7 +104,11 @@ def test_a_launch_that_does_not_match_the_allocation_is_refused(environment: dic
     [
         {},
         RANK,
-        {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # a shell of salloc, or a batch script
+        {
+            "SLURM_JOB_ID": "1",
+            "SLURM_PROCID": "0",
+            "SLURM_NTASKS": "4",
+        },  # a shell of salloc, or a batch script
         {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun --pty
         STEP | RANK,
         STEP | RANK | {"SLURM_GPUS_ON_NODE": "8"},
@@ -127,7 +137,14 @@ distributed.stop()
 
 def test_a_run_folder_that_another_node_does_not_see_is_named_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "ask.py").write_text(SHARED)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     subprocess.run([*launch, str(tmp_path / "ask.py"), str(tmp_path)], check=True, timeout=200)
     for rank in (0, 1):
         shared, own = (tmp_path / f"rank{rank}").read_text().splitlines()

@@ -15,12 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import LAUNCH, Cluster
-from jobs import checkpoint, largest_difference, lines
+
+from tests.jobs import checkpoint, largest_difference, lines
+from tests.slurm.cluster import LAUNCH, Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-KEYS = ("model.init_features=2", "model.norm=group", "train.max_epochs=30", "train.batch_size=4", "train.threads=1")
+KEYS = (
+    "model.init_features=2",
+    "model.norm=group",
+    "train.max_epochs=30",
+    "train.batch_size=4",
+    "train.threads=1",
+)
 KEYS += ("train.average_best=false", "train.pictures=0")
 
 
@@ -47,8 +54,24 @@ class Night:
 @pytest.fixture(scope="module")
 def night(cluster: Cluster, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Night:
     folder = tmp_path_factory.mktemp("night")
-    words = ["--recipe", "aisegment_unet", f"data.shards={tiny_shards}", f"run.root={folder}/runs", *KEYS]
-    command = [sys.executable, "-m", "portrait_dist", "submit", "--json", "--nodes", "2", *words, "run.name=undisturbed"]
+    words = [
+        "--recipe",
+        "aisegment_unet",
+        f"data.shards={tiny_shards}",
+        f"run.root={folder}/runs",
+        *KEYS,
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "portrait_dist",
+        "submit",
+        "--json",
+        "--nodes",
+        "2",
+        *words,
+        "run.name=undisturbed",
+    ]
     done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     submitted = json.loads(done.stdout)
@@ -77,11 +100,19 @@ def _live_through(cluster: Cluster, job: int, other: int, folder: Path) -> dict[
 
     _until_trained_in_turn(cluster, 3, run, log)
     os.kill(_ranks(cluster, job)[1], signal.SIGKILL)
-    cluster.until(lambda: cluster.job(job)["Restarts"] == "3", 90, "the job was requeued after a rank was killed")
+    cluster.until(
+        lambda: cluster.job(job)["Restarts"] == "3",
+        90,
+        "the job was requeued after a rank was killed",
+    )
 
     _until_trained_in_turn(cluster, 4, run, log)
     cluster.lose_node("n1")
-    cluster.until(lambda: cluster.job(job)["Restarts"] == "4", 120, "the job was requeued after a node was lost")
+    cluster.until(
+        lambda: cluster.job(job)["Restarts"] == "4",
+        120,
+        "the job was requeued after a node was lost",
+    )
     cluster.start_node("n1")
     return undisturbed
 
@@ -116,7 +147,9 @@ def _freeze(cluster: Cluster, job: int, number: int = signal.SIGSTOP) -> None:
         os.kill(pid, number)
 
 
-def test_a_submitted_job_trains_on_all_nodes_and_says_how_to_watch_stop_and_resume_it(night: Night) -> None:
+def test_a_submitted_job_trains_on_all_nodes_and_says_how_to_watch_stop_and_resume_it(
+    night: Night,
+) -> None:
     assert night.undisturbed["JobState"] == "COMPLETED"
     assert night.undisturbed["Restarts"] == "0"
     assert night.submitted["world_size"] == 2
@@ -163,9 +196,14 @@ def test_each_rank_has_its_log_beside_the_others_in_the_jobs_folder(night: Night
 
 
 def test_status_reads_the_run_without_slurm(night: Night) -> None:
-    from portrait_dist.status import run_status
+    from portrait_dist.runs.status import run_status
 
     result = run_status(night.folder / "runs" / "disturbed")
-    assert (result["state"], result["epoch"], result["step"], result["total_steps"]) == ("finished", 30, 210, 210)
+    assert (result["state"], result["epoch"], result["step"], result["total_steps"]) == (
+        "finished",
+        30,
+        210,
+        210,
+    )
     assert result["seconds_left"] == 0.0
     assert result["world_size"] == 2

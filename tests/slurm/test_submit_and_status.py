@@ -13,18 +13,30 @@ from typing import Any
 import pytest
 
 from portrait_dist.errors import InputError
-from portrait_dist.status import run_status, table
-from portrait_dist.submission import Request, submit
+from portrait_dist.runs.status import run_status, table
+from portrait_dist.slurm.submit import Request, submit
 
 
 def _dry(shards: Path, root: Path, *words: str, **request: Any) -> dict[str, Any]:
-    return submit("aisegment_unet", [f"data.shards={shards}", f"run.root={root}", *words], Request(**request), dry_run=True)
+    return submit(
+        "aisegment_unet",
+        [f"data.shards={shards}", f"run.root={root}", *words],
+        Request(**request),
+        dry_run=True,
+    )
 
 
 def test_a_dry_run_shows_the_whole_sbatch_line_and_leaves_nothing(tiny_shards: Path, tmp_path: Path) -> None:
     words = ("run.name=first", "train.batch_size=2")
     result = _dry(
-        tiny_shards, tmp_path / "runs", *words, nodes=2, gpus_per_node=8, time="8:00:00", partition="gpu", account="lab"
+        tiny_shards,
+        tmp_path / "runs",
+        *words,
+        nodes=2,
+        gpus_per_node=8,
+        time="8:00:00",
+        partition="gpu",
+        account="lab",
     )
     options = result["command"].split(" ")
     assert options[0] == "sbatch"
@@ -58,7 +70,8 @@ def test_unknown_keys_and_too_large_batches_are_said_before_queueing(tiny_shards
     with pytest.raises(InputError, match=r"there is no key 'train.lrr'. Did you mean 'train.lr'?"):
         _dry(tiny_shards, tmp_path, "train.lrr=1")
     with pytest.raises(
-        InputError, match=r"57 training samples do not fill one global batch of 64 \(4 ranks × train.batch_size=16\)"
+        InputError,
+        match=r"57 training samples do not fill one global batch of 64 \(4 ranks × train.batch_size=16\)",
     ):
         _dry(tiny_shards, tmp_path, nodes=4)
 
@@ -89,7 +102,14 @@ def test_a_run_folder_that_cannot_be_used_is_said_before_queueing(tiny_shards: P
 
 
 def test_without_slurm_submit_says_where_to_go(tiny_shards: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "portrait_dist", "submit", f"data.shards={tiny_shards}", f"run.root={tmp_path}/runs"]
+    command = [
+        sys.executable,
+        "-m",
+        "portrait_dist",
+        "submit",
+        f"data.shards={tiny_shards}",
+        f"run.root={tmp_path}/runs",
+    ]
     done = subprocess.run(command, env={"PATH": "/nowhere"}, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "sbatch is not here" in done.stderr
@@ -106,22 +126,53 @@ def _run(folder: Path, *more: str) -> Path:
     lines = [
         _line("start", 1000, epoch=0, step=0, **place),
         _line("interval", 1050, epoch=0, step=5, loss=0.9, images_per_second=40.0, **place),
-        _line("epoch", 1100, epoch=0, step=10, val_iou=0.8, samples_seen=80, loss=0.5, images_per_second=41.0, **place),
-        _line("epoch", 1200, epoch=1, step=20, val_iou=0.7, samples_seen=160, loss=0.4, images_per_second=42.0, **place),
+        _line(
+            "epoch",
+            1100,
+            epoch=0,
+            step=10,
+            val_iou=0.8,
+            samples_seen=80,
+            loss=0.5,
+            images_per_second=41.0,
+            **place,
+        ),
+        _line(
+            "epoch",
+            1200,
+            epoch=1,
+            step=20,
+            val_iou=0.7,
+            samples_seen=160,
+            loss=0.4,
+            images_per_second=42.0,
+            **place,
+        ),
     ]
     (folder / "metrics.jsonl").write_text("".join([*lines, *more]))
     return folder
 
 
-def test_status_of_a_running_run_gives_place_score_speed_time_left_and_checkpoint_age(tmp_path: Path) -> None:
+def test_status_of_a_running_run_gives_place_score_speed_time_left_and_checkpoint_age(
+    tmp_path: Path,
+) -> None:
     run = _run(tmp_path / "run")
     (run / "ckpt_latest.pth").touch()
     os.utime(run / "ckpt_latest.pth", (1190, 1190))
     result = run_status(run, now=1210)
     assert result["state"] == "running"
-    assert (result["epoch"], result["max_epochs"], result["step"], result["total_steps"]) == (2, 5, 20, 50)
+    assert (result["epoch"], result["max_epochs"], result["step"], result["total_steps"]) == (
+        2,
+        5,
+        20,
+        50,
+    )
     assert (result["iou"], result["best_iou"], result["loss"]) == (0.7, 0.8, 0.4)
-    assert (result["images_per_second"], result["samples_seen"], result["world_size"]) == (42.0, 160, 2)
+    assert (result["images_per_second"], result["samples_seen"], result["world_size"]) == (
+        42.0,
+        160,
+        2,
+    )
     assert result["seconds_left"] == 300.0  # 30 steps at 10 s each
     assert (result["checkpoint_age_seconds"], result["seconds_since_last_line"]) == (20.0, 10.0)
     assert result["last_error"] is None
@@ -133,7 +184,11 @@ def test_status_tells_failed_stopped_silent_and_finished_runs_apart(tmp_path: Pa
     again = _line("start", 1400, epoch=2, step=20, steps_per_epoch=10, max_epochs=5)
     last = _line("epoch", 1500, epoch=4, step=50, val_iou=0.9, steps_per_epoch=10, max_epochs=5)
     failed = run_status(_run(tmp_path / "failed", error), now=1310)
-    assert (failed["state"], failed["last_error"], failed["last_error_age_seconds"]) == ("failed", "rank 1: ValueError: x", 10.0)
+    assert (failed["state"], failed["last_error"], failed["last_error_age_seconds"]) == (
+        "failed",
+        "rank 1: ValueError: x",
+        10.0,
+    )
     assert (
         run_status(_run(tmp_path / "stopped", _line("stop", 1300, message="stopped by SIGUSR2")), now=1310)["state"] == "stopped"
     )

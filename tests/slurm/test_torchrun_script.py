@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import LAUNCH
-from jobs import TINY, checkpoint, lines, wait_for
 
-from portrait_dist.status import run_status
+from portrait_dist.runs.status import run_status
+from tests.jobs import TINY, checkpoint, lines, wait_for
+from tests.slurm.cluster import LAUNCH
 
 
 def _free_port() -> int:
@@ -24,8 +24,19 @@ def _free_port() -> int:
 
 @pytest.mark.timeout(600)
 def test_two_nodes_train_one_model_and_a_signal_to_one_script_saves_and_stops_both(tiny_shards: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHON": sys.executable, "NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_PORT": str(_free_port())}
-    words = [f"data.shards={tiny_shards}", f"run.root={tmp_path}", "run.name=run", *TINY, "train.max_epochs=2000"]
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "NNODES": "2",
+        "NPROC_PER_NODE": "1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    words = [
+        f"data.shards={tiny_shards}",
+        f"run.root={tmp_path}",
+        "run.name=run",
+        *TINY,
+        "train.max_epochs=2000",
+    ]
     nodes = []
     with open(tmp_path / "log", "wb") as log:
         for rank in ("0", "1"):

@@ -1,0 +1,1 @@
+"""WebDataset shards: format, codecs, writer, reader, cache of remote shards, verification."""

@@ -1,0 +1,1 @@
+"""Raw trees, their pairs and split, and generated portraits."""

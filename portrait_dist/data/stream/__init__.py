@@ -1,0 +1,1 @@
+"""The exact stream: order of samples, dataset, loader."""

@@ -1,0 +1,255 @@
+"""Samples of packed shards in their exact order, read and decoded.
+
+``AISegmentIterableDataset`` is a plain torch ``IterableDataset``; ``portrait_dist.data.stream.loader`` puts decoding threads and whole
+batches on top of it. Both ask the same ``Order`` and ``Plan``, so they give the same samples in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import IterableDataset, get_worker_info
+
+from portrait_dist import distributed
+from portrait_dist.data.shards.reader import ShardSet
+from portrait_dist.data.stream.order import Ints, Order, Plan
+from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.preprocessing import DEFAULT_SIZE
+
+if TYPE_CHECKING:
+    from portrait_dist.data.shards.cache import Cache
+
+log = logging.getLogger("portrait_dist.data")
+
+POSITIONS_PLANNED_AT_ONCE = 4096
+
+
+class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
+    """Portraits and their alpha from packed shards: each sample of the split once an epoch, dealt exactly to the ranks.
+
+    Yields dicts: ``image`` uint8 [H, W, 3] RGB, ``alpha`` uint8 [H, W], ``key`` str, ``position`` and ``epoch`` int.
+
+    With ``DataLoader(dataset, batch_size=dataset.batch_size, num_workers=n)`` the batches are those of ``build_loader``, for any
+    n: worker w takes the batches w, w+n, …, and the DataLoader asks its workers in turn. ``set_epoch`` also reaches persistent
+    workers. With another batch size, or where damaged samples are skipped, every sample still comes once, in other batches.
+
+    Args:
+        shards: folder or address that ``portrait-dist pack`` wrote.
+        split: ``train``, ``val`` or ``test``.
+        batch_size: samples of this rank in a whole batch; the order is dealt to the ranks by batches.
+        seed: of the shuffle.
+        rank, world_size: this process's place; the process group's by default, else torchrun's, else 0 of 1.
+        shuffle: shuffle the split; by default only ``train``.
+        size: (H, W) in pixels of the batches, for shards at original size; 256×256 by default.
+        exact: decode exactly as the tutorial does; False lets original-size JPEGs be decoded at a reduced scale, which is
+            faster and slightly different. By default exact for all but ``train``.
+        order: ``full`` or ``block``, see :class:`portrait_dist.data.stream.order.Order`.
+        block_samples: samples in a block.
+        on_damage: ``stop`` raises at a damaged sample; ``skip`` leaves it out, counts it and logs it once.
+        drop_last: leave out what does not fill a global batch; by default only for ``train``.
+        cache: where remote shards are kept; the user's cache folder by default.
+
+    Raises:
+        InputError: no shards there, no such split, or an option is wrong.
+        DamagedDataError: while iterating, when a shard or sample is not what the manifest says.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path,
+        split: str = "train",
+        batch_size: int = 16,
+        seed: int = 0,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        shuffle: bool | None = None,
+        size: tuple[int, int] | None = None,
+        exact: bool | None = None,
+        order: str = "full",
+        block_samples: int = 16384,
+        on_damage: str = "stop",
+        drop_last: bool | None = None,
+        cache: Cache | None = None,
+    ) -> None:
+        super().__init__()
+        if on_damage not in ("stop", "skip"):
+            raise InputError(f"on_damage={on_damage}: it is stop or skip")
+        train = split == "train"
+        self.location, self.split, self.cache = shards, split, cache
+        self.shards = ShardSet(shards, split, cache=cache)
+        self.size = _batch_size_in_pixels(self.shards.size, size, str(shards))
+        self.exact = not train if exact is None else exact
+        self.on_damage = on_damage
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank, self.world_size = _place(rank, world_size)
+        self.drop_last = train if drop_last is None else drop_last
+        kind = order if (train if shuffle is None else shuffle) else "sequential"
+        sizes = self.shards.shard_sizes
+        self.order = Order(self.shards.samples, seed, kind, block_samples=block_samples, shard_sizes=sizes)
+        self.damaged: dict[str, str] = {}
+        # epoch and positions done, in shared memory: the copies of this dataset in DataLoader workers see changes
+        self._progress = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self.plan(0)  # raises for a wrong batch size or rank, before anything starts
+
+    def __len__(self) -> int:
+        """Samples that this rank yields in an epoch; ``samples`` is the whole split."""
+        plan = self.plan(0)
+        first, end = plan.span(plan.whole_batches)
+        return plan.whole_batches * plan.batch_size + end - first
+
+    @property
+    def samples(self) -> int:
+        """Samples of the split, over all ranks."""
+        return self.shards.samples
+
+    @property
+    def epoch(self) -> int:
+        return int(self._progress[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields, from its start unless it is the epoch of a loaded state."""
+        if epoch != self.epoch:
+            self._progress[0] = epoch
+            self._progress[1] = 0
+
+    def state_after(self, batches: int) -> dict[str, int]:
+        """State to go on from when each rank has used so many batches of the present iteration."""
+        return self.state(self.plan(int(self._progress[1])).seen_after(batches))
+
+    def state(self, samples_seen: int) -> dict[str, int]:
+        """State, as whole numbers: the present epoch, positions of it that all ranks have done, and what they belong to."""
+        return {
+            "epoch": self.epoch,
+            "samples_seen": samples_seen,
+            "samples": self.samples,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Iterate over the rest of the epoch of ``state`` until another epoch is set; any number of ranks may go on.
+
+        Raises:
+            InputError: the state belongs to other data or another seed, so that its rest is not known.
+        """
+        for name, here in (("samples", self.samples), ("seed", self.seed)):
+            if state.get(name, here) != here:
+                raise InputError(
+                    f"{self.location}: the saved position is for {name}={state[name]}, here it is {here}; "
+                    "go on with the shards and seed that it was saved with, or start a new run"
+                )
+        self.plan(state["samples_seen"])
+        self._progress[0] = state["epoch"]
+        self._progress[1] = state["samples_seen"]
+
+    def plan(self, start: int) -> Plan:
+        """Batches of this rank for the rest of an epoch after ``start`` positions."""
+        return Plan(self.samples, self.batch_size, self.rank, self.world_size, self.drop_last, start)
+
+    def batches(self, epoch: int, start: int, *, first: int = 0, step: int = 1) -> Iterator[tuple[Ints, Ints]]:
+        """(positions, samples) of this rank's batches ``first``, ``first + step``, …, int64 arrays; nothing is read."""
+        plan = self.plan(start)
+        at_once = max(1, POSITIONS_PLANNED_AT_ONCE // self.batch_size)
+        mine = range(first, plan.steps, step)
+        for begin in range(0, len(mine), at_once):
+            positions = [np.arange(*plan.span(batch), dtype=np.int64) for batch in mine[begin : begin + at_once]]
+            samples = self.order.samples_at(epoch, np.concatenate(positions))
+            yield from zip(
+                positions,
+                np.split(samples, np.cumsum([len(part) for part in positions])[:-1]),
+                strict=True,
+            )
+
+    def read(self, sample: int, image: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> str:
+        """Read and decode one sample into uint8 [H, W, 3] and [H, W]; its key.
+
+        Raises:
+            DamagedDataError: names shard and sample.
+        """
+        from portrait_dist.data.shards.decode import decode_pair
+
+        encoded = self.shards.read(sample)
+        try:
+            decode_pair(
+                encoded.image,
+                encoded.alpha,
+                self.size,
+                image,
+                alpha,
+                exact=self.exact,
+                codec=self.shards.codec,
+            )
+        except Exception as error:
+            raise DamagedDataError(
+                f"{self.shards.name(sample)} ({encoded.key}): does not decode ({' '.join(str(error).split())}); "
+                "find all such samples with 'portrait-dist verify', pack them again, or skip them with data.on_damage=skip"
+            ) from error
+        return encoded.key
+
+    def skip(self, sample: int, error: DamagedDataError) -> None:
+        """Count a damaged sample and log it once, or raise when ``on_damage`` is ``stop``."""
+        if self.on_damage == "stop":
+            raise error
+        name = self.shards.name(sample)
+        if name not in self.damaged:
+            self.damaged[name] = str(error)
+            log.warning("skipped: %s", error)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        epoch, start = self._progress.tolist()
+        for positions, samples in self.batches(epoch, start, first=first, step=step):
+            for position, sample in zip(positions.tolist(), samples.tolist(), strict=True):
+                image, alpha = np.empty((*self.size, 3), np.uint8), np.empty(self.size, np.uint8)
+                try:
+                    name = self.read(sample, image, alpha)
+                except DamagedDataError as error:
+                    self.skip(sample, error)
+                    continue
+                yield {
+                    "image": torch.from_numpy(image),
+                    "alpha": torch.from_numpy(alpha),
+                    "key": name,
+                    "position": position,
+                    "epoch": epoch,
+                }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "shards"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.shards = ShardSet(self.location, self.split, cache=self.cache)
+
+
+def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Rank and world size: as given, else the process group's, else torchrun's, else 0 of 1."""
+    if (rank is None) != (world_size is None):
+        raise InputError(f"rank={rank}, world_size={world_size}: give both or none")
+    if rank is not None and world_size is not None:
+        return rank, world_size
+    if distributed.is_initialized():
+        import torch.distributed as dist
+
+        return dist.get_rank(), dist.get_world_size()
+    return distributed.rank(), distributed.world_size()
+
+
+def _batch_size_in_pixels(packed: tuple[int, int] | None, asked: tuple[int, int] | None, where: str) -> tuple[int, int]:
+    """(H, W) of the batches."""
+    if packed is None:
+        return asked or DEFAULT_SIZE
+    if asked is not None and tuple(asked) != tuple(packed):
+        raise InputError(
+            f"{where}: packed at {packed[0]}x{packed[1]}, asked for {asked[0]}x{asked[1]}; "
+            "pack again at that size, or with --size original for any size"
+        )
+    return int(packed[0]), int(packed[1])

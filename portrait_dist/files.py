@@ -1,0 +1,268 @@
+"""Files and folders: the only atomic writer, the only exclusive lock, the only claim of an output folder.
+
+Every file that the package writes appears under its name whole or not at all, and every failure to write becomes one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import logging
+import os
+import re
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from portrait_dist.errors import InputError, PortraitDistError
+
+log = logging.getLogger("portrait_dist.files")
+
+TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}-[0-9]+-[0-9]+(\.[a-z0-9]+)?|\..*\.(tmp|part)")
+"""Names of temporary files: those of this module, and those that releases before 0.2 left behind."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+HELD = (errno.EAGAIN, errno.EACCES)  # what lockf and flock set where somebody else holds the lock
+_numbers = itertools.count()
+
+
+def temporary_path(path: Path, suffix: str = "") -> Path:
+    """Return an unused name in the folder of ``path``.
+
+    Its length does not depend on the name of ``path``, so that it fits every file system's limit (255 bytes), and it names host
+    and process, so that two processes never share one.
+
+    Args:
+        path: the file to be written.
+        suffix: ending for writers that choose a format by it, such as ``.onnx``.
+    """
+    host = zlib.crc32(socket.gethostname().encode())
+    return path.with_name(f".tmp-{host:08x}-{os.getpid()}-{next(_numbers)}{suffix}")
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path, *, durable: bool = False, suffix: str = "") -> Iterator[Path]:
+    """Yield a temporary path in the same folder and rename it to ``path`` at the end of the block.
+
+    On an error the temporary file is removed, the old file stays, and the error is the block's own.
+
+    Args:
+        path: the file that appears.
+        durable: flush the file and its folder to the disk before and after the rename.
+        suffix: ending of the temporary name.
+
+    Raises:
+        InputError: the folder is missing, is no folder, or may not be written (exit code 2).
+        PortraitDistError: the disk is full or failed (exit code 1).
+    """
+    path = Path(path)
+    temporary = temporary_path(path, suffix)
+    try:
+        with explained(path):
+            yield temporary
+            if durable:
+                _flush(temporary)
+            os.replace(temporary, path)
+            if durable:
+                _flush(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # the reason of a failure is the first error, not the clean-up's
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_open(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
+    """Open a binary file that appears under its name when the block ends without an error; see :func:`atomic_path`."""
+    with atomic_path(path, durable=durable) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
+def write_bytes(path: str | Path, data: bytes | memoryview, *, durable: bool = False) -> None:
+    """Write a file whole or not at all; see :func:`atomic_path` for the errors."""
+    with atomic_open(path, durable=durable) as file:
+        file.write(data)
+
+
+def write_text(path: str | Path, text: str, *, durable: bool = False) -> None:
+    """Write a UTF-8 text file whole or not at all; see :func:`atomic_path` for the errors."""
+    write_bytes(path, text.encode(), durable=durable)
+
+
+@contextlib.contextmanager
+def explained(path: str | Path) -> Iterator[None]:
+    """Turn an ``OSError`` about writing ``path`` into one line with the right exit code.
+
+    Raises:
+        InputError: wrong path or no permission.
+        PortraitDistError: full disk, failed disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def write_error(path: str | Path, error: OSError) -> PortraitDistError:
+    """Make the exception that says why ``path`` was not written and what to do."""
+    if error.errno in FULL:
+        return PortraitDistError(f"{path}: not written, the disk is full; free some space and run again")
+    parent = Path(path).parent
+    if error.errno in (errno.ENOENT, errno.ENOTDIR) and not parent.is_dir():
+        return InputError(f"{path}: there is no folder {parent}; make it, or give another path")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return InputError(f"{path}: cannot be written ({error.strerror}); give a folder of yours")
+    if error.errno in (errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ELOOP):
+        return InputError(f"{path}: cannot be written ({error.strerror}); give another path")
+    return PortraitDistError(f"{path}: cannot be written ({error.strerror or error}); see the disk, then run again")
+
+
+def check_writable(path: str | Path) -> None:
+    """Check before long work that a file can be written, by making and removing one beside it.
+
+    Raises:
+        InputError: the folder is missing, is no folder, or may not be written; or ``path`` is a folder.
+        PortraitDistError: the disk is full or failed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the path of a file")
+    with explained(path):
+        temporary = temporary_path(path)
+        temporary.touch()
+        temporary.unlink()
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove the temporary files of killed processes; only for the process that holds the folder's lock."""
+    for leftover in folder.iterdir():
+        if TEMPORARY.fullmatch(leftover.name):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ExclusiveLock:
+    """An advisory lock; the kernel releases it when the process exits, however it exits.
+
+    A folder is locked by ``flock`` and gets no file; a path that is no folder is opened, locked by ``lockf`` (which NFS carries
+    to other nodes) and holds who has it. Where the file system has no locks a warning says so and the work goes on.
+
+    Args:
+        path: an existing folder, or a lock file to open or make.
+        held: makes the error for the user out of who holds the lock.
+        wait_seconds: how long to try before giving up.
+
+    Raises:
+        InputError: somebody else holds it.
+        PortraitDistError: the lock file cannot be made.
+    """
+
+    def __init__(self, path: Path, held: Callable[[str], str], wait_seconds: float = 0.0) -> None:
+        self.path = path
+        folder = path.is_dir()
+        flags = os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        with explained(path):
+            self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        operation = fcntl.flock if folder else fcntl.lockf
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                operation(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in HELD:
+                    log.warning("%s: this file system has no locks (%s); see that no other process writes here", path, error)
+                    break
+                if time.monotonic() < deadline:
+                    time.sleep(min(1.0, wait_seconds))
+                    continue
+                holder = "" if folder else os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
+                self.release()
+                raise InputError(held(holder or "another process")) from None
+        if not folder:
+            with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def release(self) -> None:
+        """Let another process write."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> ExclusiveLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def lock_output(folder: Path, command: str, out: Path) -> ExclusiveLock:
+    """Lock a folder that a command writes; a context manager.
+
+    Args:
+        folder: an existing folder.
+        command, out: for the message: what else is writing, and where.
+
+    Raises:
+        InputError: another process holds the lock.
+    """
+    return ExclusiveLock(
+        folder,
+        lambda _: f"{out}: another 'portrait-dist {command}' is writing there; wait for it, or give another --out",
+    )
+
+
+def read_marker(out: Path, name: str, command: str) -> dict[str, Any] | None:
+    """Read what an output folder is for.
+
+    Args:
+        out: the output folder.
+        name: the marker's file name, such as ``.pack.json``.
+        command: whose marker it is, for the message.
+
+    Returns:
+        The marker's object; None where the folder is new or empty.
+
+    Raises:
+        InputError: ``out`` is a file, holds something without a marker, or a marker that is none.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; give a folder as --out")
+    marker = out / name
+    if marker.is_file():
+        try:
+            found = json.loads(marker.read_bytes())
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise InputError(f"{marker}: not written by 'portrait-dist {command}'; give another --out")
+        return found
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out}: already holds something else; give a new folder as --out")
+    return None
+
+
+def claim_folder(out: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Make an output folder and write into it what it is for; see :func:`read_marker`.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+        PortraitDistError: the disk is full.
+    """
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_text(out / name, json.dumps(content))

@@ -1,0 +1,62 @@
+"""What every network input has in common: default size, mean and standard deviation, normalisation.
+
+Training, evaluation, prediction and export read these facts here, so that a photo reaches the network as the training images
+did.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_SIZE = (256, 256)
+"""(H, W) in pixels of the network's input, as in the SuperGradients tutorial."""
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""Mean and standard deviation of ImageNet's training images, RGB in [0, 1] (torchvision's pretrained models use them)."""
+
+SCALE = (1 / (255 * np.array(STD))).astype(np.float32)
+OFFSET = (-np.array(MEAN) / STD).astype(np.float32)
+"""float32 [3]: level * SCALE + OFFSET is (level / 255 - MEAN) / STD."""
+
+
+def normalise(images: torch.Tensor, alphas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalise a batch as the loader delivers it.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        alphas: uint8 [B, H, W].
+
+    Returns:
+        Images, float32 [B, 3, H, W] in channels-last memory, and alphas, float32 [B, 1, H, W] in [0, 1].
+    """
+    return normalise_levels(images.float()).permute(0, 3, 1, 2), alphas[:, None].float().div_(255)
+
+
+def normalise_levels(images: torch.Tensor) -> torch.Tensor:
+    """Compute (x / 255 - mean) / std of levels 0 to 255, in place where the memory allows.
+
+    Args:
+        images: float32 [B, H, W, 3].
+    """
+    import torch
+
+    width = images.shape[2]
+    scale, offset = _normaliser(width, str(images.device))
+    rows = images.reshape(-1, width * 3)  # long rows vectorise, rows of three channels do not
+    return torch.addcmul(offset, rows, scale, out=rows).view(images.shape)
+
+
+@functools.lru_cache(maxsize=16)
+def _normaliser(width: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset of a row of ``width`` RGB pixels."""
+    import torch
+
+    scale, offset = (torch.from_numpy(np.tile(row, width)).to(device) for row in (SCALE, OFFSET))
+    return scale, offset

@@ -1,0 +1,1 @@
+"""The machine: what it has, memory allocator, diagnosis, progress."""

@@ -1,0 +1,136 @@
+"""The stream on real ranks: torchrun, gloo, one process each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portrait_dist.data import build_loader
+
+JOB = Path(__file__).parents[1] / "stream_job.py"
+
+
+def torchrun(ranks: int, action: str, shards: Path, out: Path, **options: Any) -> tuple[list[dict[str, Any]], str, int]:
+    """(what each rank saw, stderr, exit code)."""
+    out.mkdir()
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+    ]
+    words += [str(JOB), action, str(shards), str(out), json.dumps(options)]
+    done = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    return (
+        [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))],
+        done.stderr,
+        done.returncode,
+    )
+
+
+def global_batches(ranks: list[dict[str, Any]], name: str) -> list[list[str]]:
+    longest = max(len(rank[name]) for rank in ranks)
+    return [[key for rank in ranks if k < len(rank[name]) for key in rank[name][k]] for k in range(longest)]
+
+
+@pytest.fixture(scope="module")
+def damaged_shards(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards with one byte changed in the sample that rank 1 meets first, with batches of 4."""
+    folder = tmp_path_factory.mktemp("damaged") / "shards"
+    shutil.copytree(tiny_shards, folder)
+    dataset = build_loader(tiny_shards, "train", 4, rank=1, world_size=2).dataset
+    sample = int(next(dataset.batches(0, 0))[1][0])
+    number, _ = dataset.shards.locate(sample)
+    tar = folder / f"train-{number:05d}.tar"
+    data = bytearray(tar.read_bytes())
+    data[data.find(bytes(dataset.shards.read(sample).image)) + 100] ^= 0xFF
+    tar.write_bytes(data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_shards: Path) -> dict[str, list[list[str]]]:
+    """Global batches of 12 samples as one process sees them."""
+    loader = build_loader(tiny_shards, "train", 12, seed=3, workers=0)
+    seen = {}
+    for epoch in (0, 1, 2):
+        loader.set_epoch(epoch)
+        seen[f"epoch {epoch}"] = [batch.keys for batch in loader]
+    seen["val"] = [batch.keys for batch in build_loader(tiny_shards, "val", 12)]
+    return seen
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_shards: Path, damaged_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What three ranks saw."""
+    out = tmp_path_factory.mktemp("three") / "out"
+    state = {
+        "epoch": 2,
+        "samples_seen": 24,
+        "samples": 57,
+        "seed": 3,
+    }  # taken by one process with batches of 12
+    copy = tmp_path_factory.mktemp("copy")  # the same pictures, packed in other bytes
+    manifest = (tiny_shards / "manifest.json").read_text()
+    first_hash = json.loads(manifest)["splits"]["train"]["shards"][0]["sha256"]
+    (copy / "manifest.json").write_text(manifest.replace(first_hash, first_hash[::-1]))
+    copies = [str(tiny_shards), str(copy)]
+    options = {"batch_size": 4, "state": state, "damaged": str(damaged_shards), "copies": copies}
+    seen, errors, code = torchrun(3, "see", tiny_shards, out, **options)
+    assert code == 0, errors
+    assert errors.count("skipped: ") == 1
+    return seen
+
+
+def test_ranks_have_equal_steps(ranks):
+    assert [rank["steps"] for rank in ranks] == [57 // 12] * 3
+    assert [len(rank["epoch 0"]) for rank in ranks] == [57 // 12] * 3
+    assert [rank["left_out"] for rank in ranks] == [57 % 12] * 3
+
+
+def test_ranks_see_the_global_batches_of_one_process(ranks, alone):
+    assert global_batches(ranks, "epoch 0") == alone["epoch 0"]
+    assert global_batches(ranks, "epoch 1") == alone["epoch 1"]
+
+
+def test_ranks_go_on_where_one_process_stopped(ranks, alone):
+    assert global_batches(ranks, "rest") == alone["epoch 2"][2:]
+
+
+def test_ranks_validate_every_key_once(ranks, alone):
+    validated = [key for batch in global_batches(ranks, "val") for key in batch]
+    assert sorted(validated) == sorted(key for batch in alone["val"] for key in batch)
+    assert len(set(validated)) == len(validated) == 7
+
+
+def test_ranks_that_would_see_other_batches_are_refused_before_the_first_step(ranks):
+    assert all("seed is 0 on rank 0 and 1 on rank 1" in rank["other seed"] for rank in ranks)
+    assert all("data is" in rank["other shards"] and "on rank 1; give every rank" in rank["other shards"] for rank in ranks)
+
+
+def test_skipping_damage_keeps_the_ranks_in_step(ranks):
+    assert [rank["skipping"]["steps"] for rank in ranks] == [57 // 12] * 3
+    assert [len(rank["skipping"]["keys"]) for rank in ranks] == [16, 15, 16]
+    assert [len(rank["skipping"]["damaged"]) for rank in ranks] == [0, 1, 0]
+
+
+def test_damage_met_by_one_rank_stops_all_ranks_with_its_message(damaged_shards, tmp_path):
+    seen, errors, code = torchrun(2, "step", damaged_shards, tmp_path / "out", batch_size=4, on_damage="stop")
+    assert code != 0
+    assert seen == []  # nobody got to the end, and nobody hangs: torchrun has returned
+    assert "DamagedSampleError" in errors
+    assert ".tar, sample" in errors

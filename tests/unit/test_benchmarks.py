@@ -1,0 +1,214 @@
+"""Every benchmark runs, on a small scale, and writes the rows that are read from it by name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portrait_dist.models import int8
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SMALL = ("--quick", "--features", "2", "--repeats", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _scripts_can_be_imported() -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def measured(script: str, out: Path, *words: str) -> dict[str, Any]:
+    """What a script's JSON file holds after a run in this process."""
+    importlib.import_module(script).main(["--json", str(out), *words])
+    found = json.loads(out.read_text())
+    assert found["machine"]["cores"] >= 1
+    assert found["versions"]["torch"]
+    assert {"rows", "commit", "date", "command"} <= found.keys()
+    return found
+
+
+def rates(found: dict[str, Any], **where: Any) -> dict[str, float | None]:
+    """Name → images per second of the rows that have these values."""
+    rows = [row for row in found["rows"] if all(row.get(key) == value for key, value in where.items())]
+    return {row["name"]: row["images_per_second"] for row in rows}
+
+
+def test_all_writes_page_chart_and_json_with_every_loader_and_a_reason_for_each_missing_one(
+    tmp_path: Path,
+) -> None:
+    words = [
+        sys.executable,
+        str(BENCHMARKS / "all.py"),
+        "--quick",
+        "--only",
+        "loader",
+        "--repeats",
+        "1",
+        "--pairs",
+        "12",
+    ]
+    done = subprocess.run([*words, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (page,), (chart,), (text,) = (list(tmp_path.glob(f"*.{kind}")) for kind in ("md", "svg", "json"))
+    loader = json.loads(text.read_text())["benchmarks"]["loader"]
+    ours = {"tutorial", "webdataset", "portrait_dist-uint8", "portrait_dist-float", "ceiling"}
+    for size in ("256", "original"):
+        found = rates(loader, size=size)
+        assert ours | {"litdata", "mosaicml-streaming"} <= found.keys()
+        assert all(found[name] for name in ours)
+    assert all(row["images_per_second"] or row["note"] for row in loader["rows"])
+    assert {"pack", "pack-limit", "portrait_dist-raw"} <= rates(loader, size="256").keys()
+    assert loader["first_batch_seconds"] > 0
+    assert loader["scaled_decoding"]["psnr_db"] > 30
+    assert "portrait_dist-uint8" in page.read_text()
+    assert chart.read_text().count("<rect") > 10
+
+
+def test_unet_ladder_ends_with_the_best_form_and_tells_its_distance_from_fp32(
+    tmp_path: Path,
+) -> None:
+    found = measured("unet", tmp_path / "unet.json", *SMALL, "--size", "32", "--no-compile", "--device", "cpu")
+    names = list(rates(found))
+    assert names[0] == "hub-eager-fp32"
+    assert {"channels-last", "bf16", "bn-folded", "merged", "best", "train-best"} <= set(names)
+    by = {row["name"]: row for row in found["rows"]}
+    equal = {name: value or 0 for name, value in rates(found).items() if "train" not in name and name != "int8"}
+    assert by["best"]["images_per_second"] == max(equal.values()), "whether int8 keeps the masks of random weights is unknown"
+    assert by["channels-last"]["largest_difference"] < 1e-4
+    assert 0 < by["merged"]["largest_difference"] < 0.05
+    assert by["best"]["share_of_roofline"] > 0
+
+
+def test_the_best_form_of_a_trained_network_keeps_its_masks_on_pictures_that_calibrated_nothing(
+    tmp_path: Path, tiny_shards: Path
+) -> None:
+    from tests import blobs
+
+    checkpoint = blobs.save(blobs.train(steps=2), tmp_path / "ckpt_best.pth")
+    words = (
+        "--checkpoint",
+        str(checkpoint),
+        "--shards",
+        str(tiny_shards),
+        "--batch",
+        "2",
+        "--size",
+        "32",
+        "--no-compile",
+    )
+    found = measured("unet", tmp_path / "unet.json", *SMALL, *words, "--device", "cpu")
+    forward = [row for row in found["rows"] if "train" not in row["name"]]
+    assert ("int8" in rates(found)) == int8.is_supported()
+    fastest = max(row["images_per_second"] for row in forward if row["iou_with_fp32"] >= 0.999)
+    assert {row["name"]: row for row in forward}["best"]["images_per_second"] == fastest
+
+
+def test_a_step_of_both_trainers_is_measured_against_the_bare_loop(tmp_path: Path) -> None:
+    found = measured(
+        "train_step",
+        tmp_path / "step.json",
+        *SMALL,
+        "--size",
+        "32",
+        "--steps",
+        "4",
+        "--device",
+        "cpu",
+    )
+    for network in ("small", "real"):
+        assert set(rates(found, network=network)) == {"bare", "portrait_dist", "supergradients"}
+    assert "% of a real step" in found["aims"]["portrait_dist over the bare loop"]
+
+
+def test_training_on_shards_is_measured_against_a_batch_on_the_device(tmp_path: Path, tiny_shards: Path) -> None:
+    words = ("--shards", str(tiny_shards), "--steps", "2", "--device", "cpu")
+    found = measured("train", tmp_path / "train.json", *SMALL, *words)
+    assert set(rates(found)) == {"resident", "train"}
+    assert 0 <= found["rows"][1]["data_wait_share"] <= 1
+
+
+def test_remote_compares_fetching_ahead_with_waiting_and_with_local_shards(tmp_path: Path) -> None:
+    words = [
+        "--pairs",
+        "4",
+        "--shards",
+        "3",
+        "--samples-per-shard",
+        "16",
+        "--repeats",
+        "1",
+        "--latency",
+        "0.01",
+    ]
+    found = measured("remote", tmp_path / "remote.json", *words)
+    for order in ("full", "block"):
+        speeds = rates(found, order=order)
+        assert speeds.keys() == {"portrait_dist", "without-fetching-ahead", "local"}
+        assert all(speeds.values())
+
+
+def test_scaling_measures_real_ranks(tmp_path: Path, tiny_shards: Path) -> None:
+    words = ("--shards", str(tiny_shards), "--ranks", "2", "--steps", "2", "--device", "cpu")
+    found = measured("scaling", tmp_path / "scaling.json", *SMALL, *words)
+    assert found["rows"][0]["ranks"] == 2
+    assert found["rows"][0]["images_per_second"] > 0
+
+
+def test_fits_and_refinements_are_scored_at_the_pictures_own_resolution(tmp_path: Path, split_dir: Path) -> None:
+    from tests import blobs
+
+    checkpoint = blobs.save(blobs.train(steps=2), tmp_path / "ckpt_best.pth")
+    words = (
+        "--checkpoint",
+        str(checkpoint),
+        "--data",
+        str(split_dir),
+        "--split",
+        "val",
+        "--limit",
+        "2",
+    )
+    found = measured("predictions", tmp_path / "predictions.json", *words)
+    by = {row["name"]: row for row in found["rows"]}
+    assert {
+        "upright 3:4, letterbox",
+        "upright 3:4, letterbox, not mirrored",
+        "upright 3:4, squash",
+        "landscape 16:9, cover",
+    } <= by.keys()
+    assert sum(name.startswith("refined, ") for name in by) == 12
+    assert all(0 <= row["iou"] <= 1 and row["samples"] <= 2 and row["images_per_second"] > 0 for row in by.values())
+
+
+def test_recipes_are_trained_by_their_printed_command_and_scored_on_both_held_out_splits(
+    tmp_path: Path,
+) -> None:
+    words = (
+        "--only",
+        "aisegment_unet",
+        "--seeds",
+        "3",
+        "--epochs",
+        "1",
+        "--features",
+        "2",
+        "--side",
+        "32",
+        "--pairs",
+        "24",
+    )
+    found = measured("recipes", tmp_path / "recipes.json", *words, "--work", str(tmp_path / "work"))
+    (row,) = found["rows"]
+    (one,) = row["runs"]
+    assert one["seed"] == 3
+    assert row["test_iou"] == pytest.approx(one["test_iou"], abs=1e-4)
+    assert all(0 <= one[f"{split}_{figure}"] <= 1 for split in ("val", "test") for figure in ("iou", "mean_iou", "boundary_iou"))
+    assert row["command"].startswith("portrait-dist train --recipe aisegment_unet")
+    assert (tmp_path / "work" / "runs").is_dir()

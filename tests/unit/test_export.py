@@ -1,0 +1,88 @@
+"""An exported file computes what the network does, for any batch size, and says what goes in and comes out."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from portrait_dist.cli import run
+from portrait_dist.errors import InputError
+from portrait_dist.inference.export import Normalised, export, largest_difference
+from portrait_dist.preprocessing import MEAN, STD
+from tests import blobs
+
+
+@pytest.fixture(scope="module")
+def model():
+    return blobs.train(steps=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    return blobs.save(model, tmp_path_factory.mktemp("run") / "ckpt_best.pth", size=(64, 48))
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Five pictures from 0 to 1 and the network's alpha of them."""
+    pictures = torch.rand(5, 3, 64, 48, generator=torch.Generator().manual_seed(3))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    with torch.inference_mode():
+        return pictures, model((pictures - mean) / std)
+
+
+def test_an_onnx_file_computes_the_networks_alpha_and_documents_itself(checkpoint, expected, tmp_path, capfd):
+    path = tmp_path / "deep" / "portrait.onnx"
+    words = [
+        "export",
+        "--checkpoint",
+        str(checkpoint),
+        "--format",
+        "onnx",
+        "--out",
+        str(path),
+        "--json",
+    ]
+    assert run(words) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["largest_difference"] < 1e-4
+    assert [file.name for file in path.parent.iterdir()] == ["portrait.onnx"]  # one file, no temporary one
+    pictures, alpha = expected
+    session = onnxruntime.InferenceSession(path)
+    np.testing.assert_allclose(session.run(None, {"image": pictures.numpy()})[0], alpha.numpy(), atol=1e-5)
+    assert (session.get_inputs()[0].name, session.get_inputs()[0].shape[1:]) == (
+        "image",
+        [3, 64, 48],
+    )
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert metadata["input"] == "image: float32 [batch, 3, 64, 48], RGB, 0 to 1 (uint8 / 255)"
+    assert metadata["output"].startswith("alpha: float32 [batch, 1, 64, 48]")
+    assert "inside the model" in metadata["normalisation"]
+
+
+def test_a_pt2_file_computes_the_networks_alpha_and_documents_itself(checkpoint, expected, tmp_path):
+    path = tmp_path / "portrait.pt2"
+    assert export(checkpoint, path, "pt2")["largest_difference"] < 1e-4
+    extra = {"metadata.json": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    pictures, alpha = expected
+    with torch.inference_mode():
+        torch.testing.assert_close(program(pictures), alpha, atol=1e-5, rtol=0)
+    assert json.loads(extra["metadata.json"])["input"].startswith("image: float32 [batch, 3, 64, 48]")
+
+
+def test_a_file_of_another_network_would_be_noticed(model):
+    other = blobs.train(steps=3)
+    assert largest_difference(Normalised(model), Normalised(other), (64, 48)) > 1e-4
+    assert largest_difference(Normalised(model), Normalised(model), (64, 48)) == 0
+
+
+def test_an_existing_file_is_kept_without_force(checkpoint, tmp_path):
+    path = tmp_path / "portrait.onnx"
+    path.write_text("precious")
+    with pytest.raises(InputError, match="add --force"):
+        export(checkpoint, path, "onnx")
+    assert path.read_text() == "precious"

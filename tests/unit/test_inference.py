@@ -1,0 +1,244 @@
+"""Alpha comes at the picture's own resolution and upright, whatever the picture; finishing filters do what they say."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.inference.compositing import (
+    blurred,
+    cut_out,
+    foreground_colours,
+    parse_background,
+    side_by_side,
+)
+from portrait_dist.inference.refine import refine_alpha
+from portrait_dist.inference.segmenter import FITS, PortraitSegmenter, place, read_picture, shrink
+from tests import blobs
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return blobs.save(blobs.train(), tmp_path_factory.mktemp("run") / "ckpt_best.pth")
+
+
+@pytest.fixture(scope="module")
+def segmenter(checkpoint):
+    return PortraitSegmenter.from_checkpoint(checkpoint, device="cpu", precision="fp32")
+
+
+def iou(alpha, truth):
+    return ((alpha > 0.5) & (truth > 0.5)).sum() / ((alpha > 0.5) | (truth > 0.5)).sum()
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("shape", [(160, 120), (120, 213), (97, 101), (300, 90)])
+def test_alpha_finds_the_figure_at_the_pictures_own_resolution(segmenter, shape, fit):
+    picture, truth = blobs.picture(*shape, seed=100)
+    alpha = PortraitSegmenter(segmenter.model, segmenter.size, fit=fit, device="cpu", precision="fp32").predict(picture)
+    assert alpha.shape == shape
+    assert alpha.dtype == np.float32
+    assert 0 <= alpha.min() <= alpha.max() <= 1
+    assert iou(alpha, truth) > 0.8
+
+
+def test_a_photo_turned_by_its_exif_orientation_is_predicted_upright(segmenter, tmp_path):
+    picture, truth = blobs.picture(160, 120, seed=101)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side: turn it clockwise to see it upright
+    Image.fromarray(np.rot90(picture)).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(segmenter.predict(tmp_path / "turned.png"), segmenter.predict(picture))
+    assert iou(segmenter.predict(tmp_path / "turned.png"), truth) > 0.8
+
+
+def test_a_list_gives_in_order_what_each_picture_gives_alone(segmenter):
+    shapes = [(160, 120), (120, 160), (80, 60), (160, 120), (97, 101)]
+    pictures = [blobs.picture(*shape, seed=seed)[0] for seed, shape in enumerate(shapes)]
+    for alpha, picture in zip(segmenter.predict(pictures, batch_size=3), pictures, strict=True):
+        np.testing.assert_allclose(alpha, segmenter.predict(picture), atol=1e-5)
+    assert segmenter.predict([]) == []
+
+
+def test_paths_pil_images_and_arrays_of_one_picture_give_one_alpha(segmenter, tmp_path):
+    picture, _ = blobs.picture(80, 60, seed=102)
+    Image.fromarray(picture).save(tmp_path / "photo.png")
+    opaque = np.dstack([picture, np.full(picture.shape[:2], 255, np.uint8)])
+    expected = segmenter.predict(picture)
+    for same in (
+        tmp_path / "photo.png",
+        str(tmp_path / "photo.png"),
+        Image.fromarray(picture),
+        opaque,
+        Image.fromarray(opaque),
+    ):
+        assert np.array_equal(segmenter.predict(same), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "I;16", "1"])
+def test_pictures_of_any_colour_mode_are_read(tmp_path, mode):
+    grey = Image.fromarray(np.full((20, 30), 255, np.uint8))
+    image = Image.fromarray(np.full((20, 30), 65535, np.uint16)) if mode == "I;16" else grey.convert(mode)
+    image.save(tmp_path / "picture.tif")
+    assert read_picture(tmp_path / "picture.tif").shape == (20, 30, 3)
+    assert read_picture(tmp_path / "picture.tif").min() >= 253
+
+
+def test_bad_pictures_are_named_with_what_to_do(segmenter, tmp_path):
+    whole = tmp_path / "whole.jpg"
+    Image.fromarray(blobs.picture(200, 200, seed=103)[0]).save(whole)
+    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:1500])
+    (tmp_path / "text.jpg").write_text("no picture")
+    for name, kind in (
+        ("cut.jpg", DamagedDataError),
+        ("text.jpg", DamagedDataError),
+        ("missing.jpg", InputError),
+    ):
+        with pytest.raises(kind, match=f"{name}: .+; "):
+            segmenter.predict(tmp_path / name)
+    with pytest.raises(InputError, match="give uint8"):
+        segmenter.predict(np.zeros((8, 8, 3)))
+
+
+def test_bf16_gives_the_masks_of_fp32(segmenter):
+    picture, _ = blobs.picture(160, 120, seed=104)
+    low = PortraitSegmenter(segmenter.model, segmenter.size, device="cpu", precision="bf16").predict(picture)
+    assert iou(low, segmenter.predict(picture)) > 0.98
+    assert not np.array_equal(low, segmenter.predict(picture))
+
+
+@given(height=st.integers(1, 5000), width=st.integers(1, 5000))
+def test_every_fit_gives_the_network_a_size_it_takes(height, width):
+    for fit in FITS:
+        placement = place(height, width, (256, 192), fit)
+        top, left, inner_height, inner_width = placement.picture
+        assert placement.height % 16 == placement.width % 16 == 0
+        assert 0 <= top <= top + inner_height <= placement.height <= 4 * 256
+        assert 0 <= left <= left + inner_width <= placement.width <= 4 * 192
+        assert min(inner_height, inner_width) >= 1
+
+
+@pytest.mark.parametrize("fit", ["cover", "letterbox"])
+@pytest.mark.parametrize("shape", [(800, 600), (600, 800), (1080, 1920), (1920, 1080), (700, 700)])
+def test_a_person_is_squeezed_as_in_training_whatever_the_pictures_shape(fit, shape):
+    _, _, height, width = place(*shape, (256, 256), fit).picture
+    squeeze = (height / shape[0]) / (width / shape[1])
+    assert squeeze == pytest.approx((256 / 800) / (256 / 600), rel=0.04)  # cover rounds to multiples of 16
+
+
+def test_an_upright_picture_of_the_training_shape_fills_the_network_exactly():
+    assert {fit: place(1200, 900, (256, 256), fit).picture for fit in FITS} == dict.fromkeys(FITS, (0, 0, 256, 256))
+
+
+def test_what_a_letterbox_adds_continues_the_pictures_edge():
+    picture, _ = blobs.picture(100, 200, seed=107)
+    placement = place(100, 200, (64, 64), "letterbox")
+    top, left, height, width = placement.picture
+    small = shrink(picture, placement)
+    inner = small[top : top + height, left : left + width]
+    assert (small.shape, left, width) == ((64, 64, 3), 0, 64)
+    assert 0 < top < 64 - height
+    assert np.array_equal(small[:top], np.repeat(inner[:1], top, axis=0))
+    assert np.array_equal(small[top + height :], np.repeat(inner[-1:], 64 - top - height, axis=0))
+
+
+def test_levels_make_what_the_network_is_sure_of_whole_and_leave_the_border_where_it_is(segmenter):
+    options = {"size": segmenter.size, "device": "cpu", "precision": "fp32", "refine": False}
+    picture, _ = blobs.picture(64, 64, seed=106)
+    plain = PortraitSegmenter(segmenter.model, **options, fit="squash").predict(picture)
+    hard = PortraitSegmenter(segmenter.model, **options, fit="squash", levels=(0.3, 0.7)).predict(picture)
+    assert plain.shape == segmenter.size  # nothing is resampled, so that every pixel can be compared
+    assert ((plain > 0.01) & (plain < 0.3)).any()
+    np.testing.assert_allclose(hard, np.clip((plain - 0.3) / 0.4, 0, 1), atol=1e-6)
+    assert np.array_equal(hard > 0.5, plain > 0.5)
+
+
+def test_left_and_right_are_treated_alike_unless_the_mean_with_the_mirrored_picture_is_switched_off(
+    segmenter,
+):
+    options = {
+        "size": segmenter.size,
+        "device": "cpu",
+        "precision": "fp32",
+        "refine": False,
+        "fit": "squash",
+    }
+    picture, truth = blobs.picture(64, 64, seed=108)
+    both, one = (PortraitSegmenter(segmenter.model, **options, mirror=mirror) for mirror in (None, False))
+    np.testing.assert_allclose(both.predict(picture[:, ::-1]), both.predict(picture)[:, ::-1], atol=1e-5)
+    assert abs(one.predict(picture[:, ::-1]) - one.predict(picture)[:, ::-1]).max() > 0.01
+    assert iou(both.predict(picture), truth) > 0.8
+
+
+@pytest.mark.parametrize("levels", [(0.7, 0.3), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)])
+def test_levels_that_make_no_sense_are_refused(segmenter, levels):
+    with pytest.raises(InputError, match="0 <= low < high <= 1"):
+        PortraitSegmenter(segmenter.model, segmenter.size, device="cpu", levels=levels)
+
+
+def test_refined_alpha_follows_the_pictures_edge():
+    picture, truth = blobs.picture(400, 300, seed=105)
+    small = Image.fromarray(truth).resize((19, 25), Image.Resampling.BILINEAR)
+    coarse = np.roll(np.asarray(small.resize((300, 400), Image.Resampling.BILINEAR)), 8, axis=1)
+    refined = refine_alpha(picture, coarse, 16)
+    assert refined.shape == truth.shape
+    assert refined.dtype == np.float32
+    assert 0 <= refined.min() <= refined.max() <= 1
+    assert 1 - iou(refined, truth) < 0.25 * (1 - iou(coarse, truth))
+    assert np.allclose(refine_alpha(picture, np.ones_like(truth), 16), 1, atol=1e-3)
+
+
+def fringe():
+    """A red person with a wide soft edge before green: the photo, its alpha and where they mix."""
+    y, x = np.mgrid[:480, :360]
+    alpha = np.clip((120 - np.hypot(y - 240, x - 180)) / 12 + 0.5, 0, 1).astype(np.float32)
+    photo = (255 * (alpha[..., None] * [0.8, 0.2, 0.2] + (1 - alpha[..., None]) * [0.1, 0.7, 0.1])).astype(np.uint8)
+    return photo, alpha, (alpha > 0.1) & (alpha < 0.9)
+
+
+def test_a_cut_out_has_no_fringe_of_the_old_background():
+    photo, alpha, mixed = fringe()
+    red = np.array([0.8, 0.2, 0.2])
+    before, after = (
+        np.abs(photo / 255.0 - red)[mixed].mean(),
+        np.abs(foreground_colours(photo, alpha) - red)[mixed].mean(),
+    )
+    assert after < 0.15 * before
+    assert np.abs(cut_out(photo, alpha)[..., :3].astype(int) - photo)[alpha == 1].max() <= 2
+
+
+def test_a_blurred_background_holds_none_of_the_person():
+    photo, alpha, _ = fringe()
+    assert np.abs(blurred(photo, alpha)[alpha < 0.9] - [0.1, 0.7, 0.1]).max() < 0.1
+
+
+def test_backgrounds_are_colours_pictures_blur_or_nothing(tmp_path):
+    photo, alpha, _ = fringe()
+    Image.new("RGB", (300, 100), (0, 0, 255)).save(tmp_path / "sea.png")
+    assert cut_out(photo, alpha, parse_background("transparent")).shape == (480, 360, 4)
+    for text, colour in (
+        ("white", (255, 255, 255)),
+        ("#1e90ff", (30, 144, 255)),
+        (str(tmp_path / "sea.png"), (0, 0, 255)),
+    ):
+        picture = cut_out(photo, alpha, parse_background(text))
+        assert picture.shape == (480, 360, 3)
+        assert tuple(picture[0, 0]) == colour
+        assert np.abs(picture[240, 180].astype(int) - photo[240, 180]).max() <= 2
+    assert abs(int(cut_out(photo, alpha, parse_background("blur"))[0, 0, 1]) - 178) <= 3
+    with pytest.raises(InputError, match="Did you mean 'white'"):
+        parse_background("whte")
+
+
+def test_a_side_by_side_picture_has_three_panels_of_at_most_800_pixels_height():
+    picture, alpha = blobs.picture(1200, 900, seed=106)
+    assert side_by_side(picture, alpha, cut_out(picture, alpha)).shape == (800, 1800, 3)
+
+
+def test_predictions_leave_the_callers_arrays_alone(segmenter):
+    picture, _ = blobs.picture(64, 64, seed=107)
+    copy = picture.copy()
+    alpha = segmenter.predict(picture)
+    cut_out(picture, alpha)
+    assert np.array_equal(picture, copy)

@@ -1,0 +1,345 @@
+"""Packing: plain WebDataset, the same bytes every time, whole shards or none."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+import webdataset
+from PIL import Image
+
+from portrait_dist.cli import run
+from portrait_dist.data.shards.encode import resize_image
+from portrait_dist.data.shards.reader import ShardSet
+from portrait_dist.data.shards.writer import pack
+from portrait_dist.data.source.split import SPLITS, read_split
+from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.system.threads import map_in_order
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Content of every file of a folder, hidden ones too."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def write_tree(data: Path, keys: dict[str, list[str]], size: tuple[int, int] = (24, 16)) -> Path:
+    """A prepared tree of tiny pairs, made by hand."""
+    for name in SPLITS:
+        (data / name).mkdir(parents=True, exist_ok=True)
+        for number, key in enumerate(keys.get(name, [])):
+            pixels = np.random.default_rng(number).integers(0, 256, (*size, 4), dtype=np.uint8)
+            Image.fromarray(pixels[..., :3]).save(data / name / f"{key}.jpg", quality=90)
+            Image.fromarray(pixels, "RGBA").save(data / name / f"{key}.png")
+    splits = {name: keys.get(name, []) for name in SPLITS}
+    (data / "split.json").write_text(json.dumps({"format": 1, "source": "by hand", "splits": splits}))
+    return data
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """25 train, 3 val and no test pairs of 24×16."""
+    return write_tree(
+        tmp_path / "data",
+        {"train": [f"p-{i:03d}" for i in range(25)], "val": ["q-1", "q-2", "q-3"]},
+    )
+
+
+def test_stock_webdataset_reads_every_sample_in_key_order(tiny_shards: Path, split_dir: Path) -> None:
+    for split in SPLITS:
+        urls = sorted(glob.glob(str(tiny_shards / f"{split}-*.tar")))
+        samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
+        assert [sample["__key__"] for sample in samples] == sorted(read_split(split_dir).keys(split))
+        assert {sample["jpg"].size for sample in samples} == {(32, 32)} == {sample["png"].size for sample in samples}
+
+
+def test_stock_wids_reads_any_sample_by_number(tiny_shards: Path, split_dir: Path, tmp_path: Path) -> None:
+    wids = pytest.importorskip("wids")
+    dataset = wids.ShardListDataset(str(tiny_shards / "train.json"), cache_dir=str(tmp_path), transformations=[])
+    keys = read_split(split_dir).keys("train")
+    assert len(dataset) == len(keys)
+    assert [dataset[number]["__key__"] for number in (0, 9, 10, len(keys) - 1)] == [
+        keys[0],
+        keys[9],
+        keys[10],
+        keys[-1],
+    ]
+
+
+def test_the_stored_alpha_is_the_last_channel_of_the_matte_to_the_pixel(tiny_shards: Path, split_dir: Path) -> None:
+    shards = ShardSet(tiny_shards, "val")
+    pairs = read_split(split_dir).pairs("val")
+    assert shards.samples == len(pairs)
+    for number, pair in enumerate(pairs):
+        encoded = shards.read(number)
+        assert encoded.key == pair.key
+        alpha = Image.open(pair.matte).getchannel("A").resize((32, 32), Image.Resampling.NEAREST)
+        assert (np.asarray(Image.open(io.BytesIO(encoded.alpha))) == np.asarray(alpha)).all()
+        picture = Image.open(pair.image)
+        image = resize_image(np.array(picture), (32, 32))
+        off = np.abs(image.astype(int) - np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR)))
+        assert off.max() <= 1
+        assert (off > 0).mean() < 0.02
+        stored = simplejpeg.encode_jpeg(image, quality=95, colorspace="RGB", colorsubsampling="420", fastdct=False)
+        assert bytes(encoded.image) == stored
+
+
+def test_original_size_keeps_the_jpeg_files_as_they_are(tree: Path, tmp_path: Path) -> None:
+    pack(tree, tmp_path / "out", size=None)
+    shards = ShardSet(tmp_path / "out", "train")
+    assert shards.size is None
+    for number, pair in enumerate(read_split(tree).pairs("train")):
+        assert bytes(shards.read(number).image) == pair.image.read_bytes()
+
+
+def test_the_same_pairs_give_the_same_bytes(tree: Path, tmp_path: Path) -> None:
+    pack(tree, tmp_path / "one", size=(16, 16), samples_per_shard=4, workers=1)
+    shutil.copytree(tree, tmp_path / "copy")
+    manifest = json.loads((tmp_path / "copy" / "split.json").read_text())
+    time.sleep(1.1)  # a tar counts its times in seconds
+    pack(tmp_path / "copy", tmp_path / "two", size=(16, 16), samples_per_shard=4, workers=3)
+    assert manifest["source"] == "by hand"
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_the_manifest_counts_and_hashes_what_is_there(tree: Path, tmp_path: Path) -> None:
+    result = pack(tree, tmp_path / "out", size=(16, 16), samples_per_shard=10)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["format"] == 1
+    assert manifest["size"] == [16, 16]
+    assert [shard["samples"] for shard in manifest["splits"]["train"]["shards"]] == [10, 10, 5]
+    assert manifest["splits"]["test"] == {**manifest["splits"]["test"], "samples": 0, "shards": []}
+    assert (result["samples"], result["shards"]) == (28, 4)
+    assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
+    assert result["pairs_per_second"] > 0
+    assert not [name for name in files(tmp_path / "out") if name.startswith(".")]
+
+
+def test_killed_and_run_again_it_keeps_whole_shards_and_ends_with_the_same_bytes(split_dir: Path, tmp_path: Path) -> None:
+    options = [
+        "--data",
+        str(split_dir),
+        "--size",
+        "64",
+        "--samples-per-shard",
+        "6",
+        "--workers",
+        "1",
+    ]
+    command = [sys.executable, "-m", "portrait_dist", "pack", *options]
+    out = tmp_path / "out"
+    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL)
+    while len(list(out.glob("*.index"))) < 3:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    before = {path.name: path.stat().st_ino for path in out.glob("*.tar") if path.with_suffix(".index").exists()}
+    with pytest.raises(InputError, match="not finished; run the same"):
+        ShardSet(out, "train")
+
+    result = pack(split_dir, out, size=(64, 64), samples_per_shard=6)
+    pack(split_dir, tmp_path / "whole", size=(64, 64), samples_per_shard=6)
+    assert files(out) == files(tmp_path / "whole")
+    assert {name: (out / name).stat().st_ino for name in before} == before, "whole shards were written again"
+    assert result["packed"] == result["samples"] - 6 * len(before)
+
+
+def test_a_shard_that_is_damaged_or_older_than_its_pairs_is_made_again(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack(tree, out, size=(16, 16), samples_per_shard=5)
+    assert pack(tree, out, size=(16, 16), samples_per_shard=5)["packed"] == 0
+    whole = files(out)
+    with (out / "train-00001.tar").open("r+b") as file:
+        file.seek(700)
+        file.write(b"?")
+    assert pack(tree, out, size=(16, 16), samples_per_shard=5)["packed"] == 5
+    assert files(out) == whole
+    path = read_split(tree).pairs("val")[1].image
+    length = path.stat().st_size
+    other = min((tree / "train").glob("*.jpg"), key=lambda image: image.stat().st_size).read_bytes()
+    path.write_bytes(other + bytes(length - len(other)))  # of the same length, so that only its time tells
+    os.utime(path, (time.time() + 5, time.time() + 5))
+    assert pack(tree, out, size=(16, 16), samples_per_shard=5)["packed"] == 3
+    assert files(out)["val-00000.tar"] != whole["val-00000.tar"]
+
+
+@pytest.mark.parametrize("key", ["a.b", "..", "a/b", "a\\b", "", "line\nbreak", "x" * 95])
+def test_keys_that_webdataset_would_misread_are_refused(key: str, tmp_path: Path) -> None:
+    data = write_tree(tmp_path / "data", {"train": ["good"]})
+    manifest = json.loads((data / "split.json").read_text())
+    manifest["splits"]["train"].append(key)
+    (data / "split.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="key"):
+        pack(data, tmp_path / "out", size=(16, 16))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    data = write_tree(tmp_path / "data", {"train": ["same", "other"], "val": ["same"]})
+    with pytest.raises(InputError, match="'same' is there twice, also in train"):
+        pack(data, tmp_path / "out", size=(16, 16))
+
+
+def test_a_folder_that_holds_something_else_stays_as_it_is(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match="already holds something else"):
+        pack(tree, out, size=(16, 16))
+    assert files(out) == {"thesis.tex": b"mine"}
+    with pytest.raises(InputError, match="is a file"):
+        pack(tree, out / "thesis.tex")
+
+
+def test_other_settings_or_pairs_do_not_overwrite_shards(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack(tree, out, size=(16, 16))
+    before = files(out)
+    with pytest.raises(InputError, match="was packed with --size 16x16, not original"):
+        pack(tree, out, size=None)
+    other = write_tree(tmp_path / "other", {"train": ["z"]})
+    with pytest.raises(InputError, match="from other pairs"):
+        pack(other, out, size=(16, 16))
+    assert files(out) == before
+
+
+def broken(tree: Path, kind: str) -> Path:
+    """Break one pair; the file that has to be named."""
+    pair = read_split(tree).pairs("train")[20]
+    if kind == "cut":
+        pair.image.write_bytes(pair.image.read_bytes()[:-200])
+        return pair.image
+    if kind == "missing":
+        pair.matte.unlink()
+        return pair.matte
+    if kind == "no alpha":
+        Image.new("RGB", (16, 24)).save(pair.matte)
+    elif kind == "other size":
+        Image.new("RGBA", (16, 23)).save(pair.matte)
+    elif kind == "flipped":
+        data = bytearray(pair.matte.read_bytes())
+        data[len(data) // 2] ^= 1
+        pair.matte.write_bytes(data)
+    return pair.matte
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        ("cut", DamagedDataError, "does not decode"),
+        ("missing", DamagedDataError, "missing"),
+        ("flipped", DamagedDataError, "does not decode"),
+        ("no alpha", InputError, "no alpha channel"),
+        ("other size", InputError, "16x23 pixels, but its image"),
+    ],
+)
+def test_a_broken_pair_is_named_and_nothing_half_written_is_left(
+    kind: str, error: type[Exception], words: str, tree: Path, tmp_path: Path
+) -> None:
+    path = broken(tree, kind)
+    with pytest.raises(error, match=words) as caught:
+        pack(tree, tmp_path / "out", size=(16, 16))
+    assert str(path) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mended_pair_lets_an_unfinished_folder_be_finished(tree: Path, tmp_path: Path) -> None:
+    path = broken(tree, "cut")
+    with pytest.raises(DamagedDataError):
+        pack(tree, tmp_path / "out", size=(16, 16), samples_per_shard=10)
+    left = files(tmp_path / "out")
+    assert set(left) == {
+        ".pack.json",
+        "train-00000.tar",
+        "train-00000.index",
+        "train-00001.tar",
+        "train-00001.index",
+    }
+    shutil.copy(tree / "train" / "p-001.jpg", path)
+    assert pack(tree, tmp_path / "out", size=(16, 16), samples_per_shard=10)["packed"] == 8
+
+
+def test_two_packs_do_not_write_into_one_folder(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    descriptor = os.open(out, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="another 'portrait-dist pack' is writing there"):
+        pack(tree, out, size=(16, 16))
+    os.close(descriptor)
+    assert pack(tree, out, size=(16, 16))["samples"] == 28
+
+
+def test_memory_is_bounded_by_the_threads_whatever_the_number_of_pairs() -> None:
+    pulled = 0
+
+    def numbers() -> Iterator[int]:
+        nonlocal pulled
+        for number in range(100_000):
+            pulled += 1
+            yield number
+
+    results = map_in_order(lambda number: number * number, numbers(), workers=3)
+    for taken in range(1, 2000):
+        assert next(results) == (taken - 1) ** 2
+        assert pulled <= taken + 4 * 3
+    results.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"size": None, "codec": "raw"}, "give --size"),
+        ({"size": (4, 4)}, "--size 4x4"),
+        ({"quality": 0}, "--quality 0"),
+        ({"samples_per_shard": 0}, "--samples-per-shard 0"),
+        ({"workers": 0}, "--workers 0"),
+        ({"codec": "webp"}, "--codec webp"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, object], words: str, tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        pack(tree, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_one_json_object(tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert (
+        run(
+            [
+                "pack",
+                "--data",
+                str(tree),
+                "--out",
+                str(out),
+                "--size",
+                "24x16",
+                "--codec",
+                "raw",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    result = json.loads(capfd.readouterr().out)
+    assert result["samples"] == 28
+    assert result["shards"] == 2
+    assert ShardSet(out, "train").size == (24, 16)
+    assert run(["pack", "--data", str(tree), "--out", str(out), "--size", "24"]) == 2
+    assert run(["pack", "--data", str(tmp_path / "nowhere"), "--out", str(out)]) == 2
+    assert len(capfd.readouterr().err.strip().splitlines()) == 2

@@ -1,0 +1,377 @@
+"""prepare: right pairs, a split that is a pure function, a tree that is whole or not there, and bad input named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from portrait_dist.cli import run
+from portrait_dist.data.source import pairs, split
+from portrait_dist.errors import InputError
+from portrait_dist.files import sole_writer
+
+
+def add_pair(raw: Path, key: str, size: tuple[int, int] = (48, 64), matte_mode: str = "RGBA") -> tuple[Path, Path]:
+    """Write a small pair in the AISegment layout."""
+    group = key.partition("-")[0]
+    image = raw / "clip_img" / group / "clip_00000000" / f"{key}.jpg"
+    matte = raw / "matting" / group / "matting_00000000" / f"{key}.png"
+    pixels = np.random.default_rng(list(key.encode())).integers(0, 256, (size[1], size[0], 4), np.uint8)
+    for path, mode in ((image, "RGB"), (matte, matte_mode)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels, "RGBA").convert(mode).save(path)
+    return image, matte
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Ten small pairs in three groups."""
+    for number in range(10):
+        add_pair(tmp_path / "raw", f"{100 + number % 3}-{number:08d}")
+    return tmp_path / "raw"
+
+
+def prepare(raw: Path, out: Path, *words: str) -> int:
+    return run(["prepare", "--raw", str(raw), "--out", str(out), "--json", *words])
+
+
+def files(tree: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(tree)): path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+
+
+def test_the_split_is_the_same_on_every_machine() -> None:
+    keys = [f"1803151818-{number:08d}" for number in range(20)]
+    dealt = split.assign(keys, 1, 0.1, 0.1)
+    # Written down once: sha256 of "1:<key>" is the same everywhere, forever.
+    assert [key[-2:] for key in dealt["val"] + dealt["test"]] == ["01", "16", "03", "04"]
+    assert split.assign(keys[::-1], 1, 0.1, 0.1) == dealt
+    assert split.assign(keys, 2, 0.1, 0.1) != dealt
+
+
+@given(n=st.integers(1, 300), val=st.floats(0, 0.49), test=st.floats(0, 0.5), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_every_key_is_in_one_split_and_sizes_are_rounded_down(n: int, val: float, test: float, seed: int) -> None:
+    keys = [f"k{number}" for number in range(n)]
+    dealt = split.assign(keys, seed, val, test)
+    assert sorted(dealt["train"] + dealt["val"] + dealt["test"]) == sorted(keys)
+    assert (len(dealt["val"]), len(dealt["test"])) == (int(val * n), int(test * n))
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=3, max_size=40), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_no_group_is_in_two_splits_and_no_split_is_empty(sizes: list[int], seed: int) -> None:
+    groups = [f"g{number}" for number, size in enumerate(sizes) for _ in range(size)]
+    keys = [f"k{number}" for number in range(len(groups))]
+    dealt = split.assign(keys, seed, 0.2, 0.2, groups)
+    of = dict(zip(keys, groups, strict=True))
+    assert sorted(dealt["train"] + dealt["val"] + dealt["test"]) == sorted(keys)
+    seen = [{of[key] for key in dealt[name]} for name in split.SPLITS]
+    assert sum(len(each) for each in seen) == len(set(groups))
+    wanted = int(0.2 * len(keys))
+    assert all(seen) or not wanted
+    assert all(len(dealt[name]) <= wanted + max(sizes) for name in ("val", "test"))
+
+
+@pytest.mark.parametrize(("val", "test"), [(0.5, 0.5), (-0.1, 0.1), (0.1, 1.0), (float("nan"), 0.1)])
+def test_fractions_that_leave_no_training_pair_are_refused(val: float, test: float) -> None:
+    with pytest.raises(InputError, match="fraction"):
+        split.assign(["a", "b"], 1, val, test)
+
+
+def test_the_real_sample_is_paired_and_junk_left_aside(
+    real_sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(real_sample, tmp_path / "data") == 0
+    out, told = capfd.readouterr()
+    result: dict[str, Any] = json.loads(out)
+    assert {name: result[name] for name in ("pairs", "train", "val", "test")} == {
+        "pairs": 109,
+        "train": 89,
+        "val": 10,
+        "test": 10,
+    }
+    assert (result["images_without_matte"], result["mattes_without_image"]) == (2, 1)
+    assert "2000000006-00000063.jpg" in told
+    assert "2000000006-00000065.png" in told
+    made = split.read_split(tmp_path / "data")
+    originals = {pair.key: pair for pair in pairs.find_pairs(real_sample).pairs}
+    for name in split.SPLITS:
+        for pair in made.pairs(name):
+            assert pair.image.read_bytes() == originals[pair.key].image.read_bytes()
+            assert pair.matte.read_bytes() == originals[pair.key].matte.read_bytes()
+            assert pair.group == originals[pair.key].group
+    assert sum(path.is_file() for path in (tmp_path / "data").rglob("*")) == 2 * 109 + 1
+
+
+def test_junk_and_files_without_a_partner_are_reported_or_ignored(raw: Path) -> None:
+    lone_image, other_matte = add_pair(raw, "100-00000090")
+    other_matte.unlink()
+    other_image, lone_matte = add_pair(raw, "101-00000091")
+    other_image.unlink()
+    (raw / "clip_img" / "._100").write_bytes(b"x")
+    (raw / "matting" / "100" / "._matting_00000000").write_bytes(b"x")
+    (lone_image.parent / "._100-00000000.jpg").write_bytes(b"x")
+    (lone_image.parent / "Thumbs.db").write_bytes(b"x")
+    (raw / "clip_img" / "100" / "elsewhere").mkdir()
+    report = pairs.find_pairs(raw)
+    assert len(report.pairs) == 10
+    assert [pair.key for pair in report.pairs] == sorted(pair.key for pair in report.pairs)
+    assert (report.images_without_matte, report.mattes_without_image) == (
+        [lone_image],
+        [lone_matte],
+    )
+
+
+def test_links_share_the_file_and_copies_do_not(raw: Path, tmp_path: Path) -> None:
+    assert prepare(raw, tmp_path / "linked") == 0
+    assert prepare(raw, tmp_path / "copied", "--mode", "copy") == 0
+    assert files(tmp_path / "linked") == files(tmp_path / "copied")
+    for pair in pairs.find_pairs(raw).pairs:
+        (linked,) = (tmp_path / "linked").glob(f"*/{pair.key}.jpg")
+        (copied,) = (tmp_path / "copied").glob(f"*/{pair.key}.jpg")
+        assert linked.samefile(pair.image)
+        assert not copied.samefile(pair.image)
+
+
+def test_a_file_system_without_links_gets_copies(raw: Path, tmp_path: Path) -> None:
+    shared_memory = Path("/dev/shm")
+    if not os.access(shared_memory, os.W_OK) or shared_memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system here")
+    out = shared_memory / f"portrait-dist-test-{os.getpid()}"
+    try:
+        assert prepare(raw, out) == 0
+        assert len(files(out)) == 21
+    finally:
+        shutil.rmtree(out)
+
+
+def test_run_again_it_changes_nothing_and_adds_what_is_missing(raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    assert prepare(raw, out) == 0
+    before = files(out)
+    kept = (out / "split.json").stat().st_mtime_ns
+    assert prepare(raw, out) == 0
+    next(out.glob("train/*.png")).unlink()
+    assert prepare(raw, out) == 0
+    assert files(out) == before
+    assert (out / "split.json").stat().st_mtime_ns == kept
+
+
+def test_what_a_killed_run_left_is_cleared(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / ".data.part" / "train").mkdir(parents=True)
+    (tmp_path / ".data.part" / "train" / "half.jpg").write_bytes(b"x")
+    assert prepare(raw, tmp_path / "data") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "raw"]
+    assert not list((tmp_path / "data").rglob("half.jpg"))
+
+
+def test_two_prepares_do_not_write_into_one_folder(raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    part = tmp_path / ".data.part"
+    (part / "train").mkdir(parents=True)
+    (part / "train" / "theirs.jpg").write_bytes(b"x")
+    with sole_writer(part, "prepare", tmp_path / "data"):
+        assert prepare(raw, tmp_path / "data") == 2
+        assert "another 'portrait-dist prepare' is writing there" in capfd.readouterr().err
+        assert (part / "train" / "theirs.jpg").exists()
+    assert prepare(raw, tmp_path / "data") == 0
+
+
+def change_settings(raw: Path, out: Path) -> list[str]:
+    prepare(raw, out)
+    return ["--seed", "7"]
+
+
+def change_pairs(raw: Path, out: Path) -> list[str]:
+    prepare(raw, out)
+    add_pair(raw, "103-00000099")
+    return []
+
+
+def hold_something_else(raw: Path, out: Path) -> list[str]:
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    return []
+
+
+def be_a_file(raw: Path, out: Path) -> list[str]:
+    out.write_text("mine")
+    return []
+
+
+@pytest.mark.parametrize("arrange", [change_settings, change_pairs, hold_something_else, be_a_file])
+def test_an_output_folder_of_something_else_is_left_alone(
+    raw: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    arrange: Callable[[Path, Path], list[str]],
+) -> None:
+    out = tmp_path / "data"
+    words = arrange(raw, out)
+    before = files(tmp_path)
+    capfd.readouterr()
+    assert prepare(raw, out, *words) == 2
+    stdout, message = capfd.readouterr()
+    assert str(out) in message
+    assert "--out" in message
+    assert message.count("\n") == 1
+    assert not stdout
+    assert files(tmp_path) == before
+
+
+def no_alpha(raw: Path) -> Path:
+    return add_pair(raw, "100-00000050", matte_mode="RGB")[1]
+
+
+def sizes_differ(raw: Path) -> Path:
+    _, matte = add_pair(raw, "100-00000050")
+    Image.new("RGBA", (48, 60)).save(matte)
+    return matte
+
+
+def png_named_jpg(raw: Path) -> Path:
+    image, matte = add_pair(raw, "100-00000050")
+    shutil.copy(matte, image)
+    return image
+
+
+def different_twin(raw: Path) -> Path:
+    image, _ = add_pair(raw, "100-00000050")
+    twin = raw / "clip_img" / "200" / "clip_00000000" / image.name
+    twin.parent.mkdir(parents=True)
+    Image.new("RGB", (48, 64)).save(twin)
+    return twin
+
+
+def dotted_name(raw: Path) -> Path:
+    return add_pair(raw, "100-00000050.v2")[0]
+
+
+def truncated_image(raw: Path) -> Path:
+    image, _ = add_pair(raw, "100-00000050", size=(300, 400))
+    image.write_bytes(image.read_bytes()[:-5000])
+    return image
+
+
+def truncated_matte(raw: Path) -> Path:
+    _, matte = add_pair(raw, "100-00000050", size=(300, 400))
+    matte.write_bytes(matte.read_bytes()[:-100])
+    return matte
+
+
+def empty_file(raw: Path) -> Path:
+    image, _ = add_pair(raw, "100-00000050")
+    image.write_bytes(b"")
+    return image
+
+
+def no_picture(raw: Path) -> Path:
+    _, matte = add_pair(raw, "100-00000050")
+    matte.write_text("<html>404</html>")
+    return matte
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (no_alpha, 2),
+        (sizes_differ, 2),
+        (png_named_jpg, 2),
+        (different_twin, 2),
+        (dotted_name, 2),
+        (truncated_image, 3),
+        (truncated_matte, 3),
+        (empty_file, 3),
+        (no_picture, 3),
+    ],
+)
+def test_a_bad_pair_is_named_and_nothing_is_written(
+    raw: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], Path],
+    code: int,
+) -> None:
+    bad = spoil(raw)
+    assert prepare(raw, tmp_path / "data") == code
+    stdout, message = capfd.readouterr()
+    assert str(bad) in message
+    assert message.count("\n") == 1
+    assert "Traceback" not in message
+    assert not stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_of_identical_files_one_is_taken_and_the_other_named(
+    raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    image, _ = add_pair(raw, "100-00000050")
+    twin = raw / "clip_img" / "200" / "clip_00000000" / image.name
+    twin.parent.mkdir(parents=True)
+    shutil.copy(image, twin)
+    assert prepare(raw, tmp_path / "data") == 0
+    out, told = capfd.readouterr()
+    assert json.loads(out)["identical_files"] == 1
+    assert str(twin) in told
+
+
+def test_bytes_behind_the_end_of_a_jpeg_are_no_damage(raw: Path, tmp_path: Path) -> None:
+    image, _ = add_pair(raw, "100-00000050")
+    image.write_bytes(image.read_bytes() + bytes(9000))
+    assert prepare(raw, tmp_path / "data") == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("nowhere", "no such folder"),
+        (".", "Did you mean"),
+        ("raw/clip_img", "no AISegment tree"),
+        ("raw/matting", "clip_img"),
+    ],
+)
+def test_a_folder_that_is_no_raw_tree_is_named(
+    raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], place: str, told: str
+) -> None:
+    assert prepare(tmp_path / place, tmp_path / "data") == 2
+    message = capfd.readouterr().err
+    assert told in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_tree_without_one_pair_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _, matte = add_pair(tmp_path / "raw", "100-00000000")
+    matte.rename(matte.with_name("other.png"))
+    assert prepare(tmp_path / "raw", tmp_path / "data") == 2
+    assert "1 images and 1 mattes" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [("{", "DamagedDataError"), ('{"format": 1, "splits": {"train": []}}', "DamagedDataError")],
+)
+def test_a_damaged_split_file_is_named(tmp_path: Path, content: str, error: str) -> None:
+    (tmp_path / "split.json").write_text(content)
+    with pytest.raises(Exception, match=r"split\.json") as caught:
+        split.read_split(tmp_path)
+    assert type(caught.value).__name__ == error
+
+
+def test_a_folder_that_is_not_prepared_gets_the_command_that_would(raw: Path, tmp_path: Path) -> None:
+    for folder, told in (
+        (raw, "portrait-dist prepare --raw"),
+        (tmp_path, "portrait-dist prepare"),
+        (tmp_path / "x", "no such"),
+    ):
+        with pytest.raises(InputError, match=told):
+            split.read_split(folder)

@@ -1,0 +1,397 @@
+"""Remote shards: whole, hashed, fetched once, in a cache that keeps its size."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from portrait_dist.data.shards import cache as remote_cache
+from portrait_dist.data.shards import prefetch
+from portrait_dist.data.shards.cache import Cache, FetchError
+from portrait_dist.data.shards.reader import DamagedSampleError, ShardSet
+from portrait_dist.data.shards.verify import verify
+from portrait_dist.data.stream.loader import StreamLoader, build_loader
+from portrait_dist.errors import InputError
+from tests.jobs import wait_for
+
+STALL = 16384
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A web server that misbehaves as told.
+
+    ``cuts``: bytes after which the next answers end, connection and all. ``go_on``: while cleared, an answer with a shard stops
+    after ``STALL`` bytes and waits. ``starts``: from which byte on each shard was asked for.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.folder = folder
+        self.cuts: list[int] = []
+        self.failures: list[int] = []
+        self.ranges = True
+        self.delay = 0.0
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.asked: list[str] = []
+        self.starts: list[int] = []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Answer(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        name = self.path.partition("?")[0].lstrip("/")
+        self.server.asked.append(name)
+        path = self.server.folder / name
+        if self.server.failures:
+            return self.send_error(self.server.failures.pop(0))
+        if not path.is_file():
+            return self.send_error(404)
+        data, start = path.read_bytes(), 0
+        if self.server.ranges and "Range" in self.headers:
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+            if start >= len(data):
+                return self.send_error(416)
+        if name.endswith(".tar"):
+            self.server.starts.append(start)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
+        end = start + self.server.cuts.pop(0) if self.server.cuts and name.endswith(".tar") else len(data)
+        for place in range(start, end, 4096):
+            self.wfile.write(data[place : min(place + 4096, end)])
+            time.sleep(self.server.delay)
+            if name.endswith(".tar") and place >= STALL:
+                self.server.go_on.wait()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def folder(tiny_shards: Path, tmp_path: Path) -> Path:
+    """A copy of the small shards, to be served."""
+    return Path(shutil.copytree(tiny_shards, tmp_path / "served"))
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[Server]:
+    with Server(folder) as started:
+        threading.Thread(target=started.serve_forever, args=(0.01,), daemon=True).start()
+        yield started
+        started.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_cache, "FIRST_DELAY", 0.01)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+def content(shards: ShardSet) -> list[tuple[str, bytes, bytes]]:
+    """All samples of a split."""
+    found = [shards.read(sample) for sample in range(shards.samples)]
+    return [(one.key, bytes(one.image), bytes(one.alpha)) for one in found]
+
+
+def cached(cache: Cache) -> int:
+    """Bytes in the cache."""
+    return sum(path.stat().st_size for path in cache.folder.iterdir())
+
+
+def test_http_gives_the_samples_of_the_folder(server: Server, folder: Path, cache: Cache) -> None:
+    opened = ShardSet(server.address, "train", cache=cache)
+    assert server.asked == ["manifest.json"], "opening fetched more than the manifest"
+    assert content(opened) == content(ShardSet(folder, "train"))
+    assert verify(server.address, cache=cache)["ok"]
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_any_fsspec_address_gives_the_samples_of_the_folder(scheme: str, folder: Path, cache: Cache) -> None:
+    address = f"file://{folder}"
+    if scheme == "memory":
+        address = "memory://some/shards"
+        fsspec.filesystem("memory").put(f"{folder}/", "/some/shards/", recursive=True)
+    assert content(ShardSet(address, "train", cache=cache)) == content(ShardSet(folder, "train"))
+    with pytest.raises(InputError, match="is not there"):
+        ShardSet(f"{address}/deeper", "train", cache=cache)
+
+
+def test_a_connection_cut_again_and_again_gives_whole_shards(server: Server, folder: Path, cache: Cache) -> None:
+    for ranges in (True, False):
+        server.ranges, server.cuts = ranges, [1000, 0, 5000, 1] if ranges else [7, 3000, 9000]
+        shutil.rmtree(cache.folder, ignore_errors=True)
+        assert content(ShardSet(server.address, "val", cache=cache)) == content(ShardSet(folder, "val"))
+        assert not server.cuts
+    server.failures = [503, 500, 429]
+    assert content(ShardSet(server.address, "test", cache=cache)) == content(ShardSet(folder, "test"))
+
+
+def test_a_server_that_stays_away_is_named_after_some_attempts(server: Server, cache: Cache) -> None:
+    opened = ShardSet(server.address, "val", cache=cache)
+    server.failures = [503] * 100
+    with pytest.raises(
+        DamagedSampleError,
+        match=r"val-00000\.tar, sample 2: cannot be fetched, 5 attempts failed .*503",
+    ):
+        opened.read(2)
+    asked = len(server.asked)
+    with pytest.raises(DamagedSampleError, match="sample 3"):
+        opened.read(3)
+    assert len(server.asked) == asked, "every sample tries anew"
+
+
+def test_a_changed_or_missing_shard_is_named_and_never_used(server: Server, folder: Path, cache: Cache) -> None:
+    shutil.copy(folder / "train-00001.tar", folder / "train-00000.tar")
+    (folder / "train-00002.tar").unlink()
+    opened = ShardSet(server.address, "train", cache=cache)
+    with pytest.raises(
+        DamagedSampleError,
+        match=r"train-00000\.tar, sample 0: the file there is not the one in the manifest",
+    ):
+        opened.read(0)
+    with pytest.raises(DamagedSampleError, match=r"train-00002\.tar, sample 0: is not there \(HTTP 404\)"):
+        opened.read(20)
+    opened.read(10)
+    assert not verify(server.address, cache=cache)["ok"]
+
+
+def test_a_file_that_changes_while_it_is_fetched_is_fetched_anew(server: Server, folder: Path, cache: Cache) -> None:
+    name, opened = "val-00000.tar", ShardSet(server.address, "val", cache=cache)
+    cache.folder.mkdir()
+    (cache.folder / f".{opened.shards[0].sha256}.{opened.shards[0].bytes}.part").write_bytes(b"the beginning of another file")
+    assert content(opened) == content(ShardSet(folder, "val"))
+    assert server.asked.count(name) == 2
+
+
+def test_a_damaged_copy_in_the_cache_is_replaced(server: Server, folder: Path, cache: Cache) -> None:
+    content(ShardSet(server.address, "val", cache=cache))
+    for path in cache.folder.glob("*.*"):
+        data = bytearray(path.read_bytes())
+        if path.suffix in (".tar", ".index") and data:
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+    assert content(ShardSet(server.address, "val", cache=cache)) == content(ShardSet(folder, "val"))
+
+
+def test_the_cache_keeps_its_size_and_drops_what_was_not_used_for_longest(server: Server, folder: Path, tmp_path: Path) -> None:
+    sizes = sorted(path.stat().st_size for path in folder.glob("train-*.tar"))
+    cache = Cache(tmp_path / "cache", gigabytes=(2.5 * sizes[-1]) / 1e9)
+    opened = ShardSet(server.address, "train", cache=cache)
+    for sample in (0, 10, 1, 20, 2, 30, 3, 40, 50):
+        opened.read(sample)
+        assert cached(cache) <= cache.limit
+    names = {path.stem for path in cache.folder.glob("*.tar")}
+    assert names == {opened.shards[4].sha256, opened.shards[5].sha256}
+    assert content(opened) == content(ShardSet(folder, "train")), "what was dropped is fetched again"
+    with pytest.raises(InputError, match="smaller than one shard"):
+        ShardSet(server.address, "train", cache=Cache(tmp_path / "small", gigabytes=1e-6)).read(0)
+
+
+def limited(server: Server, folder: Path, shards: float) -> ShardSet:
+    """The training split behind a cache for so many shards."""
+    opened = ShardSet(server.address, "train", cache=Cache(folder / "cache"))
+    opened.cache.limit = int(shards * max(shard.bytes for shard in opened.shards))
+    return opened
+
+
+def test_what_is_being_fetched_has_its_room_in_the_cache(server: Server, tmp_path: Path) -> None:
+    opened = limited(server, tmp_path, 3.9)
+    for number in range(3):
+        opened.fetch(number)
+    with stalled(server, opened, 3, 4):
+        assert len(list(opened.cache.folder.glob("*.tar"))) == 1
+    assert len(list(opened.cache.folder.glob("*.tar"))) == 3
+    assert cached(opened.cache) <= opened.cache.limit
+
+
+def test_room_is_never_made_by_dropping_what_is_being_fetched(server: Server, tmp_path: Path) -> None:
+    opened = limited(server, tmp_path, 1.5)
+    with stalled(server, opened, 0, 1) as fetched:
+        pass
+    assert [one.result()[0].name for one in fetched] == [f"{shard.sha256}.tar" for shard in opened.shards[:2]]
+    assert server.starts == [0, 0]
+
+
+@contextlib.contextmanager
+def stalled(server: Server, opened: ShardSet, *numbers: int) -> Iterator[list[Future[tuple[Path, Path]]]]:
+    """Shards, one after the other, in the middle of being fetched; at the end they are whole."""
+    server.go_on.clear()
+    with ThreadPoolExecutor(len(numbers)) as threads:
+        fetched = []
+        for number in numbers:
+            before = len(server.starts)
+            fetched.append(threads.submit(opened.files, number))
+            wait_for(lambda before=before: len(server.starts) > before, "a shard's being asked for")
+        try:
+            yield fetched
+        finally:
+            server.go_on.set()
+
+
+def tars(server: Server) -> list[str]:
+    """Shards that were asked for, in turn."""
+    return [name for name in server.asked if name.endswith(".tar")]
+
+
+def sequential(server: Server, cache: Cache) -> StreamLoader:
+    """Batches of half a shard, in the order of the shards, one decoded ahead."""
+    return build_loader(
+        server.address,
+        "train",
+        5,
+        rank=0,
+        world_size=1,
+        shuffle=False,
+        drop_last=False,
+        workers=1,
+        prefetch=1,
+        cache=cache,
+    )
+
+
+def test_shards_are_fetched_before_they_are_needed_and_each_once(server: Server, folder: Path, cache: Cache) -> None:
+    loader = sequential(server, cache)
+    batches, shards = iter(loader), loader.dataset.shards.shards
+    found = next(batches).keys
+    wait_for(lambda: len(tars(server)) == len(shards), "fetching all shards")
+    assert found + [key for batch in batches for key in batch.keys] == [key for key, _, _ in content(ShardSet(folder, "train"))]
+    assert sorted(tars(server)) == [shard.name for shard in shards]
+
+
+def test_fetching_ahead_keeps_to_its_share_of_a_cache_that_does_not_hold_the_split(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
+    largest = max(path.stat().st_size for path in folder.glob("train-*.tar"))
+    loader = sequential(server, Cache(tmp_path / "cache", gigabytes=4.5 * largest / 1e9))
+    batches, keys = iter(loader), []
+    for number, batch in enumerate(batches):
+        keys += batch.keys
+        asked = min(number // 2 + 2, 6)  # those of the batches so far, and the next one
+        wait_for(lambda asked=asked: len(tars(server)) >= asked, "fetching ahead")
+        time.sleep(0.05)
+        assert len(tars(server)) == asked
+    assert keys == [key for key, _, _ in content(ShardSet(folder, "train"))]
+    assert sorted(tars(server)) == [shard.name for shard in loader.dataset.shards.shards]
+
+
+def test_a_shard_that_cannot_be_fetched_ahead_is_named_where_it_is_needed(
+    server: Server, folder: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefetch, "FETCHES", 1)
+    expected = [key for key, _, _ in content(ShardSet(folder, "train"))]
+    (folder / "train-00003.tar").unlink()
+    batches = iter(sequential(server, cache))
+    assert [key for _ in range(6) for key in next(batches).keys] == expected[:30]
+    wait_for(lambda: "train-00005.tar" in tars(server), "fetching the last shard")
+    with pytest.raises(DamagedSampleError, match=r"train-00003\.tar, sample 0: is not there \(HTTP 404\)"):
+        next(batches)
+
+
+def test_a_loader_that_is_dropped_fetches_no_further(server: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "FETCHES", 1)
+    others = threading.enumerate()
+    server.go_on.clear()
+    batches = iter(sequential(server, cache))
+    wait_for(lambda: len(server.starts) == 1, "the first fetch")
+    threading.Timer(0.2, server.go_on.set).start()
+    started = [
+        thread for thread in threading.enumerate() if thread.name.startswith(("fetch-", "decode-")) and thread not in others
+    ]
+    assert len(started) == 2
+    del batches
+    wait_for(lambda: not any(thread.is_alive() for thread in started), "the end of the threads")
+    assert len(tars(server)) <= 2
+
+
+def _read_all(address: str, folder: Path) -> int:
+    return len(content(ShardSet(address, "train", cache=Cache(folder))))
+
+
+def _read_all_by_small_pieces(address: str, folder: Path) -> None:
+    remote_cache.CHUNK = 4096
+    _read_all(address, folder)
+
+
+def test_processes_and_threads_of_a_machine_fetch_each_shard_once(server: Server, cache: Cache) -> None:
+    server.delay = 0.002
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert pool.starmap(_read_all, [(server.address, cache.folder)] * 3) == [57] * 3
+    with ThreadPoolExecutor(4) as threads:
+        shared = ShardSet(server.address, "val", cache=cache)
+        list(threads.map(shared.read, range(7)))
+    for name in [f"train-{number:05d}.tar" for number in range(6)] + ["val-00000.tar"]:
+        assert server.asked.count(name) == 1
+
+
+def test_a_killed_fetch_leaves_nothing_wrong_and_is_gone_on_with(server: Server, folder: Path, cache: Cache) -> None:
+    server.go_on.clear()
+    process = multiprocessing.get_context("spawn").Process(target=_read_all_by_small_pieces, args=(server.address, cache.folder))
+    process.start()
+    wait_for(
+        lambda: any(part.stat().st_size for part in cache.folder.glob(".*.part")),
+        "the beginning of a shard",
+    )
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    server.go_on.set()
+    assert server.starts == [0]
+    assert content(ShardSet(server.address, "train", cache=cache)) == content(ShardSet(folder, "train"))
+    assert server.starts[1] > 0, "the shard was fetched again from its beginning"
+    assert not list(cache.folder.glob(".*.part"))
+
+
+def test_an_address_that_cannot_be_opened_says_what_to_do(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="give the address of a folder that 'portrait-dist pack' wrote"):
+        ShardSet(f"{server.address}/nothing", "train")
+    with pytest.raises(InputError, match="nonsense:// cannot be opened here"):
+        ShardSet("nonsense://bucket/shards", "train")
+    server.failures = [403]
+    with pytest.raises(InputError, match="the server refuses it"):
+        ShardSet(server.address, "train")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="the cache cannot be written"):
+        ShardSet(server.address, "val", cache=Cache(tmp_path / "file" / "cache")).read(0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Cache().folder == tmp_path / "portrait-dist" / "shards"
+
+
+def test_a_signed_address_keeps_its_signature(server: Server, folder: Path, cache: Cache) -> None:
+    assert content(ShardSet(f"{server.address}/?sig=a/b", "val", cache=cache)) == content(ShardSet(folder, "val"))
+    assert remote_cache.join("https://host/dir/?sig=1", "a.tar") == "https://host/dir/a.tar?sig=1"
+    assert remote_cache.join("s3://bucket/dir/", "a.tar") == "s3://bucket/dir/a.tar"
+
+
+def test_fetching_to_a_wrong_hash_is_an_error(server: Server, cache: Cache) -> None:
+    with pytest.raises(FetchError, match="is not the one in the manifest"):
+        cache.fetch(f"{server.address}/val-00000.tar", "0" * 64)
+    assert not list(cache.folder.glob("*.tar"))
+    assert not list(cache.folder.glob(".*.part"))

@@ -1,0 +1,123 @@
+"""Synthetic raw trees: reproducible, like AISegment's files, and finished after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from portrait_dist.cli import run
+from portrait_dist.data.source import pairs, synthetic
+
+
+def contents(tree: Path) -> dict[str, bytes]:
+    """Every picture of a tree."""
+    return {str(path.relative_to(tree)): path.read_bytes() for path in tree.rglob("*.*g")}
+
+
+def test_a_pair_depends_on_seed_and_index_only(tmp_path: Path) -> None:
+    synthetic.generate(tmp_path / "alone", 3, seed=5, workers=1)
+    synthetic.generate(tmp_path / "larger", 5, seed=5, workers=2)
+    synthetic.generate(tmp_path / "other", 1, seed=6, workers=1)
+    alone, larger = contents(tmp_path / "alone"), contents(tmp_path / "larger")
+    assert len(alone) == 6
+    assert alone == {name: larger[name] for name in alone}
+    other = contents(tmp_path / "other")
+    assert all(other[name] != alone[name] for name in other)
+
+
+def test_files_are_like_those_of_aisegment(raw_tree: Path) -> None:
+    report = pairs.find_pairs(raw_tree)
+    assert len(report.pairs) == 71
+    assert not report.images_without_matte
+    assert not report.mattes_without_image
+    for pair in report.pairs[::6]:
+        assert pair.image.parent.name == "clip_00000000"
+        assert pair.key.startswith(f"{pair.group}-")
+        assert 60_000 <= pair.image.stat().st_size <= 150_000
+        image, matte = Image.open(pair.image), Image.open(pair.matte)
+        assert (image.mode, image.size, matte.mode, matte.size) == (
+            "RGB",
+            (600, 800),
+            "RGBA",
+            (600, 800),
+        )
+        colours, alpha = np.asarray(matte)[..., :3], np.asarray(matte)[..., 3]
+        assert not colours[alpha == 0].any()
+        difference = np.abs(np.asarray(image).astype(int) - colours)[alpha > 0]
+        assert difference.mean() < 12  # JPEG's own loss
+
+
+def test_mattes_have_soft_edges_and_no_constant_mask_fits_them(raw_tree: Path) -> None:
+    mattes = [np.asarray(Image.open(pair.matte))[::4, ::4, 3] for pair in pairs.find_pairs(raw_tree).pairs]
+    for matte in mattes:
+        assert (matte == 0).mean() > 0.1
+        assert (matte == 255).mean() > 0.1
+        assert ((matte > 0) & (matte < 255)).any()
+    figures = np.stack(mattes) >= 128
+    constant = figures.mean(0) >= 0.5
+    assert 0.5 < (figures & constant).sum() / (figures | constant).sum() < 0.8
+
+
+def test_a_killed_run_leaves_whole_files_and_no_process_and_is_finished_by_the_same_command(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "raw"
+    words = ["synth", "--out", str(out), "--pairs", "10", "--seed", "3", "--workers", "2", "--json"]
+    process = subprocess.Popen([sys.executable, "-m", "portrait_dist", *words])
+    while not (before := {path: path.stat() for path in out.rglob("*.jpg")}):
+        assert process.poll() is None
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    for path in out.rglob("*.png"):
+        Image.open(path).load()
+    done = subprocess.run([sys.executable, "-m", "portrait_dist", *words], check=True, capture_output=True)
+    result = json.loads(done.stdout)
+    assert result["pairs"] == len(pairs.find_pairs(out).pairs) == 10
+    assert result["bytes"] == sum(len(data) for data in contents(out).values())
+    assert all(path.stat().st_mtime_ns == stat.st_mtime_ns for path, stat in before.items())
+    assert not list(out.rglob(".*"))
+    whole = tmp_path / "whole"
+    synthetic.generate(whole, 10, seed=3, workers=1)
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--pairs", "4", "--seed", "2"], "--seed 1"),
+        (["--pairs", "1", "--seed", "1"], "holds 2 pairs"),
+        (["--pairs", "0", "--seed", "1"], "at least 1"),
+        (["--pairs", "two"], "--pairs"),
+    ],
+)
+def test_a_folder_of_another_seed_or_more_pairs_is_left_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    synthetic.generate(tmp_path / "raw", 2, seed=1, workers=1)
+    before = contents(tmp_path / "raw")
+    assert run(["synth", "--out", str(tmp_path / "raw"), *words]) == 2
+    message = capfd.readouterr().err
+    assert told in message
+    assert message.count("\n") == 1
+    assert contents(tmp_path / "raw") == before
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert run(["synth", "--out", str(tmp_path), "--pairs", "1"]) == 2
+    assert "already holds something else" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -1,0 +1,235 @@
+"""Damage is found and named, by ``verify`` and by the reader, and never becomes a wrong sample."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from portrait_dist.cli import run
+from portrait_dist.data.shards.reader import DamagedSampleError, ShardSet, read_manifest
+from portrait_dist.data.shards.verify import verify
+from portrait_dist.errors import DamagedDataError, InputError
+
+
+@pytest.fixture
+def shards(tiny_shards: Path, tmp_path: Path) -> Path:
+    """A copy of the small shards, to be damaged: train has six tars of ten samples but the last."""
+    return Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+
+
+def flip(path: Path, place: int, bit: int = 0) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ (1 << bit)]))
+
+
+def cut(folder: Path) -> str:
+    path = folder / "train-00002.tar"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    return "train-00002.tar: has .* bytes instead of .*cut off in sample [3-6] of 10"
+
+
+def remove(folder: Path) -> str:
+    (folder / "val-00000.tar").unlink()
+    return "val-00000.tar: is missing"
+
+
+def remove_index(folder: Path) -> str:
+    (folder / "train-00001.index").unlink()
+    return "train-00001.index: is missing"
+
+
+def swap_indexes(folder: Path) -> str:
+    shutil.copy(folder / "train-00000.index", folder / "train-00001.index")
+    return "train-00001.tar: train-00001.index is not its index"
+
+
+def swap_shards(folder: Path) -> str:
+    shutil.copy(folder / "train-00003.tar", folder / "train-00001.tar")
+    return "train-00001.tar[:,]"
+
+
+def add(folder: Path) -> str:
+    shutil.copy(folder / "train-00000.tar", folder / "train-00006.tar")
+    return "train-00006.tar: is not in the manifest"
+
+
+def drop_a_mask(folder: Path) -> str:
+    path = folder / "train-00001.tar"
+    with tarfile.open(path) as old:
+        members = [(member, old.extractfile(member).read()) for member in old]  # type: ignore[union-attr]
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as new:
+        for member, data in members[:7] + members[8:]:
+            with (folder / "data").open("wb+") as file:
+                file.write(data)
+                file.seek(0)
+                new.addfile(member, file)
+    (folder / "data").unlink()
+    return rf"train-00001.tar: .*sample 3 \({members[6][0].name.partition('.')[0]}\) has no image or no mask"
+
+
+def flip_in_a_sample(folder: Path) -> str:
+    flip(folder / "test-00000.tar", 5000)
+    return "test-00000.tar, sample [0-2]: the sample is damaged"
+
+
+def flip_at_the_end(folder: Path) -> str:
+    path = folder / "test-00000.tar"
+    flip(path, path.stat().st_size - 600)
+    return "test-00000.tar: its sha256 differs"
+
+
+def lose_the_wids_index(folder: Path) -> str:
+    (folder / "val.json").write_text("{}")
+    return "val.json: does not list the shards"
+
+
+DAMAGES = [
+    cut,
+    remove,
+    remove_index,
+    swap_indexes,
+    swap_shards,
+    add,
+    drop_a_mask,
+    flip_in_a_sample,
+    flip_at_the_end,
+    lose_the_wids_index,
+]
+
+
+def test_whole_shards_are_found_whole(tiny_shards: Path) -> None:
+    assert verify(tiny_shards) == {"samples": 71, "shards": 8, "ok": True, "errors": []}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_verify_names_what_is_damaged(damage: Callable[[Path], str], shards: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = damage(shards)
+    result = verify(shards)
+    assert not result["ok"]
+    assert re.search(words, result["errors"][0])
+    assert str(shards) in result["errors"][0]
+    assert result["samples"] <= 71
+    assert run(["verify", str(shards), "--json"]) == 3
+    out, err = capfd.readouterr()
+    assert json.loads(out) == result
+    assert re.search(words, err)
+
+
+@pytest.mark.parametrize("damage", [cut, remove, remove_index, swap_indexes, swap_shards, drop_a_mask, flip_in_a_sample])
+def test_the_reader_names_shard_and_sample_and_what_to_do(damage: Callable[[Path], str], shards: Path) -> None:
+    damage(shards)
+    errors = []
+    for split in ("train", "val", "test"):
+        opened = ShardSet(shards, split)
+        for sample in range(opened.samples):
+            try:
+                opened.read(sample)
+            except DamagedSampleError as error:
+                errors.append(error)
+    for error in errors:
+        assert str(error).startswith(f"{shards / error.shard}, sample {error.position}: ")
+        assert "portrait-dist verify" in str(error)
+        assert "\n" not in str(error)
+    assert errors
+
+
+def test_a_flipped_bit_anywhere_never_becomes_a_wrong_sample(shards: Path) -> None:
+    path = shards / "train-00000.tar"
+    whole = [ShardSet(shards, "train").read(sample) for sample in range(10)]
+    whole = [(one.key, bytes(one.image), bytes(one.alpha)) for one in whole]
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, path.stat().st_size - 1024, 40).tolist():
+        flip(path, place, bit=place % 8)
+        opened, damaged = ShardSet(shards, "train"), 0
+        for sample in range(10):
+            try:
+                encoded = opened.read(sample)
+                assert (encoded.key, bytes(encoded.image), bytes(encoded.alpha)) == whole[sample]
+            except DamagedSampleError:
+                damaged += 1
+        assert damaged == 1
+        flip(path, place, bit=place % 8)
+
+
+def test_a_flipped_bit_in_an_index_is_found_before_anything_is_read(shards: Path) -> None:
+    length = (shards / "train-00000.index").stat().st_size
+    for place in range(0, length, 37):
+        flip(shards / "train-00000.index", place)
+        with pytest.raises(DamagedSampleError, match="not the index of this shard"):
+            ShardSet(shards, "train").read(3)
+        flip(shards / "train-00000.index", place)
+
+
+def test_a_shard_cut_off_while_it_is_read_is_named(shards: Path) -> None:
+    opened = ShardSet(shards, "val")
+    opened.read(0)
+    with (shards / "val-00000.tar").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(DamagedSampleError, match=r"val-00000\.tar, sample 6: the shard has 1,000 bytes instead of"):
+        opened.read(6)
+
+
+def test_a_damaged_manifest_is_named(shards: Path) -> None:
+    text = (shards / "manifest.json").read_text()
+    manifest = json.loads(text)
+    manifest["splits"]["train"]["samples"] += 1
+    for broken in (
+        text[: len(text) // 2],
+        "[]",
+        json.dumps(manifest),
+        text.replace("train-00000.tar", "../x.tar"),
+    ):
+        (shards / "manifest.json").write_text(broken)
+        with pytest.raises(DamagedDataError, match=r"manifest\.json: damaged"):
+            read_manifest(shards)
+        assert run(["verify", str(shards)]) == 3
+    (shards / "manifest.json").write_text(text.replace('"format": 1', '"format": 2'))
+    with pytest.raises(InputError, match="format 2, this program knows 1"):
+        read_manifest(shards)
+
+
+def test_what_is_no_folder_of_shards_is_told_from_it(raw_tree: Path, split_dir: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    for folder, words in (
+        (raw_tree, "raw tree"),
+        (split_dir, "not packed yet"),
+        (tmp_path, "no manifest"),
+        (tmp_path / "x", "no such"),
+    ):
+        with pytest.raises(InputError, match=words):
+            ShardSet(folder, "train")
+    with pytest.raises(InputError, match=r"no split 'tain' in it\. Did you mean 'train'"):
+        ShardSet(tiny_shards, "tain")
+    assert run(["verify", str(tmp_path)]) == 2
+
+
+def test_opening_reads_the_manifest_and_nothing_else(shards: Path) -> None:
+    for path in shards.glob("*.tar"):
+        path.unlink()
+    opened = ShardSet(shards, "train")
+    assert opened.samples == 57
+    assert opened.shard_sizes == [10, 10, 10, 10, 10, 7]
+    assert [opened.locate(sample) for sample in (0, 9, 10, 56)] == [(0, 0), (0, 9), (1, 0), (5, 6)]
+    for sample in (-1, 57):
+        with pytest.raises(IndexError):
+            opened.locate(sample)
+
+
+def test_shards_of_different_content_have_different_identities(shards: Path, tiny_shards: Path) -> None:
+    same = ShardSet(shards, "train").identity
+    assert same == ShardSet(tiny_shards, "train").identity
+    assert same != ShardSet(shards, "val").identity
+    text = (shards / "manifest.json").read_text()
+    sha256 = ShardSet(shards, "train").shards[2].sha256
+    (shards / "manifest.json").write_text(text.replace(sha256, "0" * 64))
+    assert same != ShardSet(shards, "train").identity
