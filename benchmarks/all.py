@@ -72,7 +72,9 @@ def run(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     begin = time.monotonic()
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
     with open(work / f"{name}.log", "w+") as log:
-        code = subprocess.run(words_of(name, options, work), stdout=sys.stderr, stderr=log, env=environment).returncode
+        code = subprocess.run(
+            words_of(name, options, work), stdout=sys.stderr, stderr=log, env=environment
+        ).returncode
         log.seek(0)
         lines = [line for line in log.read().splitlines() if line.strip()]
     out = work / f"{name}.json"
@@ -105,7 +107,11 @@ def page(found: dict[str, Any]) -> str:
     ]
     for part in found["benchmarks"].values():
         lines += ["", f"## {TITLES[part['benchmark']]}", ""]
-        lines += [f"Failed: {part['failed']}"] if "failed" in part else [measure.table(part["rows"]), *_notes(part)]
+        lines += (
+            [f"Failed: {part['failed']}"]
+            if "failed" in part
+            else [measure.table(part["rows"]), *_notes(part)]
+        )
     if not machine["gpus"]:
         lines += ["", "## GPU", "", NO_GPU.rstrip()]
     return "\n".join(lines) + "\n"
@@ -159,7 +165,9 @@ def main(words: list[str] | None = None) -> int:
 
 def _options(words: list[str] | None) -> argparse.Namespace:
     first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="within 8 minutes on 2 cores")
     length.add_argument("--full", action="store_true", help="everything (the default)")
@@ -168,7 +176,9 @@ def _options(words: list[str] | None) -> argparse.Namespace:
         choices=("cpu", "cuda"),
         help="of the network (default: the GPU if there is one)",
     )
-    parser.add_argument("--data", type=Path, help="raw AISegment tree; portraits are generated when left out")
+    parser.add_argument(
+        "--data", type=Path, help="raw AISegment tree; portraits are generated when left out"
+    )
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -193,10 +203,14 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, help="rounds, where not each benchmark's own number")
     parser.add_argument("--pairs", type=int, help="pairs to generate")
-    parser.add_argument("--features", type=int, default=32, help="channels of the network's first level")
+    parser.add_argument(
+        "--features", type=int, default=32, help="channels of the network's first level"
+    )
     parser.add_argument("--size", type=int, default=256, help="side of the network's pictures")
     options = parser.parse_args(words)
-    options.only = options.only or [name for name in TITLES if not (options.quick and name == "scaling")]
+    options.only = options.only or [
+        name for name in TITLES if not (options.quick and name == "scaling")
+    ]
     return options
 
 

@@ -24,7 +24,11 @@ def panels(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     chosen = [
         (
             f"Batches, {label}: images/s",
-            [row for row in loader if row.get("size") == size and not row["name"].startswith("pack")],
+            [
+                row
+                for row in loader
+                if row.get("size") == size and not row["name"].startswith("pack")
+            ],
         )
         for size, label in (("256", "256-pixel shards"), ("original", "original-size shards"))
     ]
@@ -34,8 +38,12 @@ def panels(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
             [row for row in unet if not row["name"].startswith("train-")],
         )
     )
-    chosen.append(("U-Net training step: images/s", [row for row in unet if row["name"].startswith("train-")]))
-    measured = [(title, [row for row in rows if row.get("images_per_second")]) for title, rows in chosen]
+    chosen.append(
+        ("U-Net training step: images/s", [row for row in unet if row["name"].startswith("train-")])
+    )
+    measured = [
+        (title, [row for row in rows if row.get("images_per_second")]) for title, rows in chosen
+    ]
     return [(title, rows) for title, rows in measured if rows]
 
 
@@ -45,7 +53,9 @@ def draw(found: dict[str, Any]) -> str:
     y = 14
     for title, rows in panels(found):
         y += 18
-        shapes.append(f'<text x="12" y="{y}" style="{STYLE};font-weight:600">{escape(title)}</text>')
+        shapes.append(
+            f'<text x="12" y="{y}" style="{STYLE};font-weight:600">{escape(title)}</text>'
+        )
         y += 10
         longest = max(row["high"] for row in rows)
         for row in rows:
@@ -58,7 +68,10 @@ def draw(found: dict[str, Any]) -> str:
     caption = f"{hardware}; commit {found['commit']}; {found['date'][:10]}; median, line from lowest to highest"
     shapes.append(f'<text x="12" y="{y}" style="{STYLE};font-size:11px">{escape(caption)}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 12}" viewBox="0 0 {WIDTH} {y + 12}">'
-    return "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *shapes, "</svg>"]) + "\n"
+    return (
+        "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *shapes, "</svg>"])
+        + "\n"
+    )
 
 
 def _bar(row: dict[str, Any], y: float, scale: float) -> list[str]:

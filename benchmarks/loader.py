@@ -130,7 +130,9 @@ def tutorial(tree: Path, workers: int, images: int) -> Callable[[], Iterable[Any
 
     dataset = AISegmentDataset(tree, "train", SIDE, SIDE)
     some = Subset(dataset, range(min(images, len(dataset))))
-    loader = DataLoader(some, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    loader = DataLoader(
+        some, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
     return lambda: loader
 
 
@@ -144,13 +146,21 @@ class _Decoded:
         return self.decode(sample["jpg"], sample["png"])
 
 
-def webdataset(shards: Path, work: Path, workers: int, decode: Decoder) -> Callable[[], Iterable[Any]]:
+def webdataset(
+    shards: Path, work: Path, workers: int, decode: Decoder
+) -> Callable[[], Iterable[Any]]:
     import webdataset as wds
     from torch.utils.data import DataLoader
 
     urls = sorted(str(path) for path in shards.glob("train-*.tar"))
-    stream = wds.WebDataset(urls, shardshuffle=len(urls), empty_check=False, seed=1).shuffle(128).map(_Decoded(decode))
-    loader = DataLoader(stream.batched(BATCH), batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+    stream = (
+        wds.WebDataset(urls, shardshuffle=len(urls), empty_check=False, seed=1)
+        .shuffle(128)
+        .map(_Decoded(decode))
+    )
+    loader = DataLoader(
+        stream.batched(BATCH), batch_size=None, num_workers=workers, persistent_workers=workers > 0
+    )
     return lambda: loader
 
 
@@ -166,7 +176,9 @@ def litdata(shards: Path, work: Path, workers: int, decode: Decoder) -> Callable
             return decode(*super().__getitem__(index))
 
     dataset = Decoding(str(folder), shuffle=True, seed=1)
-    loader = lit.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0)
+    loader = lit.StreamingDataLoader(
+        dataset, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0
+    )
     return lambda: loader
 
 
@@ -180,14 +192,18 @@ def _write_litdata(shards: Path, folder: Path) -> None:
     cache.merge()
 
 
-def mosaicml(shards: Path, work: Path, workers: int, decode: Decoder) -> Callable[[], Iterable[Any]]:
+def mosaicml(
+    shards: Path, work: Path, workers: int, decode: Decoder
+) -> Callable[[], Iterable[Any]]:
     import streaming
     from streaming.base.util import clean_stale_shared_memory
     from torch.utils.data import DataLoader
 
     folder = work / f"mosaicml-{shards.name}"
     if not folder.exists():
-        with streaming.MDSWriter(out=str(folder), columns={"jpg": "bytes", "png": "bytes"}) as writer:
+        with streaming.MDSWriter(
+            out=str(folder), columns={"jpg": "bytes", "png": "bytes"}
+        ) as writer:
             for image, alpha in members(shards):
                 writer.write({"jpg": image, "png": alpha})
     clean_stale_shared_memory()
@@ -237,7 +253,10 @@ def floats(shards: Path, workers: int) -> Callable[[], Iterable[Any]]:
     from portrait_dist.data.augment import Augment
 
     augment, start = Augment(AugmentConfig()), uint8(shards, workers)
-    return lambda: (augment(batch.image, batch.alpha, epoch=batch.epoch, positions=batch.positions) for _, _, batch in start())
+    return lambda: (
+        augment(batch.image, batch.alpha, epoch=batch.epoch, positions=batch.positions)
+        for _, _, batch in start()
+    )
 
 
 def ceiling(shards: Path, workers: int, at_least: float) -> Case:
@@ -275,7 +294,9 @@ def cases_of(
     starts: dict[str, Callable[[], Iterable[Any]]] = {}
     if "tree" in folders:
         starts["tutorial"] = tutorial(folders["tree"], workers, options.tutorial_images)
-    for decoder, suffix in [(pillow, "")] + ([(ours, "-our-decoder")] if options.full_peers else []):
+    for decoder, suffix in [(pillow, "")] + (
+        [(ours, "-our-decoder")] if options.full_peers else []
+    ):
         for name, (module, build) in PEERS.items():
             try:
                 importlib.import_module(module)
@@ -283,17 +304,24 @@ def cases_of(
             except ImportError as error:
                 missing.append(measure.absent(name + suffix, f"not installed ({error})", size=size))
             except Exception as error:  # another project's code, in versions we have not seen
-                missing.append(measure.absent(name + suffix, f"does not run here ({error})"[:120], size=size))
+                missing.append(
+                    measure.absent(name + suffix, f"does not run here ({error})"[:120], size=size)
+                )
     starts["portrait_dist-uint8"] = uint8(shards, workers)
     starts["portrait_dist-float"] = floats(shards, workers)
     if size == str(SIDE) and "raw" in folders:
         starts["portrait_dist-raw"] = uint8(folders["raw"], workers)
-    cases: dict[str, Case] = {name: (lambda start=start: rate_of(start, options.seconds)) for name, start in starts.items()}
+    cases: dict[str, Case] = {
+        name: (lambda start=start: rate_of(start, options.seconds))
+        for name, start in starts.items()
+    }
     cases["ceiling"] = ceiling(shards, workers, options.seconds)
     return _those_that_run(cases, missing, size), missing
 
 
-def _those_that_run(cases: dict[str, Case], missing: list[measure.Row], size: str) -> dict[str, Case]:
+def _those_that_run(
+    cases: dict[str, Case], missing: list[measure.Row], size: str
+) -> dict[str, Case]:
     """Run the first epoch of each, unmeasured; a peer that fails is named and left out."""
     running = {}
     for name, case in cases.items():
@@ -307,7 +335,9 @@ def _those_that_run(cases: dict[str, Case], missing: list[measure.Row], size: st
     return running
 
 
-def throughput(folders: dict[str, Path], work: Path, options: argparse.Namespace) -> list[measure.Row]:
+def throughput(
+    folders: dict[str, Path], work: Path, options: argparse.Namespace
+) -> list[measure.Row]:
     rows: list[measure.Row] = []
     for size in (str(SIDE), "original"):
         if size not in folders:
@@ -320,7 +350,9 @@ def throughput(folders: dict[str, Path], work: Path, options: argparse.Namespace
     return rows
 
 
-def packing_rows(folders: dict[str, Path], work: Path, options: argparse.Namespace) -> list[measure.Row]:
+def packing_rows(
+    folders: dict[str, Path], work: Path, options: argparse.Namespace
+) -> list[measure.Row]:
     """``pack`` against decoding the whole RGBA mattes on all cores, and nothing else: by OpenCV, and by Pillow."""
     from portrait_dist.data.shards import writer
     from portrait_dist.data.source.split import read_split
@@ -346,7 +378,11 @@ def packing_rows(folders: dict[str, Path], work: Path, options: argparse.Namespa
 
     def pack() -> float:
         shutil.rmtree(work / "packed", ignore_errors=True)
-        return float(writer.pack(folders["tree"], work / "packed", (SIDE, SIDE), workers=options.workers)["pairs_per_second"])
+        return float(
+            writer.pack(folders["tree"], work / "packed", (SIDE, SIDE), workers=options.workers)[
+                "pairs_per_second"
+            ]
+        )
 
     cases = {
         "pack": pack,
@@ -372,7 +408,11 @@ def first_batch_seconds(shards: Path, workers: int, repeats: int) -> float:
     """Median time from the call of build_loader, after the imports, to the first batch, each in a fresh process."""
     command = [sys.executable, "-c", FIRST_BATCH, str(shards), str(workers)]
     times = [
-        float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=measure.REPOSITORY).stdout)
+        float(
+            subprocess.run(
+                command, check=True, capture_output=True, text=True, cwd=measure.REPOSITORY
+            ).stdout
+        )
         for _ in range(repeats)
     ]
     return round(statistics.median(times), 4)
@@ -415,7 +455,11 @@ def scaled_decoding_error(shards: Path) -> dict[str, float]:
 
 def aims(rows: list[measure.Row]) -> dict[str, str]:
     """The ratios that the project aims at, with what was measured."""
-    rate = {(line["name"], line.get("size")): line["images_per_second"] for line in rows if line.get("images_per_second")}
+    rate = {
+        (line["name"], line.get("size")): line["images_per_second"]
+        for line in rows
+        if line.get("images_per_second")
+    }
     found = {}
 
     def compare(what: str, one: tuple[str, str], other: float | None, aim: float) -> None:
@@ -434,7 +478,9 @@ def aims(rows: list[measure.Row]) -> dict[str, str]:
         rate.get(("tutorial", "original")),
         10,
     )
-    compare("256: raw codec / tutorial", ("portrait_dist-raw", "256"), rate.get(("tutorial", "256")), 90)
+    compare(
+        "256: raw codec / tutorial", ("portrait_dist-raw", "256"), rate.get(("tutorial", "256")), 90
+    )
     compare(
         "pack / decoding its mattes with OpenCV",
         ("pack", "256"),
@@ -454,7 +500,9 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     import torch
 
     options = _options(words)
-    torch.set_num_threads(1)  # the augmentation's operations are small: torch's threads would only compete with the decoders
+    torch.set_num_threads(
+        1
+    )  # the augmentation's operations are small: torch's threads would only compete with the decoders
     # The peers' processes may outlive a temporary folder's removal by a moment.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         work = options.work or Path(temporary)
@@ -473,7 +521,9 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         if "original" in folders:
             facts["scaled_decoding"] = scaled_decoding_error(folders["original"])
         with suppress(KeyError):
-            facts["bytes_per_sample"] = {name: _bytes_per_sample(folders[name]) for name in ("256", "original", "raw")}
+            facts["bytes_per_sample"] = {
+                name: _bytes_per_sample(folders[name]) for name in ("256", "original", "raw")
+            }
     found = measure.result("loader", rows, **facts)
     measure.publish(found, options.json)
     for name in ("first_batch_seconds", "memory_growth_mb", "scaled_decoding", "bytes_per_sample"):
@@ -488,9 +538,15 @@ def _bytes_per_sample(shards: Path) -> int:
 
 def _options(words: list[str] | None) -> argparse.Namespace:
     parser = measure.arguments(__doc__)
-    parser.add_argument("--data", type=Path, help="raw AISegment tree, or packed shards; generated when left out")
-    parser.add_argument("--work", type=Path, help="folder for what is packed from it; a temporary one when left out")
-    parser.add_argument("--pairs", type=int, help="pairs to generate (default 640, with --quick 200)")
+    parser.add_argument(
+        "--data", type=Path, help="raw AISegment tree, or packed shards; generated when left out"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder for what is packed from it; a temporary one when left out"
+    )
+    parser.add_argument(
+        "--pairs", type=int, help="pairs to generate (default 640, with --quick 200)"
+    )
     parser.add_argument(
         "--copies",
         type=int,
@@ -502,7 +558,9 @@ def _options(words: list[str] | None) -> argparse.Namespace:
         default=measure.cores(),
         help="processes or threads (default: the cores)",
     )
-    parser.add_argument("--full-peers", action="store_true", help="also the other libraries with our decoder")
+    parser.add_argument(
+        "--full-peers", action="store_true", help="also the other libraries with our decoder"
+    )
     options = parser.parse_args(words)
     options.pairs = options.pairs or (200 if options.quick else 640)
     options.copies = options.copies or (1 if options.data else 4)

@@ -33,10 +33,16 @@ Row = dict[str, Any]
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """Parser with the options that every benchmark has."""
     first, _, rest = (description or "").partition("\n")
-    parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write rows, machine and versions to this file")
+    parser = argparse.ArgumentParser(
+        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="OUT", help="write rows, machine and versions to this file"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
-    parser.add_argument("--repeats", type=int, help="rounds; the median of them is reported (default 5)")
+    parser.add_argument(
+        "--repeats", type=int, help="rounds; the median of them is reported (default 5)"
+    )
     return parser
 
 
@@ -49,7 +55,11 @@ def description() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the figures depend on; absent ones are left out."""
-    return {name: found for name, found in info.versions(*MORE_PACKAGES).items() if found != "not installed"}
+    return {
+        name: found
+        for name, found in info.versions(*MORE_PACKAGES).items()
+        if found != "not installed"
+    }
 
 
 def commit() -> str:
@@ -62,10 +72,14 @@ def commit() -> str:
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(["git", "-C", str(REPOSITORY), *words], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(REPOSITORY), *words], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
-def alternate(cases: dict[str, Callable[[], float]], repeats: int, warm_up: bool = True) -> dict[str, list[float]]:
+def alternate(
+    cases: dict[str, Callable[[], float]], repeats: int, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Run all cases in turn, ``repeats`` times over.
 
     Args:
@@ -109,7 +123,9 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def seconds_of(work: Callable[[], Any], synchronize: Callable[[], Any] = lambda: None, at_least: float = 0.0) -> float:
+def seconds_of(
+    work: Callable[[], Any], synchronize: Callable[[], Any] = lambda: None, at_least: float = 0.0
+) -> float:
     """Mean seconds of one call, over as many calls as fill ``at_least`` seconds."""
     synchronize()
     begin, calls = time.perf_counter(), 0
@@ -149,7 +165,9 @@ def _short_path(word: str) -> str:
 
 def publish(found: dict[str, Any], out: Path | None) -> None:
     """Print the rows as a table and write the JSON file where asked."""
-    print(f"\n{found['benchmark']}: {found['machine']['cpu']}, {found['machine']['cores']} cores, commit {found['commit']}")
+    print(
+        f"\n{found['benchmark']}: {found['machine']['cpu']}, {found['machine']['cores']} cores, commit {found['commit']}"
+    )
     print(table(found["rows"]))
     for name, value in found.get("aims", {}).items():
         print(f"  {name}: {value}")
@@ -165,14 +183,19 @@ def write(found: dict[str, Any], out: Path | None) -> None:
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table; low, high and runs become one column."""
-    columns = list(dict.fromkeys(key for line in rows for key in line if key not in ("low", "high", "runs")))
+    columns = list(
+        dict.fromkeys(key for line in rows for key in line if key not in ("low", "high", "runs"))
+    )
     if any("low" in line for line in rows):
         columns.insert(2, "low to high")
     cells = [[_cell(line, column) for column in columns] for line in rows]
     widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
     lines = [columns, ["-" * width for width in widths], *cells]
     return "\n".join(
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines
+        "| "
+        + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
     )
 
 

@@ -29,16 +29,22 @@ SAMPLES_PER_SHARD = 10_000
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--json", dest="out", metavar="OUT", help="write the rows as JSON")
-    options.add_argument("--measure", nargs=3, metavar=("KIND", "SAMPLES", "RANKS"), help=argparse.SUPPRESS)
+    options.add_argument(
+        "--measure", nargs=3, metavar=("KIND", "SAMPLES", "RANKS"), help=argparse.SUPPRESS
+    )
     chosen = options.parse_args()
     if chosen.measure:
         kind, samples, ranks = chosen.measure
         print(json.dumps(measure(kind, int(samples), int(ranks))))
         return
     rows = []
-    print(f"{'order':6} {'samples':>13} {'ranks':>6} {'planned':>10} {'seconds':>8} {'ns/sample':>10} {'MB':>6} {'table MB':>9}")
+    print(
+        f"{'order':6} {'samples':>13} {'ranks':>6} {'planned':>10} {'seconds':>8} {'ns/sample':>10} {'MB':>6} {'table MB':>9}"
+    )
     for kind in ("full", "block"):
         for samples in SAMPLES:
             for ranks in RANKS:
@@ -94,7 +100,9 @@ def measure(kind: str, samples: int, ranks: int) -> dict[str, Any]:
 
 def in_a_fresh_process(kind: str, samples: int, ranks: int) -> dict[str, Any]:
     words = [sys.executable, __file__, "--measure", kind, str(samples), str(ranks)]
-    row: dict[str, Any] = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    row: dict[str, Any] = json.loads(
+        subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    )
     return row
 
 

@@ -33,7 +33,9 @@ SHAPES = {
     "square": 1.0,
     "phone 9:16": 9 / 16,
 }
-REFINEMENTS = [(radius, smoothness) for radius in (1.0, 2.0, 4.0, 8.0) for smoothness in (1e-2, 1e-3, 1e-4)]
+REFINEMENTS = [
+    (radius, smoothness) for radius in (1.0, 2.0, 4.0, 8.0) for smoothness in (1e-2, 1e-3, 1e-4)
+]
 
 
 def window(picture: np.ndarray, alpha: np.ndarray, aspect: float | None) -> Pair:
@@ -43,9 +45,14 @@ def window(picture: np.ndarray, alpha: np.ndarray, aspect: float | None) -> Pair
     height, width = alpha.shape
     size = (min(height, round(width / aspect)), min(width, round(height * aspect)))
     rows, columns = np.nonzero(alpha > 127)
-    centre = (np.quantile(rows, 0.3), np.quantile(columns, 0.5)) if len(rows) else (height / 2, width / 2)
+    centre = (
+        (np.quantile(rows, 0.3), np.quantile(columns, 0.5))
+        if len(rows)
+        else (height / 2, width / 2)
+    )
     top, left = (
-        int(np.clip(middle - side / 2, 0, whole - side)) for middle, side, whole in zip(centre, size, alpha.shape, strict=True)
+        int(np.clip(middle - side / 2, 0, whole - side))
+        for middle, side, whole in zip(centre, size, alpha.shape, strict=True)
     )
     cut = np.s_[top : top + size[0], left : left + size[1]]
     return picture[cut], alpha[cut]
@@ -58,7 +65,9 @@ def frames(loaded: list[Pair], aspect: float) -> list[Pair]:
         if max(alpha[:, :4].mean(), alpha[:, -4:].mean()) > 0.35 * 255:
             continue
         height, width = alpha.shape
-        scene = compositing.to_bytes(compositing.blurred(other, other_alpha.astype(np.float32) / 255))
+        scene = compositing.to_bytes(
+            compositing.blurred(other, other_alpha.astype(np.float32) / 255)
+        )
         frame = np.asarray(Image.fromarray(scene).resize((round(height * aspect), height)))
         left = (frame.shape[1] - width) // 2
         matte = np.pad(alpha, ((0, 0), (left, frame.shape[1] - width - left)))
@@ -82,7 +91,10 @@ def score(pairs: Iterator[Pair]) -> dict[str, float]:
         pooled.update(preds, target)
         figures.update(preds, target)
         count += 1
-    means = {"mean_iou" if name == "iou" else name: float(value) for name, value in figures.compute().items()}
+    means = {
+        "mean_iou" if name == "iou" else name: float(value)
+        for name, value in figures.compute().items()
+    }
     rate = count / (time.perf_counter() - begin)
     return {"iou": float(pooled.compute()), **means, "samples": count, "images_per_second": rate}
 
@@ -96,17 +108,25 @@ def main(words: list[str] | None = None) -> None:
     options = parser.parse_args(words)
     pairs = [pair for split in options.split for pair in read_split(options.data).pairs(split)]
     pairs = pairs[: options.limit or (8 if options.quick else None)]
-    loaded = [(read_picture(pair.image), np.asarray(Image.open(pair.matte).split()[-1])) for pair in pairs]
+    loaded = [
+        (read_picture(pair.image), np.asarray(Image.open(pair.matte).split()[-1])) for pair in pairs
+    ]
     segmenter = PortraitSegmenter.from_checkpoint(options.checkpoint, refine=False)
     rows = []
 
     def add(name: str, results: Iterator[Pair]) -> None:
         rows.append({"name": name, **score(results)})
-        figures = " ".join(f"{key} {rows[-1][key]:.4f}" for key in ("iou", "mean_iou", "boundary_iou", "gradient_error", "mae"))
+        figures = " ".join(
+            f"{key} {rows[-1][key]:.4f}"
+            for key in ("iou", "mean_iou", "boundary_iou", "gradient_error", "mae")
+        )
         print(f"{name:36s} {figures}", flush=True)
 
     shapes = {shape: [window(*pair, aspect) for pair in loaded] for shape, aspect in SHAPES.items()}
-    shapes |= {f"frame {name}": frames(loaded, aspect) for name, aspect in (("4:3", 4 / 3), ("16:9", 16 / 9))}
+    shapes |= {
+        f"frame {name}": frames(loaded, aspect)
+        for name, aspect in (("4:3", 4 / 3), ("16:9", 16 / 9))
+    }
     for shape, windows in shapes.items():
         for fit in FITS if windows else ():
             segmenter.fit = fit
@@ -136,7 +156,9 @@ def main(words: list[str] | None = None) -> None:
             for (picture, matte), alpha in zip(loaded, alphas, strict=True)
         )
         add(f"refined, radius {radius:g}, epsilon {smoothness:g}", refined)
-    measure.publish(measure.result("predictions at full resolution", rows, splits=options.split), options.json)
+    measure.publish(
+        measure.result("predictions at full resolution", rows, splits=options.split), options.json
+    )
 
 
 if __name__ == "__main__":

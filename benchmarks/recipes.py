@@ -47,9 +47,13 @@ FIGURES = ("iou", "mean_iou", "boundary_iou", "mae")
 
 def call(*words: str) -> dict[str, Any]:
     """Run one command of the package and return its JSON object."""
-    done = subprocess.run([*CLI, *words, "--json"], capture_output=True, text=True, cwd=measure.REPOSITORY)
+    done = subprocess.run(
+        [*CLI, *words, "--json"], capture_output=True, text=True, cwd=measure.REPOSITORY
+    )
     if done.returncode:
-        raise RuntimeError(f"portrait-dist {' '.join(words)}: exit {done.returncode}: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(
+            f"portrait-dist {' '.join(words)}: exit {done.returncode}: {done.stderr.strip()[-500:]}"
+        )
     return dict(json.loads(done.stdout))
 
 
@@ -87,7 +91,9 @@ def settings_of(name: str, options: argparse.Namespace) -> list[str]:
     ]
 
 
-def score(name: str, seed: int, shards: Path, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+def score(
+    name: str, seed: int, shards: Path, options: argparse.Namespace, work: Path
+) -> dict[str, Any]:
     """Train one row with one seed; minutes, and figures of the best checkpoint on both held-out splits."""
     begin = time.monotonic()
     own = [
@@ -97,7 +103,9 @@ def score(name: str, seed: int, shards: Path, options: argparse.Namespace, work:
         f"train.seed={seed}",
     ]
     threads = max(1, measure.cores() // options.jobs)
-    trained = call("train", *settings_of(name, options), *own, f"train.threads={threads}", "train.pictures=0")
+    trained = call(
+        "train", *settings_of(name, options), *own, f"train.threads={threads}", "train.pictures=0"
+    )
     found: dict[str, Any] = {"minutes": round((time.monotonic() - begin) / 60, 2)}
     for split in ("val", "test"):
         scored = call(
@@ -119,7 +127,11 @@ def score(name: str, seed: int, shards: Path, options: argparse.Namespace, work:
 
 def row(name: str, runs: list[dict[str, Any]], options: argparse.Namespace) -> measure.Row:
     """Means over the seeds, with the lowest and highest test IoU."""
-    means = {key: round(statistics.mean(run[key] for run in runs), 4) for key in runs[0] if key not in ("seed", "steps")}
+    means = {
+        key: round(statistics.mean(run[key] for run in runs), 4)
+        for key in runs[0]
+        if key not in ("seed", "steps")
+    }
     tests = [run["test_iou"] for run in runs]
     return {
         "name": name,
@@ -140,8 +152,13 @@ def row(name: str, runs: list[dict[str, Any]], options: argparse.Namespace) -> m
 
 def page(found: dict[str, Any]) -> str:
     """The table and its commands as Markdown."""
-    rows = [{key: value for key, value in line.items() if key != "command"} for line in found["rows"]]
-    commands = [f"- {line['name']}: `{line['command']} data.shards=SHARDS train.seed=SEED`" for line in found["rows"]]
+    rows = [
+        {key: value for key, value in line.items() if key != "command"} for line in found["rows"]
+    ]
+    commands = [
+        f"- {line['name']}: `{line['command']} data.shards=SHARDS train.seed=SEED`"
+        for line in found["rows"]
+    ]
     machine = found["machine"]
     about = [
         f"## {found['pictures']}, {found['rows'][0]['steps']} steps",
@@ -170,7 +187,10 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         jobs = [(name, seed) for seed in options.seeds for name in options.only]
         with ThreadPoolExecutor(options.jobs) as pool:
             scores = list(pool.map(lambda job: score(*job, shards[job[1]], options, work), jobs))
-    rows = [row(name, [run for job, run in zip(jobs, scores, strict=True) if job[0] == name], options) for name in options.only]
+    rows = [
+        row(name, [run for job, run in zip(jobs, scores, strict=True) if job[0] == name], options)
+        for name in options.only
+    ]
     pictures = options.raw.name if options.raw else f"{options.pairs} generated pairs"
     best = max(rows, key=lambda line: line["val_iou"])["name"]
     about = {
@@ -186,17 +206,29 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
 
 def _options(words: list[str] | None) -> argparse.Namespace:
     first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--raw", type=Path, help="raw AISegment tree; portraits are generated when left out")
+    parser = argparse.ArgumentParser(
+        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--raw", type=Path, help="raw AISegment tree; portraits are generated when left out"
+    )
     parser.add_argument("--pairs", type=int, default=109, help="pairs to generate")
-    parser.add_argument("--only", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="some of the rows")
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="some of the rows"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--features", type=int, default=8, help="channels of the network's first level")
+    parser.add_argument(
+        "--features", type=int, default=8, help="channels of the network's first level"
+    )
     parser.add_argument("--side", type=int, default=128, help="of the pictures, in pixels")
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
-    parser.add_argument("--jobs", type=int, default=measure.cores(), help="runs at a time, which share the cores")
-    parser.add_argument("--work", type=Path, help="folder for shards and runs, kept; a temporary one when left out")
+    parser.add_argument(
+        "--jobs", type=int, default=measure.cores(), help="runs at a time, which share the cores"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder for shards and runs, kept; a temporary one when left out"
+    )
     parser.add_argument(
         "--page",
         type=Path,

@@ -56,7 +56,9 @@ class Store(http.server.SimpleHTTPRequestHandler):
 def serve(folder: str, latency: float, megabytes: float) -> None:
     """Serve a folder, and write the port to stdout."""
     Store.latency, Store.speed = latency, megabytes * 1e6
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Store, directory=folder)) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Store, directory=folder)
+    ) as server:
         print(server.server_address[1], flush=True)
         server.serve_forever()
 
@@ -99,7 +101,9 @@ def epoch(
     return images / (time.perf_counter() - begin)
 
 
-def rows_of(shards: Path, address: str, work: Path, options: argparse.Namespace) -> list[measure.Row]:
+def rows_of(
+    shards: Path, address: str, work: Path, options: argparse.Namespace
+) -> list[measure.Row]:
     kinds = {
         "portrait_dist": (address, prefetch.FETCHES),
         "without-fetching-ahead": (address, 0),
@@ -135,9 +139,15 @@ def main(words: list[str] | None = None) -> None:
         default=4,
         help="shards in a block of the block order (default 4)",
     )
-    parser.add_argument("--workers", type=int, default=measure.cores(), help="decoding threads (default: the cores)")
-    parser.add_argument("--latency", type=float, default=0.1, help="seconds to the first byte (default 0.1)")
-    parser.add_argument("--megabytes", type=float, default=85.0, help="MB/s of each connection (default 85)")
+    parser.add_argument(
+        "--workers", type=int, default=measure.cores(), help="decoding threads (default: the cores)"
+    )
+    parser.add_argument(
+        "--latency", type=float, default=0.1, help="seconds to the first byte (default 0.1)"
+    )
+    parser.add_argument(
+        "--megabytes", type=float, default=85.0, help="MB/s of each connection (default 85)"
+    )
     parser.add_argument("--serve", metavar="DIR", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     options.repeats = options.repeats or 5

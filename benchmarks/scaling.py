@@ -76,7 +76,10 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         shards = (options.shards or generated_shards(folder, needed, options.size)).resolve()
         cases = {str(n): (lambda n=n: train(options, shards, folder, n)) for n in options.ranks}
         rates = measure.alternate(cases, options.repeats, warm_up=False)
-    rows = [measure.row(f"{n}-ranks", rates[str(n)], ranks=n, batch_per_rank=options.batch) for n in options.ranks]
+    rows = [
+        measure.row(f"{n}-ranks", rates[str(n)], ranks=n, batch_per_rank=options.batch)
+        for n in options.ranks
+    ]
     for line in rows:
         one = rows[0]["images_per_second"] / rows[0]["ranks"]
         line["efficiency"] = round(line["images_per_second"] / line["ranks"] / one, 3)
@@ -95,7 +98,9 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     import torch
 
     parser = measure.arguments(__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+    )
     parser.add_argument(
         "--ranks",
         type=int,
@@ -104,11 +109,19 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--shards", type=Path, help="packed shards; generated when left out")
     parser.add_argument("--size", type=int, default=256, help="side of generated shards")
-    parser.add_argument("--features", type=int, default=32, help="channels of the network's first level")
-    parser.add_argument("--batch", type=int, help="pictures per step and rank (default 64 on a GPU, 4 on a CPU)")
+    parser.add_argument(
+        "--features", type=int, default=32, help="channels of the network's first level"
+    )
+    parser.add_argument(
+        "--batch", type=int, help="pictures per step and rank (default 64 on a GPU, 4 on a CPU)"
+    )
     parser.add_argument("--steps", type=int, help="steps in a run")
-    parser.add_argument("--workers", type=int, help="decoding threads of each rank (default 2, on a CPU 1)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--workers", type=int, help="decoding threads of each rank (default 2, on a CPU 1)"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="default bf16 on a GPU, fp32 on a CPU"
+    )
     options = parser.parse_args(words)
     cuda = options.device == "cuda"
     most = torch.cuda.device_count() if cuda else measure.cores()

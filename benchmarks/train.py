@@ -75,7 +75,10 @@ class EndToEnd:
         }
         result = train(config.load(None, [f"{key}={value}" for key, value in keys.items()]))
         assert result is not None
-        lines = [json.loads(line) for line in (self.folder / f"run{self.runs}" / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (self.folder / f"run{self.runs}" / "metrics.jsonl").read_text().splitlines()
+        ]
         self.waits += [line["data_wait_share"] for line in lines if line["kind"] == "epoch"]
         return float(result["images_per_second"])
 
@@ -87,7 +90,9 @@ class Resident:
         self.options = options
         keep_freed_memory()  # as train does
         self.device = distributed.pick_device(options.device)
-        self.model = UNet(init_features=options.features).to(self.device, memory_format=torch.channels_last)
+        self.model = UNet(init_features=options.features).to(
+            self.device, memory_format=torch.channels_last
+        )
         if options.compile:
             self.model.compile()
         self.optimizer, self.loss = torch.optim.Adam(self.model.parameters(), 1e-3), SoftIoULoss()
@@ -98,11 +103,15 @@ class Resident:
 
     def __call__(self) -> float:
         synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        seconds = measure.seconds_of(lambda: [self.step() for _ in range(self.options.steps)], synchronize)
+        seconds = measure.seconds_of(
+            lambda: [self.step() for _ in range(self.options.steps)], synchronize
+        )
         return self.options.batch * self.options.steps / seconds
 
     def step(self) -> None:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"
+        ):
             value = self.loss(self.model(self.images, return_logits=True), self.masks)
         self.optimizer.zero_grad()
         value.backward()
@@ -119,8 +128,12 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
             EndToEnd(options, shards, folder / "runs"),
             Resident(options, _side(shards)),
         )
-        rates = measure.alternate({"resident": resident, "train": end_to_end}, options.repeats, warm_up=not options.quick)
-        rows = [measure.row(name, values, batch_size=options.batch) for name, values in rates.items()]
+        rates = measure.alternate(
+            {"resident": resident, "train": end_to_end}, options.repeats, warm_up=not options.quick
+        )
+        rows = [
+            measure.row(name, values, batch_size=options.batch) for name, values in rates.items()
+        ]
         wait = statistics.median(end_to_end.waits)
     rows[1]["data_wait_share"] = round(wait, 4)
     ratios = [train / base for train, base in zip(rates["train"], rates["resident"], strict=True)]
@@ -148,14 +161,24 @@ def _side(shards: Path) -> int:
 
 def _options(words: list[str] | None) -> argparse.Namespace:
     parser = measure.arguments(__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+    )
     parser.add_argument("--shards", type=Path, help="packed shards; generated when left out")
     parser.add_argument("--size", type=int, default=256, help="side of generated shards")
-    parser.add_argument("--features", type=int, default=32, help="channels of the network's first level")
-    parser.add_argument("--batch", type=int, help="pictures per step (default 64 on a GPU, 4 on a CPU)")
+    parser.add_argument(
+        "--features", type=int, default=32, help="channels of the network's first level"
+    )
+    parser.add_argument(
+        "--batch", type=int, help="pictures per step (default 64 on a GPU, 4 on a CPU)"
+    )
     parser.add_argument("--steps", type=int, help="steps in a round")
-    parser.add_argument("--workers", type=int, default=min(16, measure.cores()), help="decoding threads")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--workers", type=int, default=min(16, measure.cores()), help="decoding threads"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="default bf16 on a GPU, fp32 on a CPU"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the network in both rows")
     options = parser.parse_args(words)
     cuda = options.device == "cuda"

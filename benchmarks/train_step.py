@@ -92,7 +92,9 @@ def bare(setting: Setting, folder: Path) -> float:
     model: nn.Module = setting.model().to(setting.device).train()
     if distributed.is_initialized():
         gpu = [setting.device.index] if setting.device.type == "cuda" else None
-        model = nn.parallel.DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True, static_graph=True)
+        model = nn.parallel.DistributedDataParallel(
+            model, device_ids=gpu, gradient_as_bucket_view=True, static_graph=True
+        )
     optimizer, loss, clock = (
         torch.optim.Adam(model.parameters(), 1e-3),
         CustomSegLoss(0.5, 0.5),
@@ -132,7 +134,9 @@ def with_trainer(kind: Callable[..., Any], setting: Setting, folder: Path) -> fl
         "kill_ddp_pgroup_on_end": False,
     }
     trainer = kind(f"{kind.__name__}-{time.time_ns()}", ckpt_root_dir=str(folder))
-    trainer.train(setting.model(), params, setting.loader(setting.steps + setting.skipped), setting.loader(1))
+    trainer.train(
+        setting.model(), params, setting.loader(setting.steps + setting.skipped), setting.loader(1)
+    )
     return 1 / clock.seconds
 
 
@@ -154,14 +158,20 @@ def rows_of(setting: Setting, folder: Path, repeats: int) -> list[measure.Row]:
             ranks=ranks,
         )
         # Each round against the bare loop of the same round: what slows the machine for a while slows both.
-        extra = [1e3 / value - 1e3 / base for value, base in zip(values, rates["bare"], strict=True)]
+        extra = [
+            1e3 / value - 1e3 / base for value, base in zip(values, rates["bare"], strict=True)
+        ]
         row |= {
             "ms_per_step": round(1e3 / statistics.median(values), 3),
             "overhead_ms": round(statistics.median(extra), 3),
         }
         rows.append(row)
     if "supergradients" not in cases:
-        rows.append(measure.absent("supergradients", "trains separate models on CPU ranks", network=setting.network))
+        rows.append(
+            measure.absent(
+                "supergradients", "trains separate models on CPU ranks", network=setting.network
+            )
+        )
     return rows
 
 
@@ -174,7 +184,9 @@ def shares(rows: list[measure.Row]) -> dict[str, str]:
         overhead = by[name, "small"].get("overhead_ms")
         if overhead is not None:
             aim = " (aim at most 3 %)" if name == "portrait_dist" else ""
-            found[f"{name} over the bare loop"] = f"{overhead:.2f} ms per step, {100 * overhead / real:.2f} % of a real step{aim}"
+            found[f"{name} over the bare loop"] = (
+                f"{overhead:.2f} ms per step, {100 * overhead / real:.2f} % of a real step{aim}"
+            )
     return found
 
 
@@ -221,9 +233,13 @@ def main(words: list[str] | None = None) -> dict[str, Any] | None:
 def _options(words: list[str] | None) -> argparse.Namespace:
     parser = measure.arguments(__doc__)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--features", type=int, default=32, help="channels of the real network's first level")
+    parser.add_argument(
+        "--features", type=int, default=32, help="channels of the real network's first level"
+    )
     parser.add_argument("--size", type=int, default=256, help="side of its pictures")
-    parser.add_argument("--batch", type=int, help="its pictures per step and rank (default 16 on a GPU, 2 on a CPU)")
+    parser.add_argument(
+        "--batch", type=int, help="its pictures per step and rank (default 16 on a GPU, 2 on a CPU)"
+    )
     parser.add_argument("--steps", type=int, help="timed steps of the small network in a round")
     return parser.parse_args(words)
 

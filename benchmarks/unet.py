@@ -60,7 +60,9 @@ class Bench:
             if keep:
                 keep_freed_memory()
             else:
-                set_thresholds(trim=2**26, mmap=2**25)  # the largest that glibc's own adjustment comes to
+                set_thresholds(
+                    trim=2**26, mmap=2**25
+                )  # the largest that glibc's own adjustment comes to
             work()  # leaves the memory as it will be from now on
         return images / measure.seconds_of(work, synchronize, self.at_least)
 
@@ -72,14 +74,18 @@ def _model(features: int, checkpoint: Path | None) -> UNet:
         return load_model(checkpoint)[0]
     torch.manual_seed(0)
     model = UNet(init_features=features)
-    for module in model.modules():  # statistics as after training, not the zeros and ones of a new model
+    for (
+        module
+    ) in model.modules():  # statistics as after training, not the zeros and ones of a new model
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
             module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
     return model
 
 
-def networks(bench: Bench, calibration: Tensor, compiled: tuple[str, ...]) -> dict[str, fused.Network]:
+def networks(
+    bench: Bench, calibration: Tensor, compiled: tuple[str, ...]
+) -> dict[str, fused.Network]:
     """Name → function from normalised float32 [B, 3, H, W] to probabilities, in the order of the ladder."""
     plain, last = bench.model, copy.deepcopy(bench.model).to(memory_format=CHANNELS_LAST)
     bf16 = copy.deepcopy(last).bfloat16()
@@ -105,7 +111,11 @@ def networks(bench: Bench, calibration: Tensor, compiled: tuple[str, ...]) -> di
 
 
 def _frozen(bench: Bench, options: dict[str, Any]) -> fused.Network:
-    merged = fused.merge_up_convolutions(fused.fold_batch_norm(bench.model)).to(memory_format=CHANNELS_LAST).bfloat16()
+    merged = (
+        fused.merge_up_convolutions(fused.fold_batch_norm(bench.model))
+        .to(memory_format=CHANNELS_LAST)
+        .bfloat16()
+    )
     logits = torch.compile(merged, options=options)
     return lambda x: torch.sigmoid(logits(x).float())
 
@@ -140,7 +150,10 @@ def forward_rows(
     with torch.no_grad():
         found = _outputs(ladder, x)
         ladder = {name: network for name, network in ladder.items() if name in found}
-        differences = {name: float((output - found["hub-eager-fp32"]).abs().max()) for name, output in found.items()}
+        differences = {
+            name: float((output - found["hub-eager-fp32"]).abs().max())
+            for name, output in found.items()
+        }
         cases = {
             name: (lambda name=name, network=network: bench.rate(lambda: network(x), batch, name))
             for name, network in ladder.items()
@@ -155,7 +168,9 @@ def forward_rows(
         rows.append(measure.row(name, values, batch_size=batch, **limits.share(name, values)))
         rows[-1] |= {"largest_difference": float(f"{differences[name]:.1e}")}
         if masks:
-            rows[-1] |= {"iou_with_fp32": round(fused.agreement(masks[name], masks["hub-eager-fp32"]), 6)}
+            rows[-1] |= {
+                "iou_with_fp32": round(fused.agreement(masks[name], masks["hub-eager-fp32"]), 6)
+            }
     return _with_factors_and_best(rows, "best")
 
 
@@ -170,9 +185,13 @@ def _outputs(ladder: dict[str, fused.Network], x: Tensor) -> dict[str, Tensor]:
     return outputs
 
 
-def train_rows(bench: Bench, batch: int, repeats: int, compiled: tuple[str, ...]) -> list[measure.Row]:
+def train_rows(
+    bench: Bench, batch: int, repeats: int, compiled: tuple[str, ...]
+) -> list[measure.Row]:
     """The ladder of a training step: forward, loss, backward, Adam."""
-    steps: dict[str, Work] = {"train-hub-eager-fp32": _train_step(bench, batch, False, False, False)}
+    steps: dict[str, Work] = {
+        "train-hub-eager-fp32": _train_step(bench, batch, False, False, False)
+    }
     steps["train-channels-last"] = _train_step(bench, batch, True, False, False)
     steps["train-bf16"] = _train_step(bench, batch, True, True, False)
     if not bench.cuda:
@@ -181,8 +200,14 @@ def train_rows(bench: Bench, batch: int, repeats: int, compiled: tuple[str, ...]
         steps["train-compiled"] = _train_step(bench, batch, True, True, True)
     if bench.cuda:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    cases = {name: (lambda name=name, work=work: bench.rate(work, batch, name)) for name, work in steps.items()}
-    rows = [measure.row(name, rates, batch_size=batch) for name, rates in measure.alternate(cases, repeats).items()]
+    cases = {
+        name: (lambda name=name, work=work: bench.rate(work, batch, name))
+        for name, work in steps.items()
+    }
+    rows = [
+        measure.row(name, rates, batch_size=batch)
+        for name, rates in measure.alternate(cases, repeats).items()
+    ]
     return _with_factors_and_best(rows, "train-best")
 
 
@@ -211,7 +236,11 @@ def _with_factors_and_best(rows: list[measure.Row], name: str) -> list[measure.R
         line["times_eager"] = round(line["images_per_second"] / first, 2)
         line["ms_per_image"] = float(f"{1e3 / line['images_per_second']:.4g}")
     unknown = {"int8": 0.0}  # the others keep the masks whatever the weights
-    equal = [line for line in rows if line.get("iou_with_fp32", unknown.get(line["name"], 1.0)) >= fused.TOLERANCE]
+    equal = [
+        line
+        for line in rows
+        if line.get("iou_with_fp32", unknown.get(line["name"], 1.0)) >= fused.TOLERANCE
+    ]
     fastest = max(equal, key=lambda line: line["images_per_second"])
     return [*rows, {**fastest, "name": name, "note": fastest["name"]}]
 
@@ -224,10 +253,14 @@ class Roofline:
         self.bench = bench
         self.flops, self.elements = _cost(bench)
         self.copy = self._best(self._copy())
-        self.product = {dtype: self._best(self._product(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+        self.product = {
+            dtype: self._best(self._product(dtype)) for dtype in (torch.float32, torch.bfloat16)
+        }
 
     def share(self, name: str, rates: list[float]) -> measure.Row:
-        dtype = torch.float32 if name in ("hub-eager-fp32", "tf32", "channels-last") else torch.bfloat16
+        dtype = (
+            torch.float32 if name in ("hub-eager-fp32", "tf32", "channels-last") else torch.bfloat16
+        )
         least = max(self.flops / self.product[dtype], self.elements * dtype.itemsize / self.copy)
         return {"share_of_roofline": round(sorted(rates)[len(rates) // 2] * least, 3)}
 
@@ -302,7 +335,9 @@ class RealPictures:
     and test to compare masks on."""
 
     def __init__(self, shards: Path, size: int, device: torch.device) -> None:
-        train, val, test = (_pictures(shards, split, size, 32).to(device) for split in ("train", "val", "test"))
+        train, val, test = (
+            _pictures(shards, split, size, 32).to(device) for split in ("train", "val", "test")
+        )
         self.calibration, self.unseen = train, torch.cat((val, test))
 
 
@@ -325,8 +360,14 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     limits = Roofline(bench)
     rows = forward_rows(bench, limits, batch, repeats, _compiled_forms(options, bench.cuda), real)
     training_batch = 2 if options.quick and not bench.cuda else batch
-    rows += train_rows(bench, training_batch, repeats, () if options.quick or options.no_compile else ("compiled",))
-    swept = [] if options.quick else sweep(bench, [1, 16, 64, 256, 512] if bench.cuda else [1, 2, 8, 16], repeats)
+    rows += train_rows(
+        bench, training_batch, repeats, () if options.quick or options.no_compile else ("compiled",)
+    )
+    swept = (
+        []
+        if options.quick
+        else sweep(bench, [1, 16, 64, 256, 512] if bench.cuda else [1, 2, 8, 16], repeats)
+    )
     found = measure.result(
         "unet",
         rows,
@@ -351,7 +392,9 @@ def _compiled_forms(options: argparse.Namespace, cuda: bool) -> tuple[str, ...]:
 
 def _options(words: list[str] | None) -> argparse.Namespace:
     parser = measure.arguments(__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+    )
     parser.add_argument("--size", type=int, default=256, help="side of the pictures")
     parser.add_argument("--features", type=int, default=32, help="channels of the first level")
     parser.add_argument(
@@ -359,9 +402,15 @@ def _options(words: list[str] | None) -> argparse.Namespace:
         type=int,
         help="pictures at once (default 64 on a GPU, 8 on a CPU, as predict has)",
     )
-    parser.add_argument("--checkpoint", type=Path, help="a trained network in place of a random one")
-    parser.add_argument("--shards", type=Path, help="with --checkpoint: pictures to compare masks on")
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a trained network in place of a random one"
+    )
+    parser.add_argument(
+        "--shards", type=Path, help="with --checkpoint: pictures to compare masks on"
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out what torch.compile makes"
+    )
     return parser.parse_args(words)
 
 

@@ -31,7 +31,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu").contiguous()
     if isinstance(value, dict):
-        return {str(key) if not isinstance(key, (int, str)) else key: plain(item) for key, item in value.items()}
+        return {
+            str(key) if not isinstance(key, (int, str)) else key: plain(item)
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return type(value)(plain(item) for item in value)
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -68,7 +71,11 @@ def save_atomically(path: str | Path, state: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full; free some space" if full else f"{error.strerror}; make the folder writable"
+        reason = (
+            "the disk is full; free some space"
+            if full
+            else f"{error.strerror}; make the folder writable"
+        )
         raise PortraitDistError(
             f"{path}: the checkpoint was not written, the one before it is whole: {reason} and run again"
         ) from error
@@ -91,7 +98,9 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: there is no such checkpoint; give the path of a .pth file, for example runs/NAME/{BEST}")
+        raise InputError(
+            f"{path}: there is no such checkpoint; give the path of a .pth file, for example runs/NAME/{BEST}"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -100,7 +109,9 @@ def read(path: str | Path) -> dict[str, Any]:
             f"take another one of the run, such as {LATEST}"
         ) from error
     if not isinstance(state, dict) or "net" not in state:
-        raise InputError(f"{path}: a torch file, but no checkpoint of portrait_dist or SuperGradients (it has no 'net')")
+        raise InputError(
+            f"{path}: a torch file, but no checkpoint of portrait_dist or SuperGradients (it has no 'net')"
+        )
     return state
 
 
@@ -122,10 +133,14 @@ def load_model(path: str | Path) -> tuple[UNet, dict[str, Any]]:
     weights = state.get("ema_net") or state["net"]
     about = state.get("portrait_dist") or {}
     try:
-        settings = about.get("model") or {"init_features": weights["encoder1.enc1conv1.weight"].shape[0]}
+        settings = about.get("model") or {
+            "init_features": weights["encoder1.enc1conv1.weight"].shape[0]
+        }
         model = UNet(**settings)
         model.load_state_dict(weights)
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: a checkpoint of another model than the U-Net of this package ({reason})") from error
+        raise InputError(
+            f"{path}: a checkpoint of another model than the U-Net of this package ({reason})"
+        ) from error
     return model.eval(), about

@@ -46,9 +46,13 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            ctx.fail(f"no command '{args[0]}'.{nearest(args[0], list(COMMANDS))} 'portrait-dist --help' lists them.")
+            ctx.fail(
+                f"no command '{args[0]}'.{nearest(args[0], list(COMMANDS))} 'portrait-dist --help' lists them."
+            )
         return super().resolve_command(ctx, args)
 
 
@@ -68,13 +72,19 @@ def run(arguments: list[str]) -> int:
         arguments: the words after the program's name.
     """
     try:
-        result = portrait_dist.main(args=arguments, prog_name="portrait-dist", standalone_mode=False)
+        result = portrait_dist.main(
+            args=arguments, prog_name="portrait-dist", standalone_mode=False
+        )
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return 2
     except click.ClickException as error:
-        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "portrait-dist"
+        path = (
+            error.ctx.command_path
+            if isinstance(error, click.UsageError) and error.ctx
+            else "portrait-dist"
+        )
         complain(f"{path}: {error.format_message()}")
         return 2
     except PortraitDistError as error:
@@ -84,7 +94,9 @@ def run(arguments: list[str]) -> int:
             complain(f"portrait-dist: {error}")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        complain("portrait-dist: interrupted; nothing half-written is left, run the same command again")
+        complain(
+            "portrait-dist: interrupted; nothing half-written is left, run the same command again"
+        )
         return 1
 
 

@@ -49,10 +49,14 @@ def knob(
 @dataclass
 class RunConfig:
     root: str = knob("runs", "folder that holds the run folders")
-    name: str = knob("", "name of the run; its folder is <root>/<name>; the recipe's name when empty")
+    name: str = knob(
+        "", "name of the run; its folder is <root>/<name>; the recipe's name when empty"
+    )
     resume: bool = knob(True, "go on if the run exists; false refuses to touch an existing run")
     max_requeues: int = knob(20, "times a SLURM job puts itself back into the queue", minimum=0)
-    requeue_on_failure: bool = knob(True, "a SLURM job whose rank or node failed comes back too, not only one that was stopped")
+    requeue_on_failure: bool = knob(
+        True, "a SLURM job whose rank or node failed comes back too, not only one that was stopped"
+    )
 
 
 @dataclass
@@ -63,7 +67,9 @@ class DataConfig:
         "side of the square training picture, pixels, for shards of original size; 0 means 256",
         minimum=0,
     )
-    workers: int = knob(2, "decoding threads of each rank; changes the speed, never the batches", minimum=0)
+    workers: int = knob(
+        2, "decoding threads of each rank; changes the speed, never the batches", minimum=0
+    )
     prefetch_batches: int = knob(4, "batches decoded ahead, per rank", minimum=1)
     order: str = knob(
         "full",
@@ -76,8 +82,12 @@ class DataConfig:
         "a damaged sample stops the run, or is skipped and counted",
         choices=("stop", "skip"),
     )
-    log_keys: bool = knob(False, "write the keys of every training batch to keys-rank<r>.jsonl in the run folder")
-    cache_dir: str = knob("", "folder for shards fetched from a remote address; the user's cache folder when empty")
+    log_keys: bool = knob(
+        False, "write the keys of every training batch to keys-rank<r>.jsonl in the run folder"
+    )
+    cache_dir: str = knob(
+        "", "folder for shards fetched from a remote address; the user's cache folder when empty"
+    )
     cache_gigabytes: float = knob(50.0, "size limit of that folder, GB", above=0)
 
 
@@ -89,7 +99,9 @@ class AugmentConfig:
     saturation: float = knob(0.5, "factor drawn from [1-s, 1+s]", minimum=0)
     scale: float = knob(0.0, "zoom factor drawn from [1/(1+s), 1+s]", minimum=0)
     rotation: float = knob(0.0, "angle drawn from [-r, r] degrees", minimum=0, maximum=180)
-    translation: float = knob(0.0, "shift drawn from [-t, t], as a share of the side", minimum=0, maximum=1)
+    translation: float = knob(
+        0.0, "shift drawn from [-t, t], as a share of the side", minimum=0, maximum=1
+    )
     background: float = knob(
         0.0,
         "probability of a new background taken from another picture of the batch",
@@ -106,7 +118,9 @@ class ModelConfig:
         "normalisation layers: batch, or group (nothing shared across samples)",
         choices=("batch", "group"),
     )
-    weights: str = knob("", "checkpoint whose weights a new run begins with (fine-tuning); random ones when empty")
+    weights: str = knob(
+        "", "checkpoint whose weights a new run begins with (fine-tuning); random ones when empty"
+    )
 
 
 @dataclass
@@ -124,18 +138,30 @@ class LossConfig:
 class TrainConfig:
     max_epochs: int = knob(100, "epochs", minimum=1)
     batch_size: int = knob(16, "samples per rank and step", minimum=1)
-    accumulate: int = knob(1, "batches whose gradients are added up before an optimiser step", minimum=1)
+    accumulate: int = knob(
+        1, "batches whose gradients are added up before an optimiser step", minimum=1
+    )
     max_batches: int = knob(0, "training batches per epoch, for trials; 0 means all", minimum=0)
-    max_val_batches: int = knob(0, "validation batches per epoch and rank, for trials; 0 means all", minimum=0)
+    max_val_batches: int = knob(
+        0, "validation batches per epoch and rank, for trials; 0 means all", minimum=0
+    )
     lr: float = knob(1e-3, "learning rate for lr_base_batch samples per step", above=0)
-    lr_base_batch: int = knob(0, "scale lr by global batch / this (linear rule); 0 means no scaling", minimum=0)
+    lr_base_batch: int = knob(
+        0, "scale lr by global batch / this (linear rule); 0 means no scaling", minimum=0
+    )
     warmup_steps: int = knob(0, "steps of linear warm-up", minimum=0)
-    lr_final_ratio: float = knob(0.01, "learning rate at the end of the cosine, as a share of lr", minimum=0, maximum=1)
+    lr_final_ratio: float = knob(
+        0.01, "learning rate at the end of the cosine, as a share of lr", minimum=0, maximum=1
+    )
     optimizer: str = knob("adam", "optimiser", choices=("adam", "adamw", "sgd"))
     weight_decay: float = knob(0.0, "weight decay", minimum=0)
     decay_norms: bool = knob(False, "weight decay on norms and biases too")
-    clip_grad_norm: float = knob(0.0, "largest L2 norm of the gradient; 0 means no clipping", minimum=0)
-    ema: bool = knob(False, "keep an exponential moving average of the weights, validated and saved")
+    clip_grad_norm: float = knob(
+        0.0, "largest L2 norm of the gradient; 0 means no clipping", minimum=0
+    )
+    ema: bool = knob(
+        False, "keep an exponential moving average of the weights, validated and saved"
+    )
     ema_decay: float = knob(0.999, "decay of that average", minimum=0, maximum=1)
     seed: int = knob(42, "seed of weights, order and augmentation", minimum=0)
     device: str = knob(
@@ -148,11 +174,17 @@ class TrainConfig:
     compile: bool = knob(False, "compile the model with torch.compile")
     sync_bn: bool = knob(False, "batch statistics over all ranks (SyncBatchNorm)")
     average_best: bool = knob(True, "keep average_model.pth, the mean of the ten best models")
-    save_every_steps: int = knob(0, "save within the epoch every so many steps; 0 means never", minimum=0)
-    save_every_seconds: float = knob(600.0, "save within the epoch every so many seconds; 0 means never", minimum=0)
+    save_every_steps: int = knob(
+        0, "save within the epoch every so many steps; 0 means never", minimum=0
+    )
+    save_every_seconds: float = knob(
+        600.0, "save within the epoch every so many seconds; 0 means never", minimum=0
+    )
     log_every_steps: int = knob(50, "steps between two lines of progress", minimum=1)
     timeout_seconds: float = knob(600.0, "a rank that stalls for so long ends the run", above=0)
-    threads: int = knob(0, "CPU threads of each rank; 0 means the machine's cores divided by its ranks", minimum=0)
+    threads: int = knob(
+        0, "CPU threads of each rank; 0 means the machine's cores divided by its ranks", minimum=0
+    )
     pictures: int = knob(4, "validation samples in the picture grid of each epoch", minimum=0)
 
 
@@ -234,11 +266,15 @@ def _read_recipe(path: Path) -> list[tuple[str, Any, int]]:
         root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"{path}, line {line}: not YAML ({error.problem}); mend that line") from error
+        raise InputError(
+            f"{path}, line {line}: not YAML ({error.problem}); mend that line"
+        ) from error
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
-        raise InputError(f"{path}, line 1: a recipe is a mapping such as 'train:' with 'lr: 0.001' under it")
+        raise InputError(
+            f"{path}, line 1: a recipe is a mapping such as 'train:' with 'lr: 0.001' under it"
+        )
     return list(_leaves(root, ""))
 
 
@@ -258,7 +294,9 @@ def _leaves(node: yaml.MappingNode, prefix: str) -> typing.Iterator[tuple[str, A
 def _set(config: Config, key: str, text: Any, where: str) -> None:
     known = knobs()
     if key not in known:
-        raise InputError(f"{where}: there is no key '{key}'.{nearest(key, list(known))} 'portrait-dist train --keys' lists them")
+        raise InputError(
+            f"{where}: there is no key '{key}'.{nearest(key, list(known))} 'portrait-dist train --keys' lists them"
+        )
     section, _, name = key.rpartition(".")
     target = getattr(config, section) if section else config
     hint = typing.get_type_hints(type(target))[name]
@@ -270,7 +308,9 @@ def _set(config: Config, key: str, text: Any, where: str) -> None:
 def _parse(text: Any, kind: type | types.UnionType, key: str, where: str) -> Any:
     try:
         if kind is bool:
-            return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[str(text).lower()]
+            return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[
+                str(text).lower()
+            ]
         if kind is int:
             return int(text)
         if kind is float:

@@ -49,7 +49,11 @@ def launched_by_torchrun() -> bool:
 def is_initialized() -> bool:
     """Is there a process group? Does not import torch.distributed where nobody has."""
     torch_distributed = sys.modules.get("torch.distributed")
-    return bool(torch_distributed and torch_distributed.is_available() and torch_distributed.is_initialized())
+    return bool(
+        torch_distributed
+        and torch_distributed.is_available()
+        and torch_distributed.is_initialized()
+    )
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -61,7 +65,9 @@ def pick_device(name: str = "auto") -> torch.device:
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("train.device=cuda: torch sees no GPU here; use train.device=cpu, or see 'portrait-dist doctor'")
+        raise InputError(
+            "train.device=cuda: torch sees no GPU here; use train.device=cpu, or see 'portrait-dist doctor'"
+        )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank() >= torch.cuda.device_count():
@@ -110,13 +116,17 @@ def _store_of_this_start(store: Any, timeout_seconds: float) -> Any:
     store.set(f"portrait_dist/start/{rank()}", uuid.uuid4().hex)
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
-        names = store.multi_get([f"portrait_dist/start/{one}" for one in ranks])  # waits for those not there yet
+        names = store.multi_get(
+            [f"portrait_dist/start/{one}" for one in ranks]
+        )  # waits for those not there yet
         token = hashlib.sha256(b"".join(names)).hexdigest()[:16]
         store.set(f"{token}/{rank()}", "here")
         if store.check([f"{token}/{one}" for one in ranks]):
             return dist.PrefixStore(token, store)  # type: ignore[attr-defined]
         time.sleep(0.05)
-    raise PortraitDistError(f"rank {rank()}: not all {world_size()} ranks started within {timeout_seconds:g} s")
+    raise PortraitDistError(
+        f"rank {rank()}: not all {world_size()} ranks started within {timeout_seconds:g} s"
+    )
 
 
 def stop() -> None:
@@ -230,7 +240,9 @@ def check_shared_folder(folder: Path, seconds: float = 20.0) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             token.touch()
         except OSError as error:
-            problem = f"{folder}: cannot write the run folder ({error.strerror}); choose another run.root"
+            problem = (
+                f"{folder}: cannot write the run folder ({error.strerror}); choose another run.root"
+            )
     name, problem = gather_objects((token.name, problem))[0]
     if problem:
         raise InputError(problem)

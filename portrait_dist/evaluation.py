@@ -118,8 +118,13 @@ def _score(
             pooled.update(probabilities, mattes)
             thresholds.update(probabilities, mattes)
             loss += float(criterion(logits, mattes)) * len(images)
-            figures = {name: values.tolist() for name, values in per_sample(probabilities, mattes).items()}
-            rows += [{"key": key, **{name: figures[name][i] for name in figures}} for i, key in enumerate(batch.keys)]
+            figures = {
+                name: values.tolist() for name, values in per_sample(probabilities, mattes).items()
+            }
+            rows += [
+                {"key": key, **{name: figures[name][i] for name in figures}}
+                for i, key in enumerate(batch.keys)
+            ]
     return rows, pooled, thresholds, loss
 
 
@@ -132,7 +137,9 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
         "boundary_iou": "boundary_iou",
         "gradient_error": "gradient_error",
     }
-    return {name: sum(row[figure] for row in rows) / max(len(rows), 1) for name, figure in names.items()}
+    return {
+        name: sum(row[figure] for row in rows) / max(len(rows), 1) for name, figure in names.items()
+    }
 
 
 def _at_thresholds(at: dict[str, list[float]]) -> dict[str, float]:
@@ -154,12 +161,16 @@ def baseline_iou(shards: str, size: tuple[int, int], split: str = "test") -> flo
         size: (H, W) at which both are compared.
     """
     total, count = torch.zeros(size, dtype=torch.float64), 0
-    for batch in build_loader(shards, "train", 16, shuffle=False, size=size, drop_last=False, rank=0, world_size=1):
+    for batch in build_loader(
+        shards, "train", 16, shuffle=False, size=size, drop_last=False, rank=0, world_size=1
+    ):
         total += batch.alpha.to(torch.float64).sum(0) / 255
         count += len(batch.alpha)
     mean = (total / max(count, 1)).to(torch.float32)
     pooled = SoftIoU()
-    for batch in build_loader(shards, split, 16, shuffle=False, size=size, drop_last=False, rank=0, world_size=1):
+    for batch in build_loader(
+        shards, split, 16, shuffle=False, size=size, drop_last=False, rank=0, world_size=1
+    ):
         pooled.update(mean.expand(len(batch.alpha), *size), batch.alpha.to(torch.float32) / 255)
     return float(pooled.compute())
 
@@ -208,7 +219,9 @@ def _draw(
         images = torch.stack([found[row["key"]][0] for row in group])
         alphas = torch.stack([found[row["key"]][1] for row in group])
         with torch.inference_mode():
-            predictions = model(normalise(images.to(device), alphas.to(device))[0])[:, 0].cpu().numpy()
+            predictions = (
+                model(normalise(images.to(device), alphas.to(device))[0])[:, 0].cpu().numpy()
+            )
         path = folder / f"{split}-{name}.png"
         picture_grid(list(images.numpy()), list(alphas.numpy()), list(predictions)).save(path)
         paths.append(str(path))

@@ -72,7 +72,9 @@ def atomic_path(path: str | Path, *, durable: bool = False, suffix: str = "") ->
             if durable:
                 _flush(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # the reason of a failure is the first error, not the clean-up's
+        with contextlib.suppress(
+            OSError
+        ):  # the reason of a failure is the first error, not the clean-up's
             temporary.unlink(missing_ok=True)
 
 
@@ -111,15 +113,26 @@ def explained(path: str | Path) -> Iterator[None]:
 def write_error(path: str | Path, error: OSError) -> PortraitDistError:
     """Make the exception that says why ``path`` was not written and what to do."""
     if error.errno in FULL:
-        return PortraitDistError(f"{path}: not written, the disk is full; free some space and run again")
+        return PortraitDistError(
+            f"{path}: not written, the disk is full; free some space and run again"
+        )
     parent = Path(path).parent
     if error.errno in (errno.ENOENT, errno.ENOTDIR) and not parent.is_dir():
         return InputError(f"{path}: there is no folder {parent}; make it, or give another path")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return InputError(f"{path}: cannot be written ({error.strerror}); give a folder of yours")
-    if error.errno in (errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ELOOP):
+    if error.errno in (
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EINVAL,
+        errno.ELOOP,
+    ):
         return InputError(f"{path}: cannot be written ({error.strerror}); give another path")
-    return PortraitDistError(f"{path}: cannot be written ({error.strerror or error}); see the disk, then run again")
+    return PortraitDistError(
+        f"{path}: cannot be written ({error.strerror or error}); see the disk, then run again"
+    )
 
 
 def check_writable(path: str | Path) -> None:
@@ -184,18 +197,28 @@ class ExclusiveLock:
                 break
             except OSError as error:
                 if error.errno not in HELD:
-                    log.warning("%s: this file system has no locks (%s); see that no other process writes here", path, error)
+                    log.warning(
+                        "%s: this file system has no locks (%s); see that no other process writes here",
+                        path,
+                        error,
+                    )
                     break
                 if time.monotonic() < deadline:
                     time.sleep(min(1.0, wait_seconds))
                     continue
-                holder = "" if folder else os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
+                holder = (
+                    ""
+                    if folder
+                    else os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
+                )
                 self.release()
                 raise InputError(held(holder or "another process")) from None
         if not folder:
             with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
                 os.ftruncate(self._descriptor, 0)
-                os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                os.pwrite(
+                    self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0
+                )
 
     def release(self) -> None:
         """Let another process write."""
@@ -222,7 +245,9 @@ def lock_output(folder: Path, command: str, out: Path) -> ExclusiveLock:
     """
     return ExclusiveLock(
         folder,
-        lambda _: f"{out}: another 'portrait-dist {command}' is writing there; wait for it, or give another --out",
+        lambda _: (
+            f"{out}: another 'portrait-dist {command}' is writing there; wait for it, or give another --out"
+        ),
     )
 
 
@@ -249,7 +274,9 @@ def read_marker(out: Path, name: str, command: str) -> dict[str, Any] | None:
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise InputError(f"{marker}: not written by 'portrait-dist {command}'; give another --out")
+            raise InputError(
+                f"{marker}: not written by 'portrait-dist {command}'; give another --out"
+            )
         return found
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: already holds something else; give a new folder as --out")

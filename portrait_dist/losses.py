@@ -92,13 +92,17 @@ class CustomSegLoss(_WeightedLoss):
         from_logits: take logits instead of probabilities; the same value, stable in low precision.
     """
 
-    def __init__(self, bce_weight: float = 1.0, iou_weight: float = 1.0, from_logits: bool = False) -> None:
+    def __init__(
+        self, bce_weight: float = 1.0, iou_weight: float = 1.0, from_logits: bool = False
+    ) -> None:
         super().__init__(bce_weight, iou_weight)
         self.takes_logits = from_logits
 
     def _terms(self, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if self.takes_logits:
-            return F.binary_cross_entropy_with_logits(preds, target), 1 - binary_iou(preds, target, threshold=0.0)
+            return F.binary_cross_entropy_with_logits(preds, target), 1 - binary_iou(
+                preds, target, threshold=0.0
+            )
         return F.binary_cross_entropy(preds, target), 1 - binary_iou(preds, target)
 
 

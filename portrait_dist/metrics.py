@@ -26,12 +26,18 @@ GRADIENT_SIGMA = 1.4
 
 def _planes(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Both as float32 [B, H, W]."""
-    if preds.shape != target.shape or preds.ndim not in (3, 4) or (preds.ndim == 4 and preds.shape[1] != 1):
+    if (
+        preds.shape != target.shape
+        or preds.ndim not in (3, 4)
+        or (preds.ndim == 4 and preds.shape[1] != 1)
+    ):
         raise ValueError(
             f"predictions {tuple(preds.shape)} and targets {tuple(target.shape)} must both be [B, 1, H, W] or [B, H, W]"
         )
     height, width = preds.shape[-2:]
-    return preds.detach().float().reshape(-1, height, width), target.detach().float().reshape(-1, height, width)
+    return preds.detach().float().reshape(-1, height, width), target.detach().float().reshape(
+        -1, height, width
+    )
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
@@ -77,7 +83,9 @@ def boundary(mask: Tensor, width: int) -> Tensor:
     """
     background = F.pad((~mask).float().unsqueeze(1), (width,) * 4, value=1.0)
     # Dilation by a square, one axis at a time.
-    near = F.max_pool2d(F.max_pool2d(background, (2 * width + 1, 1), stride=1), (1, 2 * width + 1), stride=1)
+    near = F.max_pool2d(
+        F.max_pool2d(background, (2 * width + 1, 1), stride=1), (1, 2 * width + 1), stride=1
+    )
     return mask & (near.squeeze(1) > 0)
 
 
@@ -92,7 +100,9 @@ def boundary_iou(preds: Tensor, target: Tensor, ratio: float = BOUNDARY_RATIO) -
     """
     preds, target = _planes(preds, target)
     width = max(1, round(ratio * math.hypot(*preds.shape[1:])))
-    return _ratio(*intersection_and_union(boundary(preds > 0.5, width), boundary(target > 0.5, width)))
+    return _ratio(
+        *intersection_and_union(boundary(preds > 0.5, width), boundary(target > 0.5, width))
+    )
 
 
 @cache
@@ -101,7 +111,9 @@ def gaussian_derivative(sigma: float) -> tuple[tuple[float, ...], tuple[float, .
     radius = math.ceil(sigma * math.sqrt(-2 * math.log(math.sqrt(2 * math.pi) * sigma * 0.01)))
     smooth = [math.exp(-(x**2) / (2 * sigma**2)) for x in range(-radius, radius + 1)]
     slope = [-x * value for x, value in zip(range(-radius, radius + 1), smooth, strict=True)]
-    return tuple(v / math.hypot(*smooth) for v in smooth), tuple(v / math.hypot(*slope) for v in slope)
+    return tuple(v / math.hypot(*smooth) for v in smooth), tuple(
+        v / math.hypot(*slope) for v in slope
+    )
 
 
 def gradient_magnitude(alpha: Tensor, sigma: float = GRADIENT_SIGMA) -> Tensor:
@@ -286,9 +298,13 @@ class PrecisionRecall(Metric):
 
     def __init__(self, thresholds: int = 101, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.register_buffer("edges", torch.linspace(0, 1, thresholds, dtype=torch.float64).float(), persistent=False)
+        self.register_buffer(
+            "edges", torch.linspace(0, 1, thresholds, dtype=torch.float64).float(), persistent=False
+        )
         # counts[t, i]: pixels of truth t (0 background, 1 foreground) that are above exactly i of the thresholds.
-        self.add_state("counts", torch.zeros(2, thresholds + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state(
+            "counts", torch.zeros(2, thresholds + 1, dtype=torch.int64), dist_reduce_fx="sum"
+        )
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         preds, target = _planes(preds, target)

@@ -43,7 +43,9 @@ def quickstart(raw: str | None, out: str, nproc: int | None) -> dict[str, Any]:
     _say("4/5 test score")
     from portrait_dist import evaluation
 
-    scored = evaluation.evaluate(trained["checkpoint"], str(shards), "test", pictures=folder / "pictures" / "test")
+    scored = evaluation.evaluate(
+        trained["checkpoint"], str(shards), "test", pictures=folder / "pictures" / "test"
+    )
     assert scored is not None
     baseline = evaluation.baseline_iou(str(shards), SIZE)
     _say("5/5 cut-outs")
@@ -64,7 +66,9 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     marker = folder / "quickstart.json"
     if marker.is_file():
         if json.loads(marker.read_text()) != settings:
-            raise InputError(f"{folder}: holds a quickstart with other pictures; choose another --out, or remove the folder")
+            raise InputError(
+                f"{folder}: holds a quickstart with other pictures; choose another --out, or remove the folder"
+            )
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: holds something else already; choose another --out")
@@ -126,7 +130,9 @@ def _train(shards: Path, folder: Path, processes: int) -> dict[str, Any]:
         output, _ = process.communicate()
     except KeyboardInterrupt:  # the terminal sent it to torchrun too, which saves and ends
         process.wait()
-        raise Stopped(f"stopped in training; 'portrait-dist quickstart --out {folder}' goes on") from None
+        raise Stopped(
+            f"stopped in training; 'portrait-dist quickstart --out {folder}' goes on"
+        ) from None
     except BaseException:
         process.send_signal(signal.SIGTERM)
         process.wait()
@@ -145,7 +151,9 @@ def _cut_out(checkpoint: str, folder: Path) -> list[str]:
     from portrait_dist.inference import batch
 
     images = [str(pair.image) for pair in split.read_split(folder / "data").pairs("test")[:4]]
-    written: list[str] = batch.predict_files(checkpoint, images, folder / "pictures", force=True)["files"]
+    written: list[str] = batch.predict_files(checkpoint, images, folder / "pictures", force=True)[
+        "files"
+    ]
     return written
 
 

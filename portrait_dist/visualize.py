@@ -37,7 +37,9 @@ def overlay(image: Picture, alpha: Alpha) -> Picture:
 def cut_out(image: Picture, alpha: Alpha, square: int = 8) -> Picture:
     """The figure before a checkerboard."""
     share = _share(alpha)[..., None]
-    return (share * image + (1 - share) * checkerboard(image.shape[0], image.shape[1], square)).astype(np.uint8)
+    return (
+        share * image + (1 - share) * checkerboard(image.shape[0], image.shape[1], square)
+    ).astype(np.uint8)
 
 
 def checkerboard(height: int, width: int, square: int = 8) -> Picture:
@@ -64,7 +66,9 @@ def iou(alpha: Alpha, prediction: Alpha) -> float:
     return int((truth & guess).sum()) / union if union else 1.0
 
 
-def picture_grid(images: Sequence[Picture], alphas: Sequence[Alpha], predictions: Sequence[Alpha]) -> Image.Image:
+def picture_grid(
+    images: Sequence[Picture], alphas: Sequence[Alpha], predictions: Sequence[Alpha]
+) -> Image.Image:
     """One row for each sample: image, matte, prediction, cut-out by the prediction, errors; with the sample's IoU.
 
     Args:
@@ -103,7 +107,8 @@ def contact_sheet(
         augmented: for each sample its augmented pictures, the same number each; none by default.
     """
     rows = [
-        [image, _grey(alpha), overlay(image, alpha), cut_out(image, alpha)] for image, alpha in zip(images, alphas, strict=True)
+        [image, _grey(alpha), overlay(image, alpha), cut_out(image, alpha)]
+        for image, alpha in zip(images, alphas, strict=True)
     ]
     headings = ["image", "matte", "overlay", "cut-out"]
     if augmented:
@@ -112,7 +117,9 @@ def contact_sheet(
     return sheet(rows, headings, captions)
 
 
-def sheet(rows: Sequence[Sequence[Picture]], headings: Sequence[str], captions: Sequence[str]) -> Image.Image:
+def sheet(
+    rows: Sequence[Sequence[Picture]], headings: Sequence[str], captions: Sequence[str]
+) -> Image.Image:
     """Pictures in rows, with a heading over each column and a caption under each row.
 
     All pictures have the size of the first; others are brought to it.
@@ -124,7 +131,9 @@ def sheet(rows: Sequence[Sequence[Picture]], headings: Sequence[str], captions: 
     paper = Image.new("RGB", total, PAPER)
     pen = ImageDraw.Draw(paper)
     for column, heading in enumerate(headings):
-        pen.text((GAP + column * (width + GAP), GAP), _fitting(heading, width, font), fill=INK, font=font)
+        pen.text(
+            (GAP + column * (width + GAP), GAP), _fitting(heading, width, font), fill=INK, font=font
+        )
     for number, (row, caption) in enumerate(zip(rows, captions, strict=True)):
         top = line + number * (height + line)
         for column, picture in enumerate(row):

@@ -27,7 +27,9 @@ def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]
         random.uniform((0.6, 0.3, 0.1), (0.9, 0.5, 0.3)),
         random.uniform((0.1, 0.3, 0.5), (0.3, 0.5, 0.8)),
     )
-    image = ground + alpha[..., None] * (person - ground) + random.normal(0, 0.03, (height, width, 1))
+    image = (
+        ground + alpha[..., None] * (person - ground) + random.normal(0, 0.03, (height, width, 1))
+    )
     return (image.clip(0, 1) * 255).round().astype(np.uint8), alpha
 
 
@@ -35,7 +37,9 @@ def framed(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Such a picture of any shape, letterboxed to the network's size: figures of many sizes, with bars."""
     image, alpha = picture(height, width, seed)
     placement = place(height, width, SIZE, "letterbox")
-    layer = shrink(np.repeat((alpha * 255).astype(np.uint8)[..., None], 3, axis=2), placement)[..., 0]
+    layer = shrink(np.repeat((alpha * 255).astype(np.uint8)[..., None], 3, axis=2), placement)[
+        ..., 0
+    ]
     return shrink(image, placement), layer / np.float32(255)
 
 
@@ -45,7 +49,9 @@ def train(steps: int = 100) -> UNet:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     random = np.random.default_rng(0)
     pairs = [framed(*random.integers(60, 240, 2), seed=seed) for seed in range(32)]
-    images = (torch.from_numpy(np.stack([image for image, _ in pairs])).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    images = (
+        torch.from_numpy(np.stack([image for image, _ in pairs])).float() / 255 - torch.tensor(MEAN)
+    ) / torch.tensor(STD)
     images = images.permute(0, 3, 1, 2).contiguous()
     alphas = torch.from_numpy(np.stack([alpha for _, alpha in pairs])).unsqueeze(1)
     for step in range(steps):

@@ -42,7 +42,9 @@ class Job:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.end()
-            raise AssertionError(f"still running after {timeout} s:\n{self.text()[-4000:]}") from None
+            raise AssertionError(
+                f"still running after {timeout} s:\n{self.text()[-4000:]}"
+            ) from None
 
     def text(self) -> str:
         """stdout and stderr of all ranks."""
@@ -58,7 +60,11 @@ class Job:
     def ranks(self) -> list[psutil.Process]:
         """The processes that train, in the order of their ranks."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        found = [child for child in children if "RANK" in _environment(child) and "torch.distributed.run" not in child.cmdline()]
+        found = [
+            child
+            for child in children
+            if "RANK" in _environment(child) and "torch.distributed.run" not in child.cmdline()
+        ]
         return sorted(found, key=lambda child: int(_environment(child)["RANK"]))
 
     def end(self) -> None:
@@ -115,14 +121,20 @@ def train(
     words = [*prefix, *start, "-m", "portrait_dist", "train", "--json", "--recipe", recipe]
     words += [f"data.shards={shards}", f"run.root={folder}", f"run.name={name}", *TINY, *keys]
     log = folder / f"{name}-{time.time_ns()}.log"
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with open(log, "wb") as file:
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=file, env=environment)
     return Job(process, log)
 
 
-def wait_for(condition: Callable[[], Any], what: str, job: Job | None = None, seconds: float = 120) -> Any:
+def wait_for(
+    condition: Callable[[], Any], what: str, job: Job | None = None, seconds: float = 120
+) -> Any:
     """Poll until the condition holds and return its value."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -131,7 +143,9 @@ def wait_for(condition: Callable[[], Any], what: str, job: Job | None = None, se
         if job is not None and job.process.poll() is not None and not condition():
             raise AssertionError(f"the job ended before {what}:\n{job.text()[-4000:]}")
         time.sleep(0.05)
-    raise AssertionError(f"{what} did not happen within {seconds} s:\n{job.text()[-4000:] if job else ''}")
+    raise AssertionError(
+        f"{what} did not happen within {seconds} s:\n{job.text()[-4000:] if job else ''}"
+    )
 
 
 def lines(run: Path, kind: str | None = None) -> list[dict[str, Any]]:

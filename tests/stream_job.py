@@ -29,8 +29,12 @@ def see(shards: str, options: dict[str, Any]) -> dict[str, Any]:
     seen["rest"] = [batch.keys for batch in loader]
     seen["val"] = [batch.keys for batch in build_loader(shards, "val", options["batch_size"])]
     seen["other seed"] = begin(shards, options["batch_size"], seed=dist.get_rank())
-    seen["other shards"] = begin(options["copies"][dist.get_rank() > 0], options["batch_size"], seed=0)
-    seen["skipping"] = step(options["damaged"], {"batch_size": options["batch_size"], "on_damage": "skip"})
+    seen["other shards"] = begin(
+        options["copies"][dist.get_rank() > 0], options["batch_size"], seed=0
+    )
+    seen["skipping"] = step(
+        options["damaged"], {"batch_size": options["batch_size"], "on_damage": "skip"}
+    )
     return seen
 
 

@@ -20,7 +20,9 @@ from portrait_dist.errors import PortraitDistError
 Result = dict[str, Any] | None
 
 
-def command(name: str, *, summary: Callable[[dict[str, Any]], str], **attributes: Any) -> Callable[..., click.Command]:
+def command(
+    name: str, *, summary: Callable[[dict[str, Any]], str], **attributes: Any
+) -> Callable[..., click.Command]:
     """Decorator: a click command with ``--json`` and ``--debug``.
 
     Args:
@@ -49,10 +51,12 @@ def command(name: str, *, summary: Callable[[dict[str, Any]], str], **attributes
                 elif text := summary(result):
                     click.echo(text)
 
-        decorated = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(run)
-        decorated = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")(
-            decorated
+        decorated = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(
+            run
         )
+        decorated = click.option(
+            "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else."
+        )(decorated)
         return click.command(name, **attributes)(decorated)
 
     return decorate
@@ -65,7 +69,9 @@ class Size(click.ParamType):
         self.original = original
         self.name = "HEIGHTxWIDTH|original" if original else "HEIGHTxWIDTH"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int] | None:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int] | None:
         if not isinstance(value, str):
             return value
         if self.original and value == "original":

@@ -34,7 +34,9 @@ def script(shell: str, program: click.Command) -> str:
     return text
 
 
-def complete_setting(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_setting(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
     """``shell_complete`` of an argument made of ``key=value`` words: the keys, and after ``key=`` the values it can take.
 
     bash takes ``=`` as a word of its own, and click hides it where it is the last: ``train.precision=`` is asked for as ``""``
@@ -46,12 +48,24 @@ def complete_setting(context: click.Context, parameter: click.Parameter, incompl
     key, equals, begun = incomplete.partition("=")
     before = [word for word in context.params.get(parameter.name or "") or () if word]
     if before and before[-1] == "=":
-        return [CompletionItem(value) for value in _values(knobs, before[-2]) if value.startswith(incomplete)]
+        return [
+            CompletionItem(value)
+            for value in _values(knobs, before[-2])
+            if value.startswith(incomplete)
+        ]
     if incomplete == "" and before and before[-1] in knobs:
         return [CompletionItem(value) for value in _values(knobs, before[-1])]
     if equals:
-        return [CompletionItem(f"{key}={value}") for value in _values(knobs, key) if value.startswith(begun)]
-    return [CompletionItem(f"{name}=", help=field.metadata["help"]) for name, field in knobs.items() if name.startswith(key)]
+        return [
+            CompletionItem(f"{key}={value}")
+            for value in _values(knobs, key)
+            if value.startswith(begun)
+        ]
+    return [
+        CompletionItem(f"{name}=", help=field.metadata["help"])
+        for name, field in knobs.items()
+        if name.startswith(key)
+    ]
 
 
 def _values(knobs: dict[str, Any], key: str) -> list[str]:
@@ -73,4 +87,7 @@ def completion(shell: str) -> dict[str, Any]:
         zsh:  echo 'eval "$(portrait-dist completion zsh)"' >> ~/.zshrc      (after compinit)
         fish: portrait-dist completion fish > ~/.config/fish/completions/portrait-dist.fish
     """
-    return {"shell": shell, "script": script(shell, click.get_current_context().find_root().command)}
+    return {
+        "shell": shell,
+        "script": script(shell, click.get_current_context().find_root().command),
+    }

@@ -27,7 +27,9 @@ def _line(check: dict[str, str]) -> str:
 
 def _doctor_summary(result: dict[str, Any]) -> str:
     warnings = sum(check["status"] == "warn" for check in result["checks"])
-    return "everything works" + (f", {warnings} thing{'s' * (warnings > 1)} could be better" if warnings else "")
+    return "everything works" + (
+        f", {warnings} thing{'s' * (warnings > 1)} could be better" if warnings else ""
+    )
 
 
 @command("doctor", summary=_doctor_summary, epilog=DOCTOR_EXAMPLES)
@@ -38,7 +40,9 @@ def _doctor_summary(result: dict[str, Any]) -> str:
     type=click.Path(path_type=Path),
     help="Folder whose disk is measured.",
 )
-@click.option("--shards", metavar="SHARDS", help="Packed shards to look at: a folder or an address.")
+@click.option(
+    "--shards", metavar="SHARDS", help="Packed shards to look at: a folder or an address."
+)
 @click.option("--gpu", is_flag=True, help="No usable GPU is a failure.")
 def doctor(path: Path, shards: str | None, gpu: bool) -> dict[str, Any]:
     """What this machine can run, what is missing or slow, and what to do about it.
@@ -59,5 +63,7 @@ def doctor(path: Path, shards: str | None, gpu: bool) -> dict[str, Any]:
     failed = [check["name"] for check in checks if check["status"] == FAIL]
     result = {"ok": not failed, "checks": checks}
     if failed:
-        raise PortraitDistError(f"doctor: {', '.join(failed)} failed; do what the arrows above say", result=result)
+        raise PortraitDistError(
+            f"doctor: {', '.join(failed)} failed; do what the arrows above say", result=result
+        )
     return result

@@ -26,7 +26,9 @@ def _evaluate_summary(result: dict[str, Any]) -> str:
 )
 @click.option("--checkpoint", required=True, help="A .pth file of a run.")
 @click.option("--data", "shards", required=True, help="Folder or address of the shards.")
-@click.option("--split", default="test", show_default=True, type=click.Choice(["train", "val", "test"]))
+@click.option(
+    "--split", default="test", show_default=True, type=click.Choice(["train", "val", "test"])
+)
 @click.option(
     "--batch-size",
     default=16,
@@ -34,8 +36,12 @@ def _evaluate_summary(result: dict[str, Any]) -> str:
     type=click.IntRange(1),
     help="Samples per rank and step.",
 )
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(0), help="Decoding threads.")
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option(
+    "--workers", default=2, show_default=True, type=click.IntRange(0), help="Decoding threads."
+)
+@click.option(
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])
+)
 @click.option(
     "--per-sample",
     "table",
@@ -57,6 +63,8 @@ def evaluate(**options: Any) -> dict[str, Any] | None:
     from portrait_dist import distributed, evaluation
 
     try:
-        return evaluation.evaluate(options.pop("checkpoint"), options.pop("shards"), options.pop("split"), **options)
+        return evaluation.evaluate(
+            options.pop("checkpoint"), options.pop("shards"), options.pop("split"), **options
+        )
     finally:
         distributed.stop()

@@ -14,7 +14,11 @@ from portrait_dist.commands import Size, command
 
 
 def _pack_summary(result: dict[str, Any]) -> str:
-    speed = f", {result['pairs_per_second']:.1f} pairs/s" if result["packed"] else ", all of them there already"
+    speed = (
+        f", {result['pairs_per_second']:.1f} pairs/s"
+        if result["packed"]
+        else ", all of them there already"
+    )
     return (
         f"{result['samples']} samples in {result['shards']} shards, {result['bytes'] / 1e6:.1f} MB, in {result['out']}{speed}\n"
         f"next: portrait-dist train --recipe aisegment_unet data.shards={result['out']}"
@@ -42,7 +46,9 @@ def _pack_summary(result: dict[str, Any]) -> str:
     help="Pixels of every sample (256 is 256x256), or their own.",
 )
 @click.option("--samples-per-shard", default=1024, show_default=True, help="Samples in each tar.")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: the CPUs there are]")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Threads.  [default: the CPUs there are]"
+)
 @click.option(
     "--codec",
     type=click.Choice(["jpeg", "raw"]),

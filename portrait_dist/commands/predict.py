@@ -24,7 +24,9 @@ def _predict_summary(result: dict[str, Any]) -> str:
 @command("predict", summary=_predict_summary, epilog=PREDICT_EXAMPLES)
 @click.option("--checkpoint", required=True, help="A .pth file of a run.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder for the pictures.")
+@click.option(
+    "--out", required=True, type=click.Path(file_okay=False), help="Folder for the pictures."
+)
 @click.option(
     "--background",
     default="transparent",
@@ -64,7 +66,9 @@ def _predict_summary(result: dict[str, Any]) -> str:
     type=click.IntRange(1),
     help="Photos that go through the network together.",
 )
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option(
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])
+)
 @click.option(
     "--precision",
     default="auto",

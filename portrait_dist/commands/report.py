@@ -19,7 +19,9 @@ Examples:
 def _summary(result: dict[str, Any]) -> str:
     if result["val_iou"] is None:
         return f"{result['file']}, without pictures: {result['no_pictures']}"
-    return f"{result['file']}: validation IoU {result['val_iou']:.4f} on {result['samples']} samples"
+    return (
+        f"{result['file']}: validation IoU {result['val_iou']:.4f} on {result['samples']} samples"
+    )
 
 
 @command("report", summary=_summary, epilog=EXAMPLES)
@@ -48,7 +50,9 @@ def _summary(result: dict[str, Any]) -> str:
     type=click.IntRange(0),
     help="Score only so many validation samples.  [default: all]",
 )
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option(
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])
+)
 def report(run: Path, out: Path | None, **options: Any) -> dict[str, Any]:
     """Curves, pictures, worst cases and settings of a run, in one HTML file that needs no network.
 

@@ -23,8 +23,12 @@ from portrait_dist.commands import Size, command
     metavar="DIR|SHARDS",
     help="What 'prepare' or 'pack' wrote; also a remote address.",
 )
-@click.option("--split", default="train", show_default=True, metavar="train|val|test", help="Which split.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Picture to write, .png or .jpg.")
+@click.option(
+    "--split", default="train", show_default=True, metavar="train|val|test", help="Which split."
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Picture to write, .png or .jpg."
+)
 @click.option(
     "--samples",
     type=click.IntRange(1, 200),
@@ -39,9 +43,13 @@ from portrait_dist.commands import Size, command
     show_default=True,
     help="Augmented versions of each.",
 )
-@click.option("--size", type=Size(), help="Of each picture.  [default: the shards' own, or 256x256]")
+@click.option(
+    "--size", type=Size(), help="Of each picture.  [default: the shards' own, or 256x256]"
+)
 @click.option("--recipe", metavar="NAME|FILE", help="Take the augmentation from this recipe.")
-@click.option("--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Of the augmentation.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Of the augmentation."
+)
 @click.argument("words", nargs=-1, metavar="[key=value …]")
 def show(
     data: str,

@@ -15,7 +15,9 @@ def _status_summary(result: dict[str, Any]) -> str:
     return table(result)
 
 
-@command("status", summary=_status_summary, epilog="\b\nExample:\n  portrait-dist status runs/first\n")
+@command(
+    "status", summary=_status_summary, epilog="\b\nExample:\n  portrait-dist status runs/first\n"
+)
 @click.argument("run", type=click.Path())
 def status(run: str) -> dict[str, Any]:
     """How far a run is: epoch, IoU, speed, time left, last error. Reads the run's folder only; works without SLURM."""

@@ -29,8 +29,12 @@ def _synth_summary(result: dict[str, Any]) -> str:
     help="Folder to write; new, or one to finish.",
 )
 @click.option("--pairs", required=True, type=int, help="How many pairs of image and matte.")
-@click.option("--seed", default=0, show_default=True, help="Pair i is a pure function of (seed, i).")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: the CPUs there are]")
+@click.option(
+    "--seed", default=0, show_default=True, help="Pair i is a pure function of (seed, i)."
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes.  [default: the CPUs there are]"
+)
 def synth(out: Path, pairs: int, seed: int, workers: int | None) -> dict[str, Any]:
     """Make a raw AISegment tree of synthetic portraits, 600x800.
 

@@ -19,7 +19,9 @@ Examples:
 
 def _train_summary(result: dict[str, Any]) -> str:
     if "keys" in result:
-        return "\n".join(f"{name:28s} {default!s:16s} {text}" for name, default, text in result["keys"])
+        return "\n".join(
+            f"{name:28s} {default!s:16s} {text}" for name, default, text in result["keys"]
+        )
     return (
         f"trained {result['epochs']} epochs ({result['samples_seen']} samples, {result['images_per_second']} images/s)\n"
         f"best validation IoU {result['best_iou']:.4f}\n"
@@ -37,7 +39,11 @@ def train(recipe: str | None, keys: bool, settings: tuple[str, ...]) -> dict[str
     from portrait_dist import config
 
     if keys:
-        return {"keys": [(name, item.default, item.metadata["help"]) for name, item in config.knobs().items()]}
+        return {
+            "keys": [
+                (name, item.default, item.metadata["help"]) for name, item in config.knobs().items()
+            ]
+        }
     from portrait_dist.slurm import job
 
     job.check_launch()

@@ -18,7 +18,9 @@ def _verify_summary(result: dict[str, Any]) -> str:
 
 @command("verify", summary=_verify_summary)
 @click.argument("shards")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: the CPUs there are]")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Threads.  [default: the CPUs there are]"
+)
 def verify(shards: str, workers: int | None) -> dict[str, Any]:
     """Check counts and hashes of SHARDS (a folder or an address), and that every sample decodes.
 

@@ -112,7 +112,10 @@ class Augment:
             flip=draws[0] < config.flip,
             order=ORDERS[(draws[1] * len(ORDERS)).astype(np.int64)],
             factors=np.stack(
-                [low + (high - low) * draw for low, high, draw in zip(lows, highs, draws[2:5], strict=True)],
+                [
+                    low + (high - low) * draw
+                    for low, high, draw in zip(lows, highs, draws[2:5], strict=True)
+                ],
                 1,
             ),
             zoom=np.exp((2 * draws[5] - 1) * log_zoom),
@@ -122,7 +125,9 @@ class Augment:
             background=draws[9] < config.background,
         )
 
-    def apply(self, images: torch.Tensor, alphas: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+    def apply(
+        self, images: torch.Tensor, alphas: torch.Tensor, parameters: Parameters
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Augment with given parameters; shapes as in ``__call__``."""
         config = self.config
         if not (config.scale or config.rotation or config.translation or config.background):
@@ -137,7 +142,9 @@ class Augment:
         return normalise_levels(pictures.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), mattes
 
 
-def flip(images: torch.Tensor, alphas: torch.Tensor, chosen: NDArray[np.bool_]) -> tuple[torch.Tensor, torch.Tensor]:
+def flip(
+    images: torch.Tensor, alphas: torch.Tensor, chosen: NDArray[np.bool_]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mirror the chosen samples of uint8 [B, H, W, 3] and [B, H, W]."""
     mask = _to(chosen, images.device)
     return (
@@ -146,7 +153,9 @@ def flip(images: torch.Tensor, alphas: torch.Tensor, chosen: NDArray[np.bool_]) 
     )
 
 
-def colours(images: torch.Tensor, alphas: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+def colours(
+    images: torch.Tensor, alphas: torch.Tensor, parameters: Parameters
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Brightness, contrast and saturation of each sample, in its own order.
 
     Each is a blend of the picture with black, with its mean grey or with its grey version, cut to 0..255 and rounded down to
@@ -175,7 +184,9 @@ def colours(images: torch.Tensor, alphas: torch.Tensor, parameters: Parameters) 
     return pictures, alphas.float()
 
 
-def move(pictures: torch.Tensor, mattes: torch.Tensor, parameters: Parameters) -> tuple[torch.Tensor, torch.Tensor]:
+def move(
+    pictures: torch.Tensor, mattes: torch.Tensor, parameters: Parameters
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Zoom, turn and shift about the centre, bilinear, with the edge continued outside.
 
     Args:
@@ -190,13 +201,17 @@ def move(pictures: torch.Tensor, mattes: torch.Tensor, parameters: Parameters) -
     shift = np.array([2 * parameters.shift_x, 2 * parameters.shift_y])
     offset = -np.einsum("ijb,jb->ib", inverse, shift)
     theta = np.concatenate([inverse, offset[:, None]], axis=1).transpose(2, 0, 1)
-    grid = F.affine_grid(_to(theta.astype(np.float32), pictures.device), list(pictures.shape), align_corners=False)
+    grid = F.affine_grid(
+        _to(theta.astype(np.float32), pictures.device), list(pictures.shape), align_corners=False
+    )
     both = torch.cat([pictures, mattes], dim=1)
     moved = F.grid_sample(both, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return moved[:, :3], moved[:, 3:].clamp(0, 1)
 
 
-def new_background(pictures: torch.Tensor, mattes: torch.Tensor, chosen: NDArray[np.bool_]) -> torch.Tensor:
+def new_background(
+    pictures: torch.Tensor, mattes: torch.Tensor, chosen: NDArray[np.bool_]
+) -> torch.Tensor:
     """Put the chosen figures before the next picture of the batch, from which its figure is removed.
 
     Args:
@@ -205,7 +220,9 @@ def new_background(pictures: torch.Tensor, mattes: torch.Tensor, chosen: NDArray
         chosen: bool [B].
     """
     behind = without_figure(pictures, mattes).roll(1, dims=0)
-    share = torch.where(_to(chosen, pictures.device)[:, None, None, None], mattes, torch.ones_like(mattes))
+    share = torch.where(
+        _to(chosen, pictures.device)[:, None, None, None], mattes, torch.ones_like(mattes)
+    )
     return pictures * share + behind * (1 - share)
 
 
@@ -217,7 +234,9 @@ def without_figure(pictures: torch.Tensor, mattes: torch.Tensor) -> torch.Tensor
         mattes: float32 [B, 1, H, W] in [0, 1].
     """
     free = (1 - mattes).clamp(0, 1)
-    free = torch.where(free > 0.98, free, torch.zeros_like(free))  # soft edges carry the figure's colours
+    free = torch.where(
+        free > 0.98, free, torch.zeros_like(free)
+    )  # soft edges carry the figure's colours
     visible = pictures * free
     fill = _weighted_mean(visible, free, (1, 1), pictures.mean(dim=(2, 3), keepdim=True))
     for cells in (4, 16):
@@ -228,7 +247,9 @@ def without_figure(pictures: torch.Tensor, mattes: torch.Tensor) -> torch.Tensor
     return visible + fill * (1 - free)
 
 
-def _weighted_mean(visible: torch.Tensor, free: torch.Tensor, cells: tuple[int, int], coarser: torch.Tensor) -> torch.Tensor:
+def _weighted_mean(
+    visible: torch.Tensor, free: torch.Tensor, cells: tuple[int, int], coarser: torch.Tensor
+) -> torch.Tensor:
     """Mean colour of the visible pixels of each cell, leaning on the coarser level where there are few."""
     weight = F.adaptive_avg_pool2d(free, cells)
     return (F.adaptive_avg_pool2d(visible, cells) + 0.02 * coarser) / (weight + 0.02)
@@ -244,7 +265,11 @@ def _grey(pictures: torch.Tensor) -> torch.Tensor:
 def _to(values: NDArray[Any], device: torch.device) -> torch.Tensor:
     """A small array on the device; from page-locked memory, so that the copy waits for nothing."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 def _flip_and_colours(
@@ -284,7 +309,9 @@ def _on_cpu(
     pictures = torch.empty((count, height, width, 3), dtype=torch.float32)
     mattes = torch.empty((count, height, width), dtype=torch.float32)
     given = zip(images.numpy(), alphas.numpy(), strict=True)
-    for row, ((picture, matte), finished, share) in enumerate(zip(given, pictures.numpy(), mattes.numpy(), strict=True)):
+    for row, ((picture, matte), finished, share) in enumerate(
+        zip(given, pictures.numpy(), mattes.numpy(), strict=True)
+    ):
         if parameters.flip[row]:
             picture, matte = cv2.flip(picture, 1), cv2.flip(matte, 1)
         np.copyto(finished, _colours_of_one(picture, parameters, row))
@@ -294,7 +321,9 @@ def _on_cpu(
     return pictures, mattes
 
 
-def _colours_of_one(picture: NDArray[np.uint8], parameters: Parameters, row: int) -> NDArray[np.uint8]:
+def _colours_of_one(
+    picture: NDArray[np.uint8], parameters: Parameters, row: int
+) -> NDArray[np.uint8]:
     """Colours of one uint8 [H, W, 3] picture; the original is left alone."""
     cv2 = _opencv()
     down = -0.4999  # OpenCV rounds to the nearest level, Pillow down
@@ -308,7 +337,9 @@ def _colours_of_one(picture: NDArray[np.uint8], parameters: Parameters, row: int
         else:
             # the fast way is one level off at 0.1 % of the pixels: no matter at the end, but the next steps would enlarge it
             grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) if turn == 2 else _exact_grey(picture)
-            picture = cv2.addWeighted(picture, factor, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB), 1 - factor, down)
+            picture = cv2.addWeighted(
+                picture, factor, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB), 1 - factor, down
+            )
     return picture
 
 

@@ -66,7 +66,9 @@ def write(
     except OSError as error:
         with suppress(OSError):
             part.unlink()
-        raise InputError(f"--out {out}: cannot be written ({error.strerror}); give another file") from error
+        raise InputError(
+            f"--out {out}: cannot be written ({error.strerror}); give another file"
+        ) from error
     return {"out": str(out), "split": split, "samples": len(keys), "keys": keys}
 
 
@@ -77,7 +79,9 @@ def read(data: str, split: str, count: int, size: tuple[int, int] | None = None)
     if (Path(data) / MANIFEST).is_file() or (Path(data) / "clip_img").is_dir():
         return _from_folder(data, split, count, size or DEFAULT_SIZE)
     if "://" not in data and not (Path(data) / "manifest.json").is_file():
-        raise InputError(f"--data {data}: holds neither split.json nor manifest.json; give what 'prepare' or 'pack' wrote")
+        raise InputError(
+            f"--data {data}: holds neither split.json nor manifest.json; give what 'prepare' or 'pack' wrote"
+        )
     return _from_shards(data, split, count, size)
 
 
@@ -109,15 +113,21 @@ def _from_shards(data: str, split: str, count: int, size: tuple[int, int] | None
     shards = ShardSet(data, split)
     size = size or shards.size or DEFAULT_SIZE
     if shards.codec == "raw" and size != shards.size:
-        raise InputError(f"--size {size[0]}x{size[1]}: shards of the raw codec are shown at their own size; leave --size out")
+        raise InputError(
+            f"--size {size[0]}x{size[1]}: shards of the raw codec are shown at their own size; leave --size out"
+        )
     samples: list[Sample] = []
     for index in _spread(shards.samples, count, data, split):
         encoded = shards.read(index)
         image, alpha = np.empty((*size, 3), np.uint8), np.empty(size, np.uint8)
         try:
-            decode_pair(encoded.image, encoded.alpha, size, image, alpha, exact=True, codec=shards.codec)
+            decode_pair(
+                encoded.image, encoded.alpha, size, image, alpha, exact=True, codec=shards.codec
+            )
         except ValueError as error:
-            raise DamagedDataError(f"{data}: {shards.name(index)}: {error}; see 'portrait-dist verify {data}'") from error
+            raise DamagedDataError(
+                f"{data}: {shards.name(index)}: {error}; see 'portrait-dist verify {data}'"
+            ) from error
         samples.append((encoded.key, image, alpha))
     return samples
 
@@ -141,7 +151,14 @@ def _augmented(
     rows: list[list[NDArray[np.uint8]]] = [[] for _ in images]
     for epoch in range(versions):
         normalised, _ = augment(*batch, epoch=epoch, positions=np.arange(len(images)))
-        levels = ((normalised * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        levels = (
+            ((normalised * std + mean) * 255)
+            .round()
+            .clamp(0, 255)
+            .byte()
+            .permute(0, 2, 3, 1)
+            .numpy()
+        )
         for row, picture in zip(rows, levels, strict=True):
             row.append(picture)
     return rows

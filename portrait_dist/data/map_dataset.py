@@ -43,7 +43,9 @@ class AISegmentDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         DamagedDataError: from ``__getitem__``, a file that is missing or cannot be decoded.
     """
 
-    def __init__(self, data_path: str | Path, split: str, input_height: int = 256, input_width: int = 256) -> None:
+    def __init__(
+        self, data_path: str | Path, split: str, input_height: int = 256, input_width: int = 256
+    ) -> None:
         self.pairs = _pairs(Path(data_path), split)
         self.split = split
         self.input_height, self.input_width = input_height, input_width
@@ -66,7 +68,9 @@ class AISegmentDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         pair = self.pairs[index]
         image, matte = _decode(pair.image), _decode(pair.matte)
         if image.size != matte.size:
-            raise InputError(f"{pair.matte}: {matte.size}, but its image {pair.image} has {image.size}; bring both to one size")
+            raise InputError(
+                f"{pair.matte}: {matte.size}, but its image {pair.image} has {image.size}; bring both to one size"
+            )
         return image.convert("RGB"), matte.getchannel(matte.getbands()[-1])
 
     def augment(self, image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
@@ -82,7 +86,9 @@ def _pairs(data: Path, split: str) -> list[Pair]:
     images = data / split
     if split in SPLITS and not (data / MANIFEST).is_file() and images.is_dir():
         keys = sorted(path.stem for path in images.glob("*.jpg") if not path.name.startswith("."))
-        return [Pair(key, *pair_paths(data, split, key), group=key.partition("-")[0]) for key in keys]
+        return [
+            Pair(key, *pair_paths(data, split, key), group=key.partition("-")[0]) for key in keys
+        ]
     return read_split(data).pairs(split)
 
 
@@ -92,6 +98,10 @@ def _decode(path: Path) -> Image.Image:
             picture.load()
             return picture
     except FileNotFoundError as error:
-        raise DamagedDataError(f"{path}: missing; run 'portrait-dist prepare' again, it adds what is missing") from error
+        raise DamagedDataError(
+            f"{path}: missing; run 'portrait-dist prepare' again, it adds what is missing"
+        ) from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise DamagedDataError(f"{path}: cannot be decoded ({error}); get the file again, or remove the pair") from error
+        raise DamagedDataError(
+            f"{path}: cannot be decoded ({error}); get the file again, or remove the pair"
+        ) from error

@@ -93,13 +93,21 @@ def predict_files(
     return result
 
 
-def _segmenter(checkpoint: str | Path, photos: Sequence[Path], precision: str, options: dict[str, Any]) -> PortraitSegmenter:
+def _segmenter(
+    checkpoint: str | Path, photos: Sequence[Path], precision: str, options: dict[str, Any]
+) -> PortraitSegmenter:
     integers = precision == "int8"
-    segmenter = PortraitSegmenter.from_checkpoint(checkpoint, precision="auto" if integers else precision, **options)
+    segmenter = PortraitSegmenter.from_checkpoint(
+        checkpoint, precision="auto" if integers else precision, **options
+    )
     if integers:
         agreement = segmenter.calibrate(_readable(photos[:: -(-len(photos) // CALIBRATION_PHOTOS)]))
-        verdict = "8-bit integers" if agreement >= fused.TOLERANCE else "too little, so in floating point"
-        print(f"masks in 8-bit integers against fp32: IoU {agreement:.4f}; {verdict}", file=sys.stderr)
+        verdict = (
+            "8-bit integers" if agreement >= fused.TOLERANCE else "too little, so in floating point"
+        )
+        print(
+            f"masks in 8-bit integers against fp32: IoU {agreement:.4f}; {verdict}", file=sys.stderr
+        )
     return segmenter
 
 
@@ -121,14 +129,28 @@ def find_photos(paths: Sequence[str], out: Path) -> dict[Path, Path]:
     for text in paths:
         path = Path(text)
         if path.is_dir():
-            hits = {photo: photo.relative_to(path) for photo in sorted(path.rglob("*")) if _is_photo(photo, path, out)}
+            hits = {
+                photo: photo.relative_to(path)
+                for photo in sorted(path.rglob("*"))
+                if _is_photo(photo, path, out)
+            }
         elif path.exists():
             hits = {path: Path(path.name)}
         else:
-            hits = {Path(hit): Path(Path(hit).name) for hit in sorted(glob.glob(text, recursive=True)) if _is_photo(Path(hit))}
+            hits = {
+                Path(hit): Path(Path(hit).name)
+                for hit in sorted(glob.glob(text, recursive=True))
+                if _is_photo(Path(hit))
+            }
         if not hits:
-            what = "no photo in this folder" if path.is_dir() else "no such file, and no photo fits it as a pattern"
-            raise InputError(f"{text}: {what}; give photos ({', '.join(sorted(SUFFIXES))}), folders or patterns in quotes")
+            what = (
+                "no photo in this folder"
+                if path.is_dir()
+                else "no such file, and no photo fits it as a pattern"
+            )
+            raise InputError(
+                f"{text}: {what}; give photos ({', '.join(sorted(SUFFIXES))}), folders or patterns in quotes"
+            )
         found |= {photo: name for photo, name in hits.items() if photo not in found}
     one_each = {photo.resolve(): photo for photo in reversed(found)}
     return {photo: name for photo, name in found.items() if one_each[photo.resolve()] == photo}
@@ -178,10 +200,14 @@ def _targets(out: Path, name: str) -> dict[str, Path]:
 
 
 def _refuse_to_overwrite(names: dict[Path, str], out: Path, force: bool) -> None:
-    there = [path for name in names.values() for path in _targets(out, name).values() if path.exists()]
+    there = [
+        path for name in names.values() for path in _targets(out, name).values() if path.exists()
+    ]
     if there and not force:
         others = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise InputError(f"{there[0]}{others} exist; add --force to overwrite, or choose another --out")
+        raise InputError(
+            f"{there[0]}{others} exist; add --force to overwrite, or choose another --out"
+        )
 
 
 def _in_order(
@@ -232,7 +258,9 @@ class _Work:
             for _, future in _in_order(writers, self._write, self._alphas(calls), ahead=self.cores):
                 yield future.result()
 
-    def _alphas(self, reads: Iterable[tuple[Path, Future[Photo]]]) -> Iterator[tuple[Path, tuple[Any, ...]]]:
+    def _alphas(
+        self, reads: Iterable[tuple[Path, Future[Photo]]]
+    ) -> Iterator[tuple[Path, tuple[Any, ...]]]:
         readable: deque[Path] = deque()
 
         def pictures() -> Iterator[Photo]:
@@ -269,7 +297,9 @@ def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
         PortraitDistError: it cannot be written; the file that was there stays.
     """
     order = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}
-    encoded = cv2.imencode(".png", cv2.cvtColor(picture, order[picture.shape[2]]) if picture.ndim == 3 else picture)[1]
+    encoded = cv2.imencode(
+        ".png", cv2.cvtColor(picture, order[picture.shape[2]]) if picture.ndim == 3 else picture
+    )[1]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

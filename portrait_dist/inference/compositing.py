@@ -50,15 +50,24 @@ def foreground_colours(picture: Picture, alpha: Alpha) -> Array:
     height, width = alpha.shape
     scale = min(1.0, WORKING_SIDE / min(height, width))
     small = (max(1, round(width * scale)), max(1, round(height * scale)))
-    tiny_image, tiny_alpha = (cv2.resize(plane, small, interpolation=cv2.INTER_AREA) for plane in (image, alpha))
+    tiny_image, tiny_alpha = (
+        cv2.resize(plane, small, interpolation=cv2.INTER_AREA) for plane in (image, alpha)
+    )
     first, second = (max(1, round(share * min(small))) for share in REACH)
     foreground, background = _local_means(tiny_image, tiny_image, tiny_alpha, first)
-    foreground, background = _local_means(_unmix(tiny_image, tiny_alpha, foreground, background), background, tiny_alpha, second)
-    means = (cv2.resize(mean, (width, height), interpolation=cv2.INTER_LINEAR) for mean in (foreground, background))
+    foreground, background = _local_means(
+        _unmix(tiny_image, tiny_alpha, foreground, background), background, tiny_alpha, second
+    )
+    means = (
+        cv2.resize(mean, (width, height), interpolation=cv2.INTER_LINEAR)
+        for mean in (foreground, background)
+    )
     return _unmix(image, alpha, *means)
 
 
-def _local_means(foreground: Array, background: Array, alpha: Alpha, radius: int) -> tuple[Array, Array]:
+def _local_means(
+    foreground: Array, background: Array, alpha: Alpha, radius: int
+) -> tuple[Array, Array]:
     """Means over a box of the colours of foreground and background, weighted by alpha² and (1 - alpha)².
 
     Squares instead of the paper's plain weights: mixed pixels count less, which halves the fringe of wide soft edges.
@@ -67,7 +76,9 @@ def _local_means(foreground: Array, background: Array, alpha: Alpha, radius: int
     smallest = 1e-5
 
     def mean(colours: Array, weight: Array) -> Array:
-        return cv2.blur(colours * weight[..., None], box) / (cv2.blur(weight, box)[..., None] + smallest)
+        return cv2.blur(colours * weight[..., None], box) / (
+            cv2.blur(weight, box)[..., None] + smallest
+        )
 
     return mean(foreground, alpha**2), mean(background, (1 - alpha) ** 2)
 
@@ -75,7 +86,9 @@ def _local_means(foreground: Array, background: Array, alpha: Alpha, radius: int
 def _unmix(image: Array, alpha: Alpha, foreground: Array, background: Array) -> Array:
     """The foreground's mean, corrected by its part of what the mixture of both means does not explain."""
     weight = alpha[..., None]
-    return np.clip(foreground + weight * (image - weight * foreground - (1 - weight) * background), 0, 1)
+    return np.clip(
+        foreground + weight * (image - weight * foreground - (1 - weight) * background), 0, 1
+    )
 
 
 def parse_background(text: str) -> Background:
@@ -125,13 +138,19 @@ def blurred(photo: Picture, alpha: Alpha) -> Array:
     for spread, trust in ((sigma, 1.0), (4 * sigma, 1e-2), (16 * sigma, 1e-4)):
         weight = weight + trust * cv2.GaussianBlur(behind, (0, 0), spread)[..., None]
         colour = colour + trust * cv2.GaussianBlur(image * behind, (0, 0), spread)
-    return np.asarray(cv2.resize((colour / weight).astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR))
+    return np.asarray(
+        cv2.resize(
+            (colour / weight).astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR
+        )
+    )
 
 
 def _covering(scene: Picture, height: int, width: int) -> Array:
     scale = max(height / scene.shape[0], width / scene.shape[1])
     size = (max(width, round(scene.shape[1] * scale)), max(height, round(scene.shape[0] * scale)))
-    resized = cv2.resize(scene, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    resized = cv2.resize(
+        scene, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    )
     top, left = (size[1] - height) // 2, (size[0] - width) // 2
     return resized[top : top + height, left : left + width].astype(np.float32) / 255
 
@@ -141,7 +160,9 @@ def to_bytes(array: Array | Alpha) -> NDArray[np.uint8]:
     return (array * 255 + 0.5).astype(np.uint8)
 
 
-def cut_out(photo: Picture, alpha: Alpha, background: Background | None = None) -> NDArray[np.uint8]:
+def cut_out(
+    photo: Picture, alpha: Alpha, background: Background | None = None
+) -> NDArray[np.uint8]:
     """The person at the photo's own resolution.
 
     Args:
@@ -164,11 +185,15 @@ def side_by_side(photo: Picture, alpha: Alpha, cutout: NDArray[np.uint8]) -> NDA
     height, width = alpha.shape
     scale = min(1.0, PANEL_HEIGHT / height)
     small = (max(1, round(width * scale)), max(1, round(height * scale)))
-    panels = [cv2.resize(panel, small, interpolation=cv2.INTER_AREA) for panel in (photo, to_bytes(alpha), cutout[..., :3])]
+    panels = [
+        cv2.resize(panel, small, interpolation=cv2.INTER_AREA)
+        for panel in (photo, to_bytes(alpha), cutout[..., :3])
+    ]
     if cutout.shape[2] == 4:
         opacity = cv2.resize(alpha, small, interpolation=cv2.INTER_AREA)[..., None]
-        panels[2] = (opacity * panels[2] + (1 - opacity) * checkerboard(opacity.shape[0], opacity.shape[1], square=16)).astype(
-            np.uint8
-        )
+        panels[2] = (
+            opacity * panels[2]
+            + (1 - opacity) * checkerboard(opacity.shape[0], opacity.shape[1], square=16)
+        ).astype(np.uint8)
     panels[1] = np.repeat(panels[1][..., None], 3, axis=2)
     return np.concatenate(panels, axis=1)

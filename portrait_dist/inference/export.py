@@ -60,7 +60,9 @@ def describe(size: tuple[int, int]) -> dict[str, str]:
     }
 
 
-def export(checkpoint: str | Path, out: str | Path, format: str = "onnx", *, force: bool = False) -> dict[str, Any]:
+def export(
+    checkpoint: str | Path, out: str | Path, format: str = "onnx", *, force: bool = False
+) -> dict[str, Any]:
     """Write a checkpoint's network as ``format`` and check the file against it.
 
     Args:
@@ -93,10 +95,14 @@ def export(checkpoint: str | Path, out: str | Path, format: str = "onnx", *, for
         write(model, torch.rand(2, 3, height, width), metadata, temporary)
         difference = largest_difference(model, read(temporary), (height, width))
         if not difference <= TOLERANCE:
-            raise PortraitDistError(f"{out}: not written, the {format} file differs from the network by {difference:.2g}")
+            raise PortraitDistError(
+                f"{out}: not written, the {format} file differs from the network by {difference:.2g}"
+            )
         os.replace(temporary, out)
     except OSError as error:
-        raise PortraitDistError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
+        raise PortraitDistError(
+            f"{out}: cannot be written ({error.strerror}); choose another --out"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return {
@@ -108,7 +114,9 @@ def export(checkpoint: str | Path, out: str | Path, format: str = "onnx", *, for
     }
 
 
-def largest_difference(model: nn.Module, exported: Callable[[Tensor], Tensor], size: tuple[int, int]) -> float:
+def largest_difference(
+    model: nn.Module, exported: Callable[[Tensor], Tensor], size: tuple[int, int]
+) -> float:
     """Largest difference of a probability between network and file, on noise and on flat pictures, batches of 1 and 3."""
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
@@ -143,7 +151,9 @@ def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _write_pt2(model: nn.Module, example: Tensor, metadata: dict[str, str], path: Path) -> None:
-    program = torch.export.export(model, (example,), dynamic_shapes={"image": {0: torch.export.Dim("batch")}})
+    program = torch.export.export(
+        model, (example,), dynamic_shapes={"image": {0: torch.export.Dim("batch")}}
+    )
     torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata, indent=1)})
 
 

@@ -34,7 +34,9 @@ def _working_copy(array: Array, scale: float) -> Array:
 def _full_size(array: Array, shape: tuple[int, ...]) -> Array:
     if array.shape[:2] == shape[:2]:
         return array
-    return np.asarray(cv2.resize(array, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR), np.float32)
+    return np.asarray(
+        cv2.resize(array, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR), np.float32
+    )
 
 
 def _working_scale(shape: tuple[int, ...]) -> float:
@@ -69,12 +71,18 @@ def refine_alpha(
     guide = picture.astype(np.float32) / 255
     scale = _working_scale(alpha.shape)
     reach = max(1, round(radius * pixels * scale))
-    a, b = _linear_model(_working_copy(guide, scale), _working_copy(alpha, scale), reach, smoothness)
-    refined = (_full_size(_box(a, reach), guide.shape) * guide).sum(2) + _full_size(_box(b, reach), guide.shape)
+    a, b = _linear_model(
+        _working_copy(guide, scale), _working_copy(alpha, scale), reach, smoothness
+    )
+    refined = (_full_size(_box(a, reach), guide.shape) * guide).sum(2) + _full_size(
+        _box(b, reach), guide.shape
+    )
     return np.clip(refined, 0, 1).astype(np.float32)
 
 
-def _linear_model(guide: Array, alpha: Alpha, radius: int, smoothness: float) -> tuple[Array, Array]:
+def _linear_model(
+    guide: Array, alpha: Alpha, radius: int, smoothness: float
+) -> tuple[Array, Array]:
     """Per pixel, the least-squares a [H, W, 3] and b [H, W] of alpha ≈ a·guide + b within the box around it.
 
     The 3×3 systems are solved by LDLᵀ, written out: a third of the time of NumPy's solver, which calls LAPACK for every pixel.
@@ -92,7 +100,9 @@ def _linear_model(guide: Array, alpha: Alpha, radius: int, smoothness: float) ->
     lower_3 = green_blue / green
     blue = blue - lower_2 * red_blue - lower_3 * green_blue
 
-    r, g, b = np.moveaxis(_box(guide * alpha[..., None], radius) - mean * mean_alpha[..., None], 2, 0)
+    r, g, b = np.moveaxis(
+        _box(guide * alpha[..., None], radius) - mean * mean_alpha[..., None], 2, 0
+    )
     g = g - lower_1 * r
     b = (b - lower_2 * r - lower_3 * g) / blue
     g = g / green - lower_3 * b

@@ -74,15 +74,23 @@ def read_picture(picture: Picture) -> NDArray[np.uint8]:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except UnidentifiedImageError as error:
-        raise DamagedDataError(f"{path}: not a picture that Pillow can read; convert it to JPEG or PNG") from error
+        raise DamagedDataError(
+            f"{path}: not a picture that Pillow can read; convert it to JPEG or PNG"
+        ) from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {error}; make it smaller first") from error
     except Exception as error:  # Pillow's readers meet damage with errors of many kinds
-        raise DamagedDataError(f"{path}: the picture is damaged ({error}); take another copy of it") from error
+        raise DamagedDataError(
+            f"{path}: the picture is damaged ({error}); take another copy of it"
+        ) from error
 
 
 def _rgb_array(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))) or 0 in array.shape:
+    if (
+        array.dtype != np.uint8
+        or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4)))
+        or 0 in array.shape
+    ):
         raise InputError(
             f"an array of shape {array.shape} and type {array.dtype} is no picture; give uint8 [H, W, 3], RGB from 0 to 255"
         )
@@ -105,7 +113,9 @@ class Placement:
     picture: tuple[int, int, int, int]
 
 
-def place(height: int, width: int, size: tuple[int, int], fit: str, aspect: float = TRAINING_ASPECT) -> Placement:
+def place(
+    height: int, width: int, size: tuple[int, int], fit: str, aspect: float = TRAINING_ASPECT
+) -> Placement:
     """Lay a picture of ``height`` × ``width`` pixels into the network's input.
 
     Args:
@@ -136,14 +146,18 @@ def shrink(picture: NDArray[np.uint8], placement: Placement) -> NDArray[np.uint8
     top, left, height, width = placement.picture
     small = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR))
     bottom, right = placement.height - top - height, placement.width - left - width
-    return np.asarray(cv2.copyMakeBorder(small, top, bottom, left, right, cv2.BORDER_REPLICATE), np.uint8)
+    return np.asarray(
+        cv2.copyMakeBorder(small, top, bottom, left, right, cv2.BORDER_REPLICATE), np.uint8
+    )
 
 
 def enlarge(alpha: Alpha, placement: Placement, height: int, width: int) -> Alpha:
     """Bring the network's alpha back to the picture's own ``height`` × ``width``."""
     top, left, inner_height, inner_width = placement.picture
     inner = np.ascontiguousarray(alpha[top : top + inner_height, left : left + inner_width])
-    return np.asarray(cv2.resize(inner, (width, height), interpolation=cv2.INTER_LINEAR), np.float32)
+    return np.asarray(
+        cv2.resize(inner, (width, height), interpolation=cv2.INTER_LINEAR), np.float32
+    )
 
 
 class PortraitSegmenter:
@@ -228,7 +242,9 @@ class PortraitSegmenter:
             return [alpha for _, alpha in self.stream(map(read_picture, pictures), batch_size)]
         return next(self.stream([read_picture(pictures)]))[1]
 
-    def stream(self, pictures: Iterable[NDArray[np.uint8]], batch_size: int = 8) -> Iterator[tuple[NDArray[np.uint8], Alpha]]:
+    def stream(
+        self, pictures: Iterable[NDArray[np.uint8]], batch_size: int = 8
+    ) -> Iterator[tuple[NDArray[np.uint8], Alpha]]:
         """Yield (picture, alpha) in order, twice ``batch_size`` pictures in memory at a time.
 
         Masks are brought to full size by threads while this one runs the network on the next batch.
@@ -240,7 +256,10 @@ class PortraitSegmenter:
         with ThreadPoolExecutor(cores()) as threads:
             finishing: list[tuple[NDArray[np.uint8], Future[Alpha]]] = []
             while batch := list(islice(waiting, batch_size)):
-                placements = [place(picture.shape[0], picture.shape[1], self.size, self.fit, self.aspect) for picture in batch]
+                placements = [
+                    place(picture.shape[0], picture.shape[1], self.size, self.fit, self.aspect)
+                    for picture in batch
+                ]
                 small = self._small_alphas(batch, placements)
                 yield from ((picture, future.result()) for picture, future in finishing)
                 finishing = [
@@ -249,7 +268,9 @@ class PortraitSegmenter:
                 ]
             yield from ((picture, future.result()) for picture, future in finishing)
 
-    def _small_alphas(self, pictures: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]) -> list[Alpha]:
+    def _small_alphas(
+        self, pictures: Sequence[NDArray[np.uint8]], placements: Sequence[Placement]
+    ) -> list[Alpha]:
         """Alpha at the network's size; pictures whose inputs have one size share a batch."""
         alphas: dict[int, Alpha] = {}
         by_size: dict[tuple[int, int], list[int]] = {}
@@ -257,7 +278,9 @@ class PortraitSegmenter:
             by_size.setdefault((placement.height, placement.width), []).append(i)
         for group in by_size.values():
             inputs = torch.from_numpy(np.stack([shrink(pictures[i], placements[i]) for i in group]))
-            alphas.update(zip(group, self._levelled(self.alpha_of(inputs)).cpu().numpy(), strict=True))
+            alphas.update(
+                zip(group, self._levelled(self.alpha_of(inputs)).cpu().numpy(), strict=True)
+            )
         return [alphas[i] for i in range(len(pictures))]
 
     def _levelled(self, alpha: Tensor) -> Tensor:
@@ -274,7 +297,9 @@ class PortraitSegmenter:
         return alpha[:, 0]
 
     def _normalised(self, inputs: Tensor) -> Tensor:
-        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD))
+        mean, std = (
+            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD)
+        )
         return inputs.to(self.device).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
 
     def calibrate(self, pictures: Iterable[Picture]) -> float:
@@ -299,12 +324,19 @@ class PortraitSegmenter:
                 "8-bit integers are for CPUs with VNNI or AMX instructions; this segmenter stays as it is without them"
             )
         if self.model.norm != "batch":
-            raise InputError("only a network with batch norms can compute in 8-bit integers; this one has group norms")
+            raise InputError(
+                "only a network with batch norms can compute in 8-bit integers; this one has group norms"
+            )
         fit = "letterbox" if self.fit == "cover" else self.fit  # all of one size
         read = map(read_picture, pictures)
-        small = [shrink(photo, place(photo.shape[0], photo.shape[1], self.size, fit, self.aspect)) for photo in read]
+        small = [
+            shrink(photo, place(photo.shape[0], photo.shape[1], self.size, fit, self.aspect))
+            for photo in read
+        ]
         if len(small) < 2:
-            raise InputError(f"{len(small)} pictures are too few to calibrate with; give at least 2, better 64")
+            raise InputError(
+                f"{len(small)} pictures are too few to calibrate with; give at least 2, better 64"
+            )
         x = self._normalised(torch.from_numpy(np.stack(small)))
         network = int8.quantise(self.model, x[::2])
         exact = fused.prepare(self.model, self.device, "fp32")

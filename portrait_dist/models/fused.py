@@ -63,10 +63,18 @@ class UpJoin(nn.Module):
     def __init__(self, upconv: nn.ConvTranspose2d, conv: nn.Conv2d) -> None:
         super().__init__()
         middle = upconv.out_channels
-        up_half, skip_half = conv.weight.detach().double().split([middle, conv.in_channels - middle], dim=1)
-        self.up = nn.ConvTranspose2d(upconv.in_channels, conv.out_channels, 4, stride=2, padding=1, bias=False)
-        self.skip = nn.Conv2d(conv.in_channels - middle, conv.out_channels, 3, padding=1, bias=False)
-        self.up.weight.data = compose(upconv.weight.detach().double(), up_half).to(conv.weight.dtype)
+        up_half, skip_half = (
+            conv.weight.detach().double().split([middle, conv.in_channels - middle], dim=1)
+        )
+        self.up = nn.ConvTranspose2d(
+            upconv.in_channels, conv.out_channels, 4, stride=2, padding=1, bias=False
+        )
+        self.skip = nn.Conv2d(
+            conv.in_channels - middle, conv.out_channels, 3, padding=1, bias=False
+        )
+        self.up.weight.data = compose(upconv.weight.detach().double(), up_half).to(
+            conv.weight.dtype
+        )
         self.skip.weight.data = skip_half.to(conv.weight.dtype)
         self.register_buffer("bias", border_bias(upconv, up_half, conv).to(conv.weight.dtype))
 
@@ -101,7 +109,9 @@ def border_bias(upconv: nn.ConvTranspose2d, up_half: Tensor, conv: nn.Conv2d) ->
 
     ``upconv``'s bias is not there in the zero padding around the up-sampled map, so fewer taps see it at the border.
     """
-    inside = torch.tensor([[0, 1, 1], [1, 1, 1], [1, 1, 0]], dtype=torch.float64, device=up_half.device)  # [place, tap]
+    inside = torch.tensor(
+        [[0, 1, 1], [1, 1, 1], [1, 1, 0]], dtype=torch.float64, device=up_half.device
+    )  # [place, tap]
     bias = torch.zeros(upconv.out_channels) if upconv.bias is None else upconv.bias.detach()
     seen = torch.einsum("omkl,m,yk,xl->oyx", up_half, bias.to(up_half), inside, inside)
     return seen if conv.bias is None else seen + conv.bias.detach().double()[:, None, None]
@@ -113,7 +123,9 @@ class MergedUNet(nn.Module):
     def __init__(self, model: UNet) -> None:
         super().__init__()
         source = copy.deepcopy(model).eval()
-        self.encoders = nn.ModuleList(getattr(source, f"encoder{level}") for level in range(1, LEVELS + 1))
+        self.encoders = nn.ModuleList(
+            getattr(source, f"encoder{level}") for level in range(1, LEVELS + 1)
+        )
         self.bottleneck = source.bottleneck
         self.joins, self.decoders = nn.ModuleList(), nn.ModuleList()
         for level in range(LEVELS, 0, -1):
@@ -150,7 +162,11 @@ def pick_precision(device: torch.device, precision: str = "auto") -> torch.dtype
     """
     if precision == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+            return (
+                torch.bfloat16
+                if torch.cuda.get_device_capability(device) >= (8, 0)
+                else torch.float32
+            )
         return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
@@ -186,7 +202,9 @@ def prepare(
     """
     device = torch.device(device)
     dtype = pick_precision(device, precision)
-    merged = merge_up_convolutions(fold_batch_norm(model)).to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    merged = merge_up_convolutions(fold_batch_norm(model)).to(
+        device, dtype, memory_format=torch.channels_last
+    )  # type: ignore[call-overload]
     logits: Network = merged
     if compile is True:
         logits = torch.compile(merged, options=_compile_options(device))

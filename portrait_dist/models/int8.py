@@ -99,7 +99,9 @@ class ByteConv:
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """uint8 [B, I, H, W] → [B, O, H', W']; with ``add``, of the output's shape, the sum is in its place and type."""
         strides = dilation = [1, 1]
-        if x.shape[2:] != self.packed_for:  # oneDNN orders weights for a shape; ordered otherwise it would do it at every call
+        if (
+            x.shape[2:] != self.packed_for
+        ):  # oneDNN orders weights for a shape; ordered otherwise it would do it at every call
             self.packed_for = x.shape[2:]
             self.packed = torch.ops.onednn.qconv_prepack(
                 self.weight, self.scales, 1.0, 0, strides, self.padding, dilation, 1, list(x.shape)
@@ -107,7 +109,9 @@ class ByteConv:
         read = (x, 1.0, 0, self.packed, self.scales, self.zeros)
         window = (strides, self.padding, dilation, 1)
         if add is None:
-            out = torch.ops.onednn.qconv2d_pointwise(*read, self.bias, *window, 1.0, 0, self.dtype, self.activation, [], "")
+            out = torch.ops.onednn.qconv2d_pointwise(
+                *read, self.bias, *window, 1.0, 0, self.dtype, self.activation, [], ""
+            )
         else:
             join = torch.ops.onednn.qconv2d_pointwise.binary
             out = join(
@@ -186,12 +190,16 @@ class ByteJoin:
         )  # of the even and of the odd pixels, from the first of two input pixels to the second
         pixels = [kernel[:, :, rows][..., columns] for rows in taps for columns in taps]
         zero = torch.zeros(4 * channels)
-        self.up = ByteConv(torch.cat(pixels), zero, reads[0], middle.repeat(4), dtype=SUMS, relu=False)
+        self.up = ByteConv(
+            torch.cat(pixels), zero, reads[0], middle.repeat(4), dtype=SUMS, relu=False
+        )
         bias = border_bias(upconv, up_half, first)
         skip = Reading(*(numbers[channels:] for numbers in reads[1]))
         self.skip = ByteConv(skip_half, bias[:, 1, 1], skip, middle)
         self.border = ((bias - bias[:, 1:2, 1:2]) / middle[:, None, None]).permute(1, 2, 0).to(SUMS)
-        unit, dtype = (torch.ones_like(middle), torch.bfloat16) if gives is None else (gives, torch.uint8)
+        unit, dtype = (
+            (torch.ones_like(middle), torch.bfloat16) if gives is None else (gives, torch.uint8)
+        )
         self.second = ByteConv(*_weight_and_bias(block[3]), reads[2], unit, dtype=dtype)
 
     def __call__(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -221,24 +229,37 @@ class ByteUNet:
     """
 
     def __init__(self, folded: UNet, reads: dict[str, tuple[Reading, ...]]) -> None:
-        joined = [reads[f"decoder{level}"][0].step for level in range(1, LEVELS + 1)]  # of up-sampled and skip channels
-        gives = {f"encoder{level}": step[len(step) // 2 :] for level, step in enumerate(joined, start=1)}
+        joined = [
+            reads[f"decoder{level}"][0].step for level in range(1, LEVELS + 1)
+        ]  # of up-sampled and skip channels
+        gives = {
+            f"encoder{level}": step[len(step) // 2 :] for level, step in enumerate(joined, start=1)
+        }
         gives |= {"bottleneck": reads[f"upconv{LEVELS}"][0].step}
-        gives |= {f"decoder{level}": reads[f"upconv{level - 1}"][0].step for level in range(2, LEVELS + 1)}
+        gives |= {
+            f"decoder{level}": reads[f"upconv{level - 1}"][0].step for level in range(2, LEVELS + 1)
+        }
         names = [f"encoder{level}" for level in range(1, LEVELS + 1)] + ["bottleneck"]
         _count_in_steps(folded, gives)
         self.encoders = [
-            getattr(folded, name).to(torch.bfloat16, memory_format=torch.channels_last) for name in names[:FLOAT_LEVELS]
+            getattr(folded, name).to(torch.bfloat16, memory_format=torch.channels_last)
+            for name in names[:FLOAT_LEVELS]
         ]
         self.byte_blocks = []
         for before, name in pairwise(names[FLOAT_LEVELS - 1 :]):
             first, second = reads[name]
-            self.byte_blocks.append(ByteBlock(getattr(folded, name), (first._replace(step=gives[before]), second), gives[name]))
+            self.byte_blocks.append(
+                ByteBlock(
+                    getattr(folded, name), (first._replace(step=gives[before]), second), gives[name]
+                )
+            )
         self.joins = []
         for level in range(LEVELS, 0, -1):
             upconv, block = f"upconv{level}", f"decoder{level}"
             read = (*reads[upconv], *reads[block])
-            self.joins.append(ByteJoin(getattr(folded, upconv), getattr(folded, block), read, gives.get(block)))
+            self.joins.append(
+                ByteJoin(getattr(folded, upconv), getattr(folded, block), read, gives.get(block))
+            )
         self.conv = folded.conv.to(torch.bfloat16)
 
     @torch.no_grad()
@@ -262,7 +283,9 @@ class ByteUNet:
 
 def _as_bytes(x: Tensor) -> Tensor:
     """Counts of steps, at least 0, as uint8; overwrites ``x``."""
-    return x.clamp_(max=255).round_().to(torch.int16).to(torch.uint8)  # straight from bfloat16 it takes longer
+    return (
+        x.clamp_(max=255).round_().to(torch.int16).to(torch.uint8)
+    )  # straight from bfloat16 it takes longer
 
 
 def _pooled(x: Tensor) -> Tensor:
@@ -294,7 +317,9 @@ def quantise(model: UNet, pictures: Tensor) -> Network:
         ValueError: the network has group norms, which cannot be folded into the convolutions.
     """
     if model.norm != "batch":
-        raise ValueError("only a network with batch norms can be quantised; this one has group norms")
+        raise ValueError(
+            "only a network with batch norms can be quantised; this one has group norms"
+        )
     folded = fold_batch_norm(model).cpu().float()
     return ByteUNet(folded, _readings(folded, pictures))
 
@@ -308,7 +333,9 @@ class _Watch:
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         channels = inputs[0].transpose(0, 1).flatten(1)
         above = max(1, round(CLIPPED * channels.shape[1]))
-        self.largest = torch.maximum(self.largest, channels.abs().topk(above, dim=1).values[:, -1].double())
+        self.largest = torch.maximum(
+            self.largest, channels.abs().topk(above, dim=1).values[:, -1].double()
+        )
         self.sum = self.sum + channels.double().mean(dim=1) * len(inputs[0])
         self.count += len(inputs[0])
 
@@ -322,9 +349,14 @@ def _readings(folded: UNet, pictures: Tensor) -> dict[str, tuple[Reading, ...]]:
     watched: dict[str, list[_Watch]] = {}
     hooks = []
     for name, module in folded.named_children():
-        convs = [part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d))]
+        convs = [
+            part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d))
+        ]
         watched[name] = [_Watch() for _ in convs]
-        hooks += [conv.register_forward_pre_hook(watch) for conv, watch in zip(convs, watched[name], strict=True)]
+        hooks += [
+            conv.register_forward_pre_hook(watch)
+            for conv, watch in zip(convs, watched[name], strict=True)
+        ]
     with torch.no_grad():
         for part in pictures.split(CALIBRATION_BATCH):
             folded.logits(part)

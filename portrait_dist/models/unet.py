@@ -33,7 +33,9 @@ def _block(name: str, in_channels: int, channels: int, norm: str) -> nn.Sequenti
     """Twice: 3×3 convolution, normalisation, ReLU. ``name`` stands before each layer's name in the state dict."""
     block = nn.Sequential()
     for i, fan_in in ((1, in_channels), (2, channels)):
-        block.add_module(f"{name}conv{i}", nn.Conv2d(fan_in, channels, kernel_size=3, padding=1, bias=False))
+        block.add_module(
+            f"{name}conv{i}", nn.Conv2d(fan_in, channels, kernel_size=3, padding=1, bias=False)
+        )
         block.add_module(f"{name}norm{i}", _norm(norm, channels))
         block.add_module(f"{name}relu{i}", nn.ReLU(inplace=True))
     return block
@@ -69,20 +71,26 @@ class UNet(nn.Module):
         )
         channels = [init_features * 2**level for level in range(LEVELS + 1)]
         # Modules are made in the Hub model's order, so that a seed gives the same initial weights there and here.
-        for level, (fan_in, width) in enumerate(zip([in_channels, *channels], channels[:-1], strict=False), start=1):
+        for level, (fan_in, width) in enumerate(
+            zip([in_channels, *channels], channels[:-1], strict=False), start=1
+        ):
             self.add_module(f"encoder{level}", _block(f"enc{level}", fan_in, width, norm))
             self.add_module(f"pool{level}", nn.MaxPool2d(kernel_size=2, stride=2))
         self.bottleneck = _block("bottleneck", channels[-2], channels[-1], norm)
         for level in range(LEVELS, 0, -1):
             width = channels[level - 1]
-            self.add_module(f"upconv{level}", nn.ConvTranspose2d(2 * width, width, kernel_size=2, stride=2))
+            self.add_module(
+                f"upconv{level}", nn.ConvTranspose2d(2 * width, width, kernel_size=2, stride=2)
+            )
             self.add_module(f"decoder{level}", _block(f"dec{level}", 2 * width, width, norm))
         self.conv = nn.Conv2d(init_features, out_channels, kernel_size=1)
 
     def logits(self, x: Tensor) -> Tensor:
         """The output before the sigmoid: for training, where a loss from logits is stable in low precision."""
         if x.shape[-2] % STRIDE or x.shape[-1] % STRIDE:
-            raise ValueError(f"height and width must be multiples of {STRIDE}, not {x.shape[-2]}×{x.shape[-1]}")
+            raise ValueError(
+                f"height and width must be multiples of {STRIDE}, not {x.shape[-2]}×{x.shape[-1]}"
+            )
         skips = []
         for level in range(1, LEVELS + 1):
             x = getattr(self, f"encoder{level}")(x)

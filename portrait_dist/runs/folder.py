@@ -33,10 +33,14 @@ class RunLock(files.ExclusiveLock):
     def __init__(self, folder: Path) -> None:
         with files.explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        restarted = int(os.environ.get("SLURM_RESTART_COUNT") or 0) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+        restarted = int(os.environ.get("SLURM_RESTART_COUNT") or 0) or int(
+            os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0
+        )
         super().__init__(
             folder / LOCK,
-            lambda holder: f"{folder}: {holder} is training into this folder; stop it, or choose another run.name",
+            lambda holder: (
+                f"{folder}: {holder} is training into this folder; stop it, or choose another run.name"
+            ),
             wait_seconds=SECONDS_FOR_A_DEAD_NODE if restarted else 0.0,
         )
         files.remove_temporary_files(folder)

@@ -12,7 +12,9 @@ from typing import Any
 from portrait_dist.errors import InputError
 
 METRICS = "metrics.jsonl"
-SILENT_SECONDS = 900.0  # longer without a line than this, and than ten usual gaps: nobody seems to be training
+SILENT_SECONDS = (
+    900.0  # longer without a line than this, and than ten usual gaps: nobody seems to be training
+)
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
@@ -59,7 +61,9 @@ def run_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
         raise InputError(f"{run_dir}: there is no such run folder; give <run.root>/<run.name>")
     events, newest = read_events(run_dir), checkpoint_time(run_dir)
     if not events and newest is None and not (run_dir / "config.yaml").exists():
-        raise InputError(f"{run_dir}: no metrics.jsonl, no checkpoint: not a run folder; give <run.root>/<run.name>")
+        raise InputError(
+            f"{run_dir}: no metrics.jsonl, no checkpoint: not a run folder; give <run.root>/<run.name>"
+        )
     state = _state(events, now)
     step, total = _latest(events, "step"), _total_steps(events)
     scores = [float(event["val_iou"]) for event in events if event.get("val_iou") is not None]
@@ -109,7 +113,9 @@ def _state(events: Sequence[Mapping[str, Any]], now: float) -> str:
         return "empty"
     kind = events[-1].get("kind")
     epochs, total = _epochs_done(events), _latest(events, "max_epochs")
-    if kind == "end" or (kind == "epoch" and epochs is not None and total is not None and epochs >= total):
+    if kind == "end" or (
+        kind == "epoch" and epochs is not None and total is not None and epochs >= total
+    ):
         return "finished"
     if kind in ("stop", "error"):
         return "stopped" if kind == "stop" else "failed"
@@ -128,13 +134,19 @@ def _this_turn(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _seconds_left(events: Sequence[Mapping[str, Any]]) -> float | None:
     """Steps that are left at the pace of this turn's last epoch's worth of lines, validation and saving included."""
     total, steps_per_epoch = _total_steps(events), _latest(events, "steps_per_epoch")
-    marks = [(float(event["time"]), int(event["step"])) for event in _this_turn(events) if event.get("step") is not None]
+    marks = [
+        (float(event["time"]), int(event["step"]))
+        for event in _this_turn(events)
+        if event.get("step") is not None
+    ]
     if total is None or len(marks) < 2:
         return None
     end, step = marks[-1]
     window = [mark for mark in marks[:-1] if mark[1] <= step - int(steps_per_epoch)]
     begin, before = window[-1] if window else marks[0]
-    return None if step <= before else round(max(0, total - step) * (end - begin) / (step - before), 1)
+    return (
+        None if step <= before else round(max(0, total - step) * (end - begin) / (step - before), 1)
+    )
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -149,8 +161,12 @@ def table(result: Mapping[str, Any]) -> str:
         "last checkpoint": f"{_duration(result['checkpoint_age_seconds'])} ago",
     }
     if result["last_error"]:
-        rows["last error"] = f"{_duration(result['last_error_age_seconds'])} ago: {result['last_error']}"
-    return "\n".join([str(result["run_dir"]), *(f"  {name:16s} {text}" for name, text in rows.items())])
+        rows["last error"] = (
+            f"{_duration(result['last_error_age_seconds'])} ago: {result['last_error']}"
+        )
+    return "\n".join(
+        [str(result["run_dir"]), *(f"  {name:16s} {text}" for name, text in rows.items())]
+    )
 
 
 def _known(value: Any) -> str:
@@ -166,4 +182,10 @@ def _duration(seconds: float | None) -> str:
         return "?"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes:02d} min"
+        if hours
+        else f"{minutes} min {rest:02d} s"
+        if minutes
+        else f"{rest} s"
+    )

@@ -34,7 +34,9 @@ FIRST_PORT, PORTS = 12000, 20000  # below the ports that Linux hands out by itse
 SECONDS_AFTER_FIRST_EXIT = 30  # a node whose ranks are gone ends the others after so long
 SECONDS_TO_SAVE = 100  # between the signal and the kill; SLURM gives 120 by launch/slurm.sbatch
 TURNS_WITHOUT_PROGRESS = 2
-HOPELESS = re.compile(r"rank \d+: (InputError|Damaged\w+Error):")  # metrics.jsonl's words for exit codes 2 and 3
+HOPELESS = re.compile(
+    r"rank \d+: (InputError|Damaged\w+Error):"
+)  # metrics.jsonl's words for exit codes 2 and 3
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,28 @@ class Allocation:
             InputError: not inside a SLURM job, or NPROC_PER_NODE is not a number.
         """
         if "SLURM_JOB_ID" not in environment:
-            raise InputError("SLURM_JOB_ID is not set: this is the inside of a SLURM job; queue it with 'portrait-dist submit'")
+            raise InputError(
+                "SLURM_JOB_ID is not set: this is the inside of a SLURM job; queue it with 'portrait-dist submit'"
+            )
         task = environment.get("SLURM_ARRAY_TASK_ID", "")
         gpus = int(environment.get("SLURM_GPUS_ON_NODE") or 0)
         ranks = environment.get("NPROC_PER_NODE") or str(max(gpus, 1))
         if not ranks.isdigit() or int(ranks) < 1:
-            raise InputError(f"NPROC_PER_NODE={ranks}: write the number of ranks on each node, or leave it out")
+            raise InputError(
+                f"NPROC_PER_NODE={ranks}: write the number of ranks on each node, or leave it out"
+            )
         return cls(
             job=int(environment["SLURM_JOB_ID"]),
-            label=f"{environment.get('SLURM_ARRAY_JOB_ID')}_{task}" if task else environment["SLURM_JOB_ID"],
+            label=f"{environment.get('SLURM_ARRAY_JOB_ID')}_{task}"
+            if task
+            else environment["SLURM_JOB_ID"],
             restarts=int(environment.get("SLURM_RESTART_COUNT") or 0),
             nodes=int(environment.get("SLURM_JOB_NUM_NODES") or 1),
             node_list=environment.get("SLURM_JOB_NODELIST", ""),
             gpus=gpus,
-            cpus=int(environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE") or 1),
+            cpus=int(
+                environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE") or 1
+            ),
             ranks_per_node=int(ranks),
         )
 
@@ -112,7 +122,9 @@ def _output(*words: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
-def srun_command(allocation: Allocation, address: str, logs: Path, words: Sequence[str]) -> list[str]:
+def srun_command(
+    allocation: Allocation, address: str, logs: Path, words: Sequence[str]
+) -> list[str]:
     """srun, one task per node, each of which is torchrun.
 
     ``--kill-on-bad-exit=0 --wait``: a task that ends does not take along another that still saves, but none outlives it for
@@ -160,7 +172,9 @@ def run_node(arguments: Sequence[str]) -> int:
     """One task per node: torchrun. ``arguments``: address of the first node, folder for logs, words for ``train``."""
     address, logs, *words = arguments
     allocation = Allocation.from_environment(os.environ)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, allocation.cpus // allocation.ranks_per_node)))
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, allocation.cpus // allocation.ranks_per_node))
+    )
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
     from portrait_dist.slurm.node import run_torchrun
 
@@ -178,7 +192,9 @@ def sweep(choices: Sequence[str]) -> list[list[str]]:
     for choice in choices:
         key, equals, values = choice.partition("=")
         if not equals or not all(values.split(",")):
-            raise InputError(f"--array '{choice}': write key=value,value, for example train.lr=1e-3,3e-4")
+            raise InputError(
+                f"--array '{choice}': write key=value,value, for example train.lr=1e-3,3e-4"
+            )
         columns.append([f"{key}={value}" for value in values.split(",")])
     return [list(row) for row in itertools.product(*columns)]
 
@@ -203,7 +219,9 @@ def task_words(words: Sequence[str], task: int | None) -> list[str]:
         return rest
     rows = sweep(choices)
     if task is None or not 0 <= task < len(rows):
-        raise InputError(f"--sweep has {len(rows)} combinations: queue it as an array job, sbatch --array=0-{len(rows) - 1} …")
+        raise InputError(
+            f"--sweep has {len(rows)} combinations: queue it as an array job, sbatch --array=0-{len(rows) - 1} …"
+        )
     recipe, overrides = split_words(rest)
     return [*rest, *rows[task], f"run.name={task_name(config.load(recipe, overrides), rows[task])}"]
 
@@ -245,7 +263,9 @@ class Turn:
     progressed: bool
 
 
-def decide(turn: Turn, restarts: int, turns_without_progress: int, run: config.RunConfig) -> tuple[bool, str]:
+def decide(
+    turn: Turn, restarts: int, turns_without_progress: int, run: config.RunConfig
+) -> tuple[bool, str]:
     """Requeue after this turn? And why, or why not.
 
     Args:
@@ -262,8 +282,12 @@ def decide(turn: Turn, restarts: int, turns_without_progress: int, run: config.R
     if kind == "stop" or turn.signal_name:
         reason = f"stopped by {turn.signal_name}" if turn.signal_name else message or "stopped"
     else:
-        reason = f"failed with exit code {turn.exit_code}" + (f" ({message})" if kind == "error" else "")
-        if turn.exit_code in (InputError.exit_code, DamagedDataError.exit_code) or (kind == "error" and HOPELESS.match(message)):
+        reason = f"failed with exit code {turn.exit_code}" + (
+            f" ({message})" if kind == "error" else ""
+        )
+        if turn.exit_code in (InputError.exit_code, DamagedDataError.exit_code) or (
+            kind == "error" and HOPELESS.match(message)
+        ):
             return False, f"{reason}; another turn would fail in the same way"
         if not run.requeue_on_failure:
             return False, f"{reason}, and run.requeue_on_failure=false"
@@ -297,8 +321,12 @@ def run_job(arguments: Sequence[str]) -> int:
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{logs}: cannot make the folder for logs ({error.strerror}); choose another run.root") from error
-    say(f"{allocation.describe()}; rendezvous port {allocation.port}; run {settings.run_dir}; logs {logs}")
+        raise InputError(
+            f"{logs}: cannot make the folder for logs ({error.strerror}); choose another run.root"
+        ) from error
+    say(
+        f"{allocation.describe()}; rendezvous port {allocation.port}; run {settings.run_dir}; logs {logs}"
+    )
     turn = _take_turn(
         srun_command(allocation, first_address(allocation), logs, words),
         settings.run_dir,
@@ -341,7 +369,9 @@ def _take_turn(command: list[str], run_dir: Path, allocation: Allocation) -> Tur
         signal.signal(number, note)
     steps.append(subprocess.Popen(command))
     exit_code = steps[0].wait()
-    events = [event for event in status.read_events(run_dir) if float(event.get("time", 0)) >= begin]
+    events = [
+        event for event in status.read_events(run_dir) if float(event.get("time", 0)) >= begin
+    ]
     return Turn(
         exit_code=exit_code if exit_code >= 0 else 128 - exit_code,
         signal_name=received[0] if received else "",
@@ -393,11 +423,15 @@ def _tell_status(run_dir: Path, message: str) -> None:
     """The reason, where ``portrait-dist status`` finds it: all ranks are gone, so nobody else writes."""
     if run_dir.is_dir():
         with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": "error", "time": time.time(), "message": message}) + "\n")
+            file.write(
+                json.dumps({"kind": "error", "time": time.time(), "message": message}) + "\n"
+            )
 
 
 def _requeue(allocation: Allocation) -> int:
-    asked = subprocess.run(["scontrol", "requeue", str(allocation.job)], capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        ["scontrol", "requeue", str(allocation.job)], capture_output=True, text=True, check=False
+    )
     if asked.returncode:
         state = _job_state(allocation)
         done = state in (
@@ -406,7 +440,11 @@ def _requeue(allocation: Allocation) -> int:
             "COMPLETING",
             "NODE_FAIL",
         )  # SLURM was faster: a lost node, or preemption
-        say(f"SLURM requeues it ({state})" if done else f"scontrol requeue failed ({asked.stderr}); queue the same line again")
+        say(
+            f"SLURM requeues it ({state})"
+            if done
+            else f"scontrol requeue failed ({asked.stderr}); queue the same line again"
+        )
     return Stopped.exit_code
 
 
@@ -426,7 +464,9 @@ def check_launch(environment: Mapping[str, str] | None = None) -> None:
     remedy = "use 'sbatch launch/slurm.sbatch …' or 'portrait-dist submit', which start one torchrun per node"
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         if tasks > 1:
-            raise InputError(f"srun started {tasks} tasks without torchrun: each would train alone into the same run; {remedy}")
+            raise InputError(
+                f"srun started {tasks} tasks without torchrun: each would train alone into the same run; {remedy}"
+            )
         return
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
     if tasks > nodes:

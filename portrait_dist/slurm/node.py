@@ -43,7 +43,9 @@ class RankLogs(DefaultLogsSpecs):
         names = {local: self.folder / self._name(variables) for local, variables in envs.items()}
         out = {local: f"{name}.out" for local, name in names.items()}
         err = {local: f"{name}.err" for local, name in names.items()}
-        return dataclasses.replace(super().reify(envs), stdouts=out, stderrs=err, tee_stdouts=out, tee_stderrs=err)
+        return dataclasses.replace(
+            super().reify(envs), stdouts=out, stderrs=err, tee_stdouts=out, tee_stderrs=err
+        )
 
     def _name(self, variables: dict[str, str]) -> str:
         attempt = int(variables.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -70,9 +72,15 @@ def run_torchrun(options: Sequence[Any], logs: Path, turn: str, words: Sequence[
 
 
 def _explain(error: ChildFailedError, logs: Path, turn: str) -> int:
-    telling = {rank: failure for rank, failure in error.failures.items() if failure.exitcode in TELLING}
+    telling = {
+        rank: failure for rank, failure in error.failures.items() if failure.exitcode in TELLING
+    }
     rank, failure = next(iter(telling.items()), None) or error.get_first_failure()
-    how = f"exit code {failure.exitcode}" if failure.exitcode >= 0 else f"killed by {failure.signal_name()}"
+    how = (
+        f"exit code {failure.exitcode}"
+        if failure.exitcode >= 0
+        else f"killed by {failure.signal_name()}"
+    )
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     line = f"node {host}: rank {rank} failed ({how}); its log is {logs}/{turn}-rank{rank}.err"
     print(line, file=sys.stderr, flush=True)

@@ -47,7 +47,9 @@ class Request:
         return self.nodes * max(self.gpus_per_node, 1)
 
 
-def submit(recipe: str, overrides: Sequence[str], request: Request, dry_run: bool = False) -> dict[str, Any]:
+def submit(
+    recipe: str, overrides: Sequence[str], request: Request, dry_run: bool = False
+) -> dict[str, Any]:
     """Check, then queue a training job.
 
     Returns:
@@ -62,7 +64,10 @@ def submit(recipe: str, overrides: Sequence[str], request: Request, dry_run: boo
     figures = [check(one, request.ranks) for one in settings]
     command = sbatch_command(recipe, overrides, request, settings[0])
     line = shlex.join(command)
-    names = [task_name(one, task) if task else one.run_dir.name for one, task in zip(settings, tasks, strict=True)]
+    names = [
+        task_name(one, task) if task else one.run_dir.name
+        for one, task in zip(settings, tasks, strict=True)
+    ]
     run_dirs = [str(one.run_dir.parent / name) for one, name in zip(settings, names, strict=True)]
     result = {
         "command": line,
@@ -76,7 +81,9 @@ def submit(recipe: str, overrides: Sequence[str], request: Request, dry_run: boo
     return {
         "job_id": job,
         **result,
-        "logs": str(_log_folder(settings[0]) / (f"{shown}.log" if not request.array else f"{shown}_*.log")),
+        "logs": str(
+            _log_folder(settings[0]) / (f"{shown}.log" if not request.array else f"{shown}_*.log")
+        ),
         "watch": f"portrait-dist status {shlex.quote(run_dirs[0])}",
         "stop": f"scancel {shown}",
         "resume": line,
@@ -88,10 +95,14 @@ def script() -> Path:
     for path in SCRIPTS:
         if path.is_file():
             return path
-    raise InputError(f"{SCRIPTS[0]}: the batch script is not there; install portrait-dist again, or submit from a checkout")
+    raise InputError(
+        f"{SCRIPTS[0]}: the batch script is not there; install portrait-dist again, or submit from a checkout"
+    )
 
 
-def sbatch_command(recipe: str, overrides: Sequence[str], request: Request, settings: config.Config) -> list[str]:
+def sbatch_command(
+    recipe: str, overrides: Sequence[str], request: Request, settings: config.Config
+) -> list[str]:
     """sbatch with its options, the script, and the words for ``train``."""
     name = "%A_%a" if request.array else "%j"
     options = [
@@ -99,7 +110,9 @@ def sbatch_command(recipe: str, overrides: Sequence[str], request: Request, sett
         f"--nodes={request.nodes}",
         f"--output={_log_folder(settings)}/{name}.log",
     ]
-    options.append(f"--export=ALL,PYTHON={sys.executable}")  # the job runs this Python, whatever comes first on PATH
+    options.append(
+        f"--export=ALL,PYTHON={sys.executable}"
+    )  # the job runs this Python, whatever comes first on PATH
     if request.gpus_per_node:
         options.append(f"--gpus-per-node={request.gpus_per_node}")
     if cpus := request.cpus_per_node or 8 * request.gpus_per_node:
@@ -155,7 +168,9 @@ def check(settings: config.Config, ranks: int) -> dict[str, int]:
 def _train_samples(location: str) -> int:
     """Samples of the train split by the manifest; local shards must be there, readable and of the right length."""
     if not location:
-        raise InputError("data.shards is not given: add data.shards=DIR, the folder that 'portrait-dist pack' wrote")
+        raise InputError(
+            "data.shards is not given: add data.shards=DIR, the folder that 'portrait-dist pack' wrote"
+        )
     from portrait_dist.data.shards.reader import ShardSet
 
     try:
@@ -165,7 +180,9 @@ def _train_samples(location: str) -> int:
     for entry in [entry for one in sets if not one.remote for entry in one.shards]:
         path = Path(location) / entry.name
         if not os.access(path, os.R_OK):
-            raise InputError(f"{path}: missing or not readable; pack or copy the shards again, or mend its permissions")
+            raise InputError(
+                f"{path}: missing or not readable; pack or copy the shards again, or mend its permissions"
+            )
         if path.stat().st_size != entry.bytes:
             raise InputError(
                 f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}; pack or copy the shards again"
@@ -176,16 +193,24 @@ def _train_samples(location: str) -> int:
 def _check_run_folder(settings: config.Config) -> None:
     folder = settings.run_dir.resolve()
     if not settings.run.resume and (folder / "ckpt_latest.pth").exists():
-        raise InputError(f"{folder}: the run exists and run.resume=false; choose another run.name, or leave run.resume out")
+        raise InputError(
+            f"{folder}: the run exists and run.resume=false; choose another run.name, or leave run.resume out"
+        )
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: {there} is not a folder you can write to; choose another run.root")
+        raise InputError(
+            f"{folder}: {there} is not a folder you can write to; choose another run.root"
+        )
 
 
 def _queue(command: Sequence[str], settings: config.Config) -> int:
     if shutil.which("sbatch") is None:
-        raise InputError("sbatch is not here: submit from a node where SLURM's commands are, or add --dry-run to see the command")
-    _log_folder(settings).mkdir(parents=True, exist_ok=True)  # SLURM does not make it, and would lose the log
+        raise InputError(
+            "sbatch is not here: submit from a node where SLURM's commands are, or add --dry-run to see the command"
+        )
+    _log_folder(settings).mkdir(
+        parents=True, exist_ok=True
+    )  # SLURM does not make it, and would lose the log
     done = subprocess.run(
         [command[0], "--parsable", *command[1:]],
         capture_output=True,
@@ -194,5 +219,7 @@ def _queue(command: Sequence[str], settings: config.Config) -> int:
         stdin=subprocess.DEVNULL,
     )
     if done.returncode:
-        raise InputError(f"sbatch refused it: {done.stderr.strip() or done.stdout.strip()}; nothing was queued")
+        raise InputError(
+            f"sbatch refused it: {done.stderr.strip() or done.stdout.strip()}; nothing was queued"
+        )
     return int(done.stdout.strip().split(";")[0])

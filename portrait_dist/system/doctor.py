@@ -50,7 +50,9 @@ class Check:
     advice: str = ""
 
 
-def diagnose(path: Path = Path(), shards: str | None = None, gpu_required: bool = False) -> Iterator[Check]:
+def diagnose(
+    path: Path = Path(), shards: str | None = None, gpu_required: bool = False
+) -> Iterator[Check]:
     """Run every check, one after the other, and yield the findings as they come.
 
     Args:
@@ -121,7 +123,9 @@ def check_packages() -> Check:
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} {version} is not {requirement.specifier}")
     if wrong:
-        return Check("packages", FAIL, "; ".join(wrong), "install the locked environment again: 'uv sync'")
+        return Check(
+            "packages", FAIL, "; ".join(wrong), "install the locked environment again: 'uv sync'"
+        )
     main = [f"{name} {version}" for name, version in info.versions().items() if name != "python"]
     return Check("packages", OK, ", ".join(main))
 
@@ -209,9 +213,13 @@ def _try_gpus() -> Check:
                 )
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            return Check("gpu", FAIL, f"GPU {number} ({name}) does not compute: {reason}", _driver_advice())
+            return Check(
+                "gpu", FAIL, f"GPU {number} ({name}) does not compute: {reason}", _driver_advice()
+            )
     memory = [torch.cuda.mem_get_info(number) for number in range(len(names))]
-    total = ", ".join(f"{name} {whole / GB:.0f} GB" for name, (_, whole) in zip(names, memory, strict=True))
+    total = ", ".join(
+        f"{name} {whole / GB:.0f} GB" for name, (_, whole) in zip(names, memory, strict=True)
+    )
     found = f"{len(names)} ({total}), driver {driver_version()}, CUDA {torch.version.cuda}"
     busy = [str(number) for number, (free, whole) in enumerate(memory) if free < 0.5 * whole]
     if busy:
@@ -222,7 +230,9 @@ def _try_gpus() -> Check:
             "see 'nvidia-smi'",
         )
     if not torch.cuda.is_bf16_supported(including_emulation=False):
-        return Check("gpu", WARN, f"{found}; no bf16 in hardware", "train with train.precision=fp32")
+        return Check(
+            "gpu", WARN, f"{found}; no bf16 in hardware", "train with train.precision=fp32"
+        )
     return Check("gpu", OK, found)
 
 
@@ -234,7 +244,12 @@ def driver_version() -> str | None:
         return words[0]
     if text or Path("/dev/nvidiactl").exists():
         return "unknown"
-    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0] or None
+    return (
+        _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition(
+            "\n"
+        )[0]
+        or None
+    )
 
 
 def check_process_group() -> Check:
@@ -267,7 +282,9 @@ def check_process_group() -> Check:
 
 def check_compiler() -> Check:
     """``train.compile=true`` builds C++ on CPUs, and a small C module with Python's headers for GPUs."""
-    compiler = os.environ.get("CXX") or next((name for name in ("g++", "c++", "clang++", "gcc") if shutil.which(name)), None)
+    compiler = os.environ.get("CXX") or next(
+        (name for name in ("g++", "c++", "clang++", "gcc") if shutil.which(name)), None
+    )
     if compiler is None:
         advice = "leave train.compile=false, or install g++ (Debian: build-essential)"
         return Check("compiler", WARN, "no C++ compiler: torch.compile cannot work", advice)
@@ -289,10 +306,14 @@ def check_cores() -> Check:
     found = f"{cores} of {os.cpu_count()} usable ({info.cpu_name()})"
     if quota is not None and quota < cores:
         advice = f"set train.threads={max(1, int(quota))}, or give the container more: too many threads take turns"
-        return Check("cores", WARN, f"{found}, but the container may use only {quota:g} cores' time", advice)
+        return Check(
+            "cores", WARN, f"{found}, but the container may use only {quota:g} cores' time", advice
+        )
     if gpus and cores < CORES_PER_GPU * gpus:
         advice = f"ask for {CORES_PER_GPU} cores for each GPU, or store pixels with 'portrait-dist pack --codec raw'"
-        return Check("cores", WARN, f"{found} for {gpus} GPUs: decoding may keep them waiting", advice)
+        return Check(
+            "cores", WARN, f"{found} for {gpus} GPUs: decoding may keep them waiting", advice
+        )
     return Check("cores", OK, found)
 
 
@@ -314,7 +335,9 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
     usage = shutil.disk_usage(folder)
     found = f"{usage.free / GB:.2f} GB free of {usage.total / GB:.2f} GB in {folder}"
     return (
-        Check("shared memory", OK, found) if usage.free >= LITTLE_SHARED_MEMORY else Check("shared memory", WARN, found, advice)
+        Check("shared memory", OK, found)
+        if usage.free >= LITTLE_SHARED_MEMORY
+        else Check("shared memory", WARN, found, advice)
     )
 
 
@@ -350,9 +373,13 @@ def check_disk(path: Path, size: int = 64 << 20) -> Check:
         return Check("disk", FAIL, f"{folder}: cannot write there ({error.strerror})", advice)
     found = f"{folder}: writes {speed / 1e6:.0f} MB/s, fsync {wait * 1e3:.0f} ms, {usage.free / GB:.0f} GB free"
     if speed < SLOW_DISK or wait > SLOW_FSYNC:
-        return Check("disk", WARN, found, "put shards and runs on a local disk (--path measures another one)")
+        return Check(
+            "disk", WARN, found, "put shards and runs on a local disk (--path measures another one)"
+        )
     if usage.free < LITTLE_SPACE:
-        return Check("disk", WARN, found, "free some space; a full disk stops a run at its next checkpoint")
+        return Check(
+            "disk", WARN, found, "free some space; a full disk stops a run at its next checkpoint"
+        )
     return Check("disk", OK, found)
 
 
@@ -383,7 +410,9 @@ def check_locks(path: Path) -> Check:
         with tempfile.TemporaryFile(dir=folder) as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        advice = "put run.root on another file system, or mount this one with locks (Lustre: -o flock)"
+        advice = (
+            "put run.root on another file system, or mount this one with locks (Lustre: -o flock)"
+        )
         return Check("locks", FAIL, f"{folder}: files cannot be locked ({error.strerror})", advice)
     return Check("locks", OK, f"{folder}: files can be locked")
 
@@ -438,7 +467,9 @@ def check_shards(location: str, samples: int = 64) -> Check:
     try:
         manifest = read_manifest(location)
         sets = {split: ShardSet(location, split) for split in manifest.splits}
-        missing = [text for found in sets.values() if not found.remote for text in _wrong_sizes(found)]
+        missing = [
+            text for found in sets.values() if not found.remote for text in _wrong_sizes(found)
+        ]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             return Check(
@@ -451,7 +482,9 @@ def check_shards(location: str, samples: int = 64) -> Check:
     except PortraitDistError as error:
         return Check("shards", FAIL, str(error), f"see 'portrait-dist verify {location}'")
     counts = ", ".join(f"{split} {found.samples}" for split, found in sets.items())
-    return Check("shards", OK, f"{location}: {counts} samples; reads {speed:.0f} pairs/s with one thread")
+    return Check(
+        "shards", OK, f"{location}: {counts} samples; reads {speed:.0f} pairs/s with one thread"
+    )
 
 
 def _wrong_sizes(shards: Any) -> Iterator[str]:
@@ -482,7 +515,9 @@ def _read_samples(sets: dict[str, Any], samples: int) -> float:
             try:
                 decode_pair(stored.image, stored.alpha, size, image, alpha, codec=found.codec)
             except ValueError as error:
-                raise DamagedDataError(f"{found.name(number)}: does not decode ({error})") from error
+                raise DamagedDataError(
+                    f"{found.name(number)}: does not decode ({error})"
+                ) from error
         read += wanted
     return read / max(time.perf_counter() - started, 1e-9)
 
@@ -503,6 +538,8 @@ def _read(path: str) -> str:
 def _output(*words: str) -> str:
     """What a program prints, or nothing where it is not there, fails or hangs."""
     try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            words, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

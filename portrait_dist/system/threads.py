@@ -26,7 +26,9 @@ def submit_in_order(
     yield from waiting
 
 
-def map_in_order(function: Callable[[A], B], items: Iterable[A], workers: int) -> Generator[B, None, None]:
+def map_in_order(
+    function: Callable[[A], B], items: Iterable[A], workers: int
+) -> Generator[B, None, None]:
     """``map`` on threads of its own; at most four results a thread are waiting. Close it to cancel what has not begun."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="map-in-order")
     try:

@@ -21,16 +21,22 @@ class AverageOfBest:
         number: how many models are averaged (10, as SuperGradients does).
     """
 
-    def __init__(self, folder: str | Path, metric: str, greater_is_better: bool, number: int = 10) -> None:
+    def __init__(
+        self, folder: str | Path, metric: str, greater_is_better: bool, number: int = 10
+    ) -> None:
         self.path = Path(folder) / "averaging_snapshots.pkl"
         self.metric = metric
         self.sign = 1.0 if greater_is_better else -1.0
         self.number = number
         self.snapshots: list[dict[str, Any]] = []
         if self.path.is_file():
-            self.snapshots = torch.load(self.path, map_location="cpu", weights_only=True)["snapshots"]
+            self.snapshots = torch.load(self.path, map_location="cpu", weights_only=True)[
+                "snapshots"
+            ]
 
-    def get_average_model(self, net: nn.Module, validation_results_dict: dict[str, float]) -> dict[str, torch.Tensor]:
+    def get_average_model(
+        self, net: nn.Module, validation_results_dict: dict[str, float]
+    ) -> dict[str, torch.Tensor]:
         """Take the model in if it is among the best, and return the mean state dict."""
         value = float(validation_results_dict[self.metric])
         ranked = sorted(self.snapshots, key=lambda snapshot: self.sign * snapshot["value"])

@@ -61,7 +61,9 @@ class DeviceBatches:
     @property
     def rate(self) -> float:
         """Images per second since the start, over all ranks."""
-        return self.samples * distributed.world_size() / max(time.perf_counter() - self.started, 1e-9)
+        return (
+            self.samples * distributed.world_size() / max(time.perf_counter() - self.started, 1e-9)
+        )
 
     def __iter__(self) -> Iterator[Any]:
         if self.limit <= 0:

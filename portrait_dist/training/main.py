@@ -68,10 +68,14 @@ class Prepare:
     def __init__(self, config: Config, seed: int) -> None:
         self.augment = Augment(config.augment, seed)
 
-    def __call__(self, batch: TensorBatch, training: bool, epoch: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, batch: TensorBatch, training: bool, epoch: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not training:
             return normalise(batch.image, batch.alpha)
-        images, mattes = self.augment(batch.image, batch.alpha, epoch=epoch or 0, positions=batch.source.positions)
+        images, mattes = self.augment(
+            batch.image, batch.alpha, epoch=epoch or 0, positions=batch.source.positions
+        )
         return images, mattes
 
 
@@ -112,7 +116,9 @@ def train(config: Config) -> dict[str, Any] | None:
             first = distributed.first_to_fail()
             if first != distributed.rank():
                 _let_another_rank_leave_first(signals)
-                raise PortraitDistError(f"rank {distributed.rank()} ended because rank {first} failed") from None
+                raise PortraitDistError(
+                    f"rank {distributed.rank()} ended because rank {first} failed"
+                ) from None
             _leave_trace(config, "error", f"rank {first}: {type(error).__name__}: {error}")
             raise
         distributed.barrier()  # rank 0 may still be writing; a rank that leaves early would end it
@@ -180,13 +186,17 @@ def _claim_run_folder(config: Config) -> RunLock | None:
         temporary.write_text(config.to_yaml())
         os.replace(temporary, folder / "config.yaml")
     except OSError as error:
-        raise InputError(f"{folder}: cannot write the run folder ({error.strerror}); choose another run.root") from error
+        raise InputError(
+            f"{folder}: cannot write the run folder ({error.strerror}); choose another run.root"
+        ) from error
     return lock
 
 
 def _loaders(config: Config) -> tuple[Any, Any]:
     if not config.data.shards:
-        raise InputError("data.shards is not given: add data.shards=DIR, the folder that 'portrait-dist pack' wrote")
+        raise InputError(
+            "data.shards is not given: add data.shards=DIR, the folder that 'portrait-dist pack' wrote"
+        )
     data, train = config.data, config.train
     cache = None
     if "://" in data.shards:
@@ -222,7 +232,9 @@ def _plan(config: Config, train_loader: Any, val_loader: Any, device: torch.devi
             f"({world} ranks × train.batch_size={train.batch_size}); lower train.batch_size"
         )
     if train.sync_bn and device.type == "cpu":
-        raise InputError("train.sync_bn=true: torch has SyncBatchNorm for GPUs only; on CPUs use model.norm=group")
+        raise InputError(
+            "train.sync_bn=true: torch has SyncBatchNorm for GPUs only; on CPUs use model.norm=group"
+        )
     global_batch = train.batch_size * world * train.accumulate
     lr = train.lr * global_batch / train.lr_base_batch if train.lr_base_batch else train.lr
     return Plan(
@@ -234,7 +246,9 @@ def _plan(config: Config, train_loader: Any, val_loader: Any, device: torch.devi
         left_out=samples - batches * train.batch_size * world,
         lr=lr,
         warmup_steps=min(train.warmup_steps, batches),
-        device=f"{device}" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})",
+        device=f"{device}"
+        if device.type == "cpu"
+        else f"{device} ({torch.cuda.get_device_name(device)})",
         precision=train.precision,
     )
 
@@ -247,7 +261,9 @@ def _resume(config: Config, plan: Plan) -> str:
     state = checkpoints.read(latest)
     about = state.get("portrait_dist", {})
     if state.get("epoch", 0) >= config.train.max_epochs:
-        distributed.print0(f"{config.run_dir}: finished already ({state['epoch']} epochs); raise train.max_epochs to train on")
+        distributed.print0(
+            f"{config.run_dir}: finished already ({state['epoch']} epochs); raise train.max_epochs to train on"
+        )
         return "finished"
     before = about.get("global_batch", plan.global_batch)
     if about.get("position") and before != plan.global_batch:
@@ -274,7 +290,9 @@ def _make_model(config: Config, new: bool) -> torch.nn.Module:
         found = {"init_features": given.init_features, "norm": given.norm}
         if found != settings:
             words = " ".join(f"model.{name}={value}" for name, value in found.items())
-            raise InputError(f"model.weights={config.model.weights}: a network of another form; give {words}")
+            raise InputError(
+                f"model.weights={config.model.weights}: a network of another form; give {words}"
+            )
         model.load_state_dict(given.state_dict())
     return model
 
@@ -320,7 +338,9 @@ def _training_params(config: Config, plan: Plan, trainer: Any, resume: bool) -> 
         "lr_mode": "CosineLRScheduler",
         "cosine_final_lr_ratio": train.lr_final_ratio,
         "lr_warmup_steps": plan.warmup_steps,
-        "warmup_mode": "LinearBatchLRWarmup" if plan.warmup_steps else "LinearEpochLRWarmup",  # the latter does nothing
+        "warmup_mode": "LinearBatchLRWarmup"
+        if plan.warmup_steps
+        else "LinearEpochLRWarmup",  # the latter does nothing
         "warmup_initial_lr": plan.lr / (plan.warmup_steps + 1) if plan.warmup_steps else None,
         "lr_warmup_epochs": 0,
         "loss": _make_loss(config),

@@ -51,7 +51,9 @@ class RunRecorder(Callback):
             self.file = MetricsFile(Path(self.trainer.checkpoints_dir_path))
             self.file.write("start", machine=machine(), **self._place(self.trainer.start_epoch, 0))
 
-    def on_interval(self, trainer: Any, context: PhaseContext, batch_idx: int, losses: dict[str, float]) -> None:
+    def on_interval(
+        self, trainer: Any, context: PhaseContext, batch_idx: int, losses: dict[str, float]
+    ) -> None:
         """A line within the epoch: this rank's mean loss so far and the speed."""
         if self.file:
             loss = next(iter(losses.values()), None)
@@ -74,7 +76,12 @@ class RunRecorder(Callback):
 
     def on_validation_batch_end(self, context: PhaseContext) -> None:
         """Keep pictures of the first validation batch of rank 0."""
-        if self.pictures and self.grid is None and distributed.rank() == 0 and hasattr(context, "batch"):
+        if (
+            self.pictures
+            and self.grid is None
+            and distributed.rank() == 0
+            and hasattr(context, "batch")
+        ):
             batch = context.batch
             if hasattr(batch, "image"):
                 count = min(self.pictures, len(batch.image))
@@ -115,7 +122,9 @@ class RunRecorder(Callback):
             from portrait_dist.visualize import picture_grid
 
             grid = np.asarray(picture_grid(*self.grid))
-            trainer.sg_logger.add_image(tag="validation", image=grid, data_format="HWC", global_step=epoch)
+            trainer.sg_logger.add_image(
+                tag="validation", image=grid, data_format="HWC", global_step=epoch
+            )
 
     def _place(self, epoch: int, step: int) -> dict[str, Any]:
         trainer = self.trainer

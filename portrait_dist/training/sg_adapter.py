@@ -59,7 +59,9 @@ class _StandInType(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__ != _STAND_IN:
             return super().__call__(*args, **kwargs)
-        return args[0] if len(args) == 1 and callable(args[0]) else cls  # as a decorator, or a call that makes one
+        return (
+            args[0] if len(args) == 1 and callable(args[0]) else cls
+        )  # as a decorator, or a call that makes one
 
 
 def _stand_in_class(name: str) -> type:
@@ -107,12 +109,16 @@ class _RunFolderLog:
         for handler in [one for one in logger.handlers if isinstance(one, logging.FileHandler)]:
             logger.removeHandler(handler)
             handler.close()
-        logger.addHandler(_with_format(logging.FileHandler(filename, mode=filemode, encoding="utf-8")))
+        logger.addHandler(
+            _with_format(logging.FileHandler(filename, mode=filemode, encoding="utf-8"))
+        )
 
 
 def _with_format(handler: logging.Handler) -> logging.Handler:
     handler.addFilter(_is_true_here)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s - %(message)s", datefmt="[%Y-%m-%d %H:%M:%S]"))
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)s - %(message)s", datefmt="[%Y-%m-%d %H:%M:%S]")
+    )
     return handler
 
 
@@ -152,7 +158,9 @@ _REPLACED: dict[str, dict[str, Any]] = {
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname in _REPLACED or fullname.partition(".")[0] in UNUSED_PACKAGES:
             return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
         return None
@@ -167,7 +175,11 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 @contextmanager
 def _lean_import() -> Iterator[None]:
     finder = _Finder()
-    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in UNUSED_PACKAGES}
+    kept = {
+        name: sys.modules.pop(name)
+        for name in list(sys.modules)
+        if name.partition(".")[0] in UNUSED_PACKAGES
+    }
     hook, words = sys.excepthook, sys.argv
     sys.argv = words[:1]  # it would answer the program's --help and take its --local_rank away
     sys.meta_path.insert(0, finder)
@@ -178,7 +190,9 @@ def _lean_import() -> Iterator[None]:
     finally:
         sys.meta_path.remove(finder)
         sys.excepthook, sys.argv = hook, words
-        for name in [name for name, module in sys.modules.items() if isinstance(module, _StandInModule)]:
+        for name in [
+            name for name, module in sys.modules.items() if isinstance(module, _StandInModule)
+        ]:
             del sys.modules[name]
         sys.modules.update(kept)
 
@@ -228,7 +242,9 @@ _sg_trainer.Accuracy = lambda: None
 _sg_trainer.Top5 = lambda: None
 _MetricCollection = _sg_trainer.MetricCollection
 _sg_trainer.MetricCollection = lambda metrics, *args, **kwargs: _MetricCollection(
-    [metric for metric in metrics if metric is not None] if isinstance(metrics, (list, tuple)) else metrics,
+    [metric for metric in metrics if metric is not None]
+    if isinstance(metrics, (list, tuple))
+    else metrics,
     *args,
     **kwargs,
 )
@@ -265,7 +281,9 @@ class AdaptedTrainer(Trainer):
     def __init__(self, experiment_name: str, ckpt_root_dir: str | None = None) -> None:
         if distributed.is_initialized() and device_config.assigned_rank != distributed.rank():
             use_device(distributed.pick_device())
-        super().__init__(experiment_name=experiment_name, ckpt_root_dir=ckpt_root_dir or "checkpoints")
+        super().__init__(
+            experiment_name=experiment_name, ckpt_root_dir=ckpt_root_dir or "checkpoints"
+        )
 
     # What a subclass fills ------------------------------------------------------------------------------------------
 
@@ -313,7 +331,9 @@ class AdaptedTrainer(Trainer):
 
     def _net_to_device(self) -> None:
         self.net = self.wrap_model(self.net)
-        self.training_params.torch_compile = False if self.training_params is not None else None  # wrap_model compiles
+        self.training_params.torch_compile = (
+            False if self.training_params is not None else None
+        )  # wrap_model compiles
 
     def _load_checkpoint_to_model(self) -> None:
         self.checkpoint = self.restore()
@@ -321,7 +341,9 @@ class AdaptedTrainer(Trainer):
         self.start_epoch = self.checkpoint.get("epoch", 0)
         self._eval_before_resume = False
 
-    def _initialize_sg_logger_objects(self, additional_configs_to_log: dict[str, Any] | None = None) -> None:
+    def _initialize_sg_logger_objects(
+        self, additional_configs_to_log: dict[str, Any] | None = None
+    ) -> None:
         if self.training_params.sg_logger == "base_sg_logger":
             self.training_params.sg_logger = "portrait_dist_logger"
         AtomicSGLogger.writer = staticmethod(self.checkpoint_writer)
@@ -333,7 +355,9 @@ class AdaptedTrainer(Trainer):
         self.train_metrics.to(device_config.device)
         context.update_context(loss_avg_meter=AverageMeter(), metrics_compute_fn=self.train_metrics)
         values = self.run_training_epoch(context, show=not silent_mode)
-        self.train_monitored_values = sg_trainer_utils.update_monitored_values_dict(self.train_monitored_values, values)
+        self.train_monitored_values = sg_trainer_utils.update_monitored_values_dict(
+            self.train_monitored_values, values
+        )
         return tuple(values.values())
 
     def evaluate(
@@ -355,7 +379,9 @@ class AdaptedTrainer(Trainer):
             loss_avg_meter=AverageMeter(),
             criterion=self.criterion,
             device=device_config.device,
-            lr_warmup_epochs=self.training_params.lr_warmup_epochs if self.training_params else None,
+            lr_warmup_epochs=self.training_params.lr_warmup_epochs
+            if self.training_params
+            else None,
             sg_logger=self.sg_logger,
             train_loader=self.train_loader,
             valid_loader=self.valid_loader,
@@ -413,7 +439,9 @@ class AdaptedTrainer(Trainer):
 
     # Parts that the loops of a subclass call ------------------------------------------------------------------------
 
-    def compute_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute_loss(
+        self, outputs: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss to minimise, detached values to log)."""
         loss, items = self._get_losses(outputs, targets)
         return loss, items
@@ -428,7 +456,9 @@ class AdaptedTrainer(Trainer):
 
     def named_values(self, values: Sequence[Any], metrics: MetricCollection) -> dict[str, float]:
         """Losses and metric values by name, as Python numbers."""
-        return get_train_loop_description_dict(tuple(values), metrics, self.loss_logging_items_names)
+        return get_train_loop_description_dict(
+            tuple(values), metrics, self.loss_logging_items_names
+        )
 
 
 class FusedEMA(ModelEMA):
@@ -447,7 +477,9 @@ class FusedEMA(ModelEMA):
             if ours.dtype.is_floating_point
         ]
         with torch.no_grad():
-            torch._foreach_lerp_([ours for ours, _ in pairs], [theirs for _, theirs in pairs], 1.0 - decay)
+            torch._foreach_lerp_(
+                [ours for ours, _ in pairs], [theirs for _, theirs in pairs], 1.0 - decay
+            )
 
 
 class AtomicSGLogger(BaseSGLogger):

@@ -34,7 +34,9 @@ from portrait_dist.training.sg_adapter import AdaptedTrainer, PhaseContext, unwr
 
 # torch 2.15 renamed the option and warns of the old name.
 _DDP_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
-_BUFFER_OPTION = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
+_BUFFER_OPTION = (
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
+)
 _NO_BUFFER_SYNC: dict[str, Any] = {_BUFFER_OPTION: False}
 
 
@@ -265,23 +267,35 @@ class PortraitTrainer(AdaptedTrainer):
         return first, min(first + self.batch_accumulate, self.steps_per_epoch) - 1
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        return self.net.no_sync() if isinstance(self.net, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
+        return (
+            self.net.no_sync()
+            if isinstance(self.net, nn.parallel.DistributedDataParallel)
+            else contextlib.nullcontext()
+        )
 
     def _optimizer_step(self, batch_idx: int, context: PhaseContext) -> None:
         self.phase_callback_handler.on_train_batch_gradient_step_start(context)
         if self.training_params.clip_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.training_params.clip_grad_norm)
+            torch.nn.utils.clip_grad_norm_(
+                self.net.parameters(), self.training_params.clip_grad_norm
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema:
             step = batch_idx + 1 + self.steps_per_epoch * context.epoch
-            self.ema_model.update(self._training_net, step=step, total_steps=self.steps_per_epoch * self.max_epochs)
+            self.ema_model.update(
+                self._training_net, step=step, total_steps=self.steps_per_epoch * self.max_epochs
+            )
         self.phase_callback_handler.on_train_batch_gradient_step_end(context)
 
-    def _inputs(self, batch: Any, training: bool, epoch: int | None) -> tuple[torch.Tensor, Any, dict[str, Any]]:
+    def _inputs(
+        self, batch: Any, training: bool, epoch: int | None
+    ) -> tuple[torch.Tensor, Any, dict[str, Any]]:
         if isinstance(batch, TensorBatch):
             if self.prepare is None:
-                raise InputError("batches of uint8 images need PortraitTrainer(prepare=…), such as training.run.Prepare")
+                raise InputError(
+                    "batches of uint8 images need PortraitTrainer(prepare=…), such as training.run.Prepare"
+                )
             inputs, targets = self.prepare(batch, training=training, epoch=epoch)
             extra: dict[str, Any] = {}
         else:
@@ -293,17 +307,24 @@ class PortraitTrainer(AdaptedTrainer):
 
     # Between two steps ----------------------------------------------------------------------------------------------
 
-    def _between_steps(self, context: PhaseContext, batch_idx: int, position: dict[str, Any]) -> None:
+    def _between_steps(
+        self, context: PhaseContext, batch_idx: int, position: dict[str, Any]
+    ) -> None:
         """Save or stop where all ranks agree, always at an optimiser step."""
         if batch_idx != self._accumulation_bounds(batch_idx)[1]:
             return
         options = self.options
-        overdue = options.save_every_seconds and time.monotonic() - self._last_save > options.save_every_seconds
+        overdue = (
+            options.save_every_seconds
+            and time.monotonic() - self._last_save > options.save_every_seconds
+        )
         agreed = self.agreement.exchange(STOP if self.signals.received else SAVE if overdue else 0)
         step = batch_idx + 1 + self.steps_per_epoch * context.epoch
         if agreed == STOP:
             self._save_within_epoch(context, position)
-            self._stop(context, f"epoch {context.epoch}, step {batch_idx + 1} of {self.steps_per_epoch}")
+            self._stop(
+                context, f"epoch {context.epoch}, step {batch_idx + 1} of {self.steps_per_epoch}"
+            )
         elif agreed == SAVE or (options.save_every_steps and step % options.save_every_steps == 0):
             self._save_within_epoch(context, position)
 
@@ -332,11 +353,15 @@ class PortraitTrainer(AdaptedTrainer):
             samples_seen=self.samples_seen,
         )
 
-    def _show_progress(self, context: PhaseContext, batch_idx: int, batches: DeviceBatches, bar: Any) -> None:
+    def _show_progress(
+        self, context: PhaseContext, batch_idx: int, batches: DeviceBatches, bar: Any
+    ) -> None:
         self.images_per_second, self.data_wait_share = batches.rate, batches.wait_share
         if distributed.rank() != 0:
             return
-        losses = dict(zip(self.loss_logging_items_names, context.loss_avg_meter.average, strict=False))
+        losses = dict(
+            zip(self.loss_logging_items_names, context.loss_avg_meter.average, strict=False)
+        )
         bar.set_postfix({**losses, "images/s": f"{self.images_per_second:.1f}"})
         for callback in self.phase_callbacks:
             if hasattr(callback, "on_interval"):
@@ -350,7 +375,9 @@ class PortraitTrainer(AdaptedTrainer):
         """Mean losses and metrics over the samples of all ranks."""
         if self.loss_logging_items_names is None:  # this rank saw no batch yet
             self.name_losses()
-        losses = meter.average_over_ranks(len(self.loss_logging_items_names or ()), self.torch_device)
+        losses = meter.average_over_ranks(
+            len(self.loss_logging_items_names or ()), self.torch_device
+        )
         return self.named_values(losses + self.metric_values(metrics), metrics)
 
     # Evaluation -----------------------------------------------------------------------------------------------------
@@ -476,16 +503,25 @@ class PortraitTrainer(AdaptedTrainer):
             self.best_metric, self._best_ckpt_metrics = value, metrics
         state = self._state(epoch, value, metrics)
         if better:
-            self.sg_logger.add_checkpoint(tag=self.ckpt_best_name, state_dict=state, global_step=epoch)
+            self.sg_logger.add_checkpoint(
+                tag=self.ckpt_best_name, state_dict=state, global_step=epoch
+            )
             self.phase_callback_handler.on_validation_end_best_epoch(context)
-            distributed.print0(f"best so far: {self.metric_to_watch} {value:.4f}, saved as {self.ckpt_best_name}")
+            distributed.print0(
+                f"best so far: {self.metric_to_watch} {value:.4f}, saved as {self.ckpt_best_name}"
+            )
         self.sg_logger.add_checkpoint(tag=checkpoints.LATEST, state_dict=state, global_step=epoch)
         if epoch in self.training_params.save_ckpt_epoch_list:
-            self.sg_logger.add_checkpoint(tag=f"ckpt_epoch_{epoch}.pth", state_dict=state, global_step=epoch)
+            self.sg_logger.add_checkpoint(
+                tag=f"ckpt_epoch_{epoch}.pth", state_dict=state, global_step=epoch
+            )
         if self.training_params.average_best_models:
             net = unwrap_model(self.ema_model.ema if self.ema else self._training_net)
             mean = self.model_weight_averaging.get_average_model(net, valid_values)
-            rest = {name: state[name] for name in ("acc", "epoch", "metrics", "packages", "portrait_dist")}
+            rest = {
+                name: state[name]
+                for name in ("acc", "epoch", "metrics", "packages", "portrait_dist")
+            }
             self.sg_logger.add_checkpoint(
                 tag=self.average_model_checkpoint_filename,
                 state_dict={"net": mean, **rest},
@@ -495,7 +531,9 @@ class PortraitTrainer(AdaptedTrainer):
 
     def make_average(self) -> AverageOfBest:
         """Mean of the ten best models."""
-        return AverageOfBest(self.checkpoints_dir_path, self.metric_to_watch, self.greater_metric_to_watch_is_better)
+        return AverageOfBest(
+            self.checkpoints_dir_path, self.metric_to_watch, self.greater_metric_to_watch_is_better
+        )
 
     def _state(self, epoch: int, value: float, metrics: dict[str, Any]) -> dict[str, Any]:
         """SuperGradients' checkpoint dict, and under ``portrait_dist`` what exact resuming needs beyond it."""
@@ -531,7 +569,9 @@ class PortraitTrainer(AdaptedTrainer):
             return
         in_training = context.metrics_compute_fn is self.train_metrics
         sums = self._sums(context) if in_training else self._sums_of_training
-        self._rank_states = distributed.gather_objects(checkpoints.plain({**_random_state(), "sums": sums}))
+        self._rank_states = distributed.gather_objects(
+            checkpoints.plain({**_random_state(), "sums": sums})
+        )
         if distributed.rank() == 0:
             metrics = {"tracked_metric_name": self.metric_to_watch, "valid": {}, "train": {}}
             state = self._state(context.epoch, float(self.best_metric), metrics)
@@ -539,7 +579,9 @@ class PortraitTrainer(AdaptedTrainer):
                 "loader": position["loader"],
                 "batches": position["batches"],
             }
-            self.sg_logger.add_checkpoint(tag=checkpoints.LATEST, state_dict=state, global_step=context.epoch)
+            self.sg_logger.add_checkpoint(
+                tag=checkpoints.LATEST, state_dict=state, global_step=context.epoch
+            )
         self._last_save = time.monotonic()
 
     def _can_save(self, position: dict[str, Any]) -> bool:
@@ -633,7 +675,10 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def _metric_states(metrics: Any) -> dict[str, dict[str, Any]]:
-    return {name: dict(metric.metric_state) for name, metric in metrics.items(keep_base=True, copy_state=False)}
+    return {
+        name: dict(metric.metric_state)
+        for name, metric in metrics.items(keep_base=True, copy_state=False)
+    }
 
 
 def _add_metric_states(metrics: Any, saved: dict[str, dict[str, Any]]) -> None:

@@ -60,11 +60,19 @@ def test_quickstart_goes_from_pictures_to_cut_outs_and_writes_nowhere_else(
     assert run >= {"ckpt_best", "ckpt_latest", "average_model", "config", "metrics", "events"}
     events = EventAccumulator(result["run_dir"])
     events.Reload()
-    assert len(events.Images("validation")) == len(events.Scalars("valid_softiou")) > 0, "a picture grid for each epoch"
+    assert len(events.Images("validation")) == len(events.Scalars("valid_softiou")) > 0, (
+        "a picture grid for each epoch"
+    )
     assert tree(here) == set()
-    assert not [name for name in tree(home) if "sg_logs" in name or not name.startswith((".cache", ".config"))]
+    assert not [
+        name
+        for name in tree(home)
+        if "sg_logs" in name or not name.startswith((".cache", ".config"))
+    ]
 
-    assert cli.run([*words[:4], str(tmp_path / "elsewhere"), *words[5:]]) == 2, "another raw tree, the same --out"
+    assert cli.run([*words[:4], str(tmp_path / "elsewhere"), *words[5:]]) == 2, (
+        "another raw tree, the same --out"
+    )
     capfd.readouterr()
     assert cli.run(words) == 0, "run again, it finds everything done"
     assert json.loads(capfd.readouterr().out)["test_iou"] == result["test_iou"]

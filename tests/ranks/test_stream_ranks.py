@@ -17,7 +17,9 @@ from portrait_dist.data import build_loader
 JOB = Path(__file__).parents[1] / "stream_job.py"
 
 
-def torchrun(ranks: int, action: str, shards: Path, out: Path, **options: Any) -> tuple[list[dict[str, Any]], str, int]:
+def torchrun(
+    ranks: int, action: str, shards: Path, out: Path, **options: Any
+) -> tuple[list[dict[str, Any]], str, int]:
     """(what each rank saw, stderr, exit code)."""
     out.mkdir()
     words = [
@@ -44,7 +46,10 @@ def torchrun(ranks: int, action: str, shards: Path, out: Path, **options: Any) -
 
 def global_batches(ranks: list[dict[str, Any]], name: str) -> list[list[str]]:
     longest = max(len(rank[name]) for rank in ranks)
-    return [[key for rank in ranks if k < len(rank[name]) for key in rank[name][k]] for k in range(longest)]
+    return [
+        [key for rank in ranks if k < len(rank[name]) for key in rank[name][k]]
+        for k in range(longest)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,9 @@ def alone(tiny_shards: Path) -> dict[str, list[list[str]]]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tiny_shards: Path, damaged_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(
+    tiny_shards: Path, damaged_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What three ranks saw."""
     out = tmp_path_factory.mktemp("three") / "out"
     state = {
@@ -119,7 +126,10 @@ def test_ranks_validate_every_key_once(ranks, alone):
 
 def test_ranks_that_would_see_other_batches_are_refused_before_the_first_step(ranks):
     assert all("seed is 0 on rank 0 and 1 on rank 1" in rank["other seed"] for rank in ranks)
-    assert all("data is" in rank["other shards"] and "on rank 1; give every rank" in rank["other shards"] for rank in ranks)
+    assert all(
+        "data is" in rank["other shards"] and "on rank 1; give every rank" in rank["other shards"]
+        for rank in ranks
+    )
 
 
 def test_skipping_damage_keeps_the_ranks_in_step(ranks):
@@ -129,7 +139,9 @@ def test_skipping_damage_keeps_the_ranks_in_step(ranks):
 
 
 def test_damage_met_by_one_rank_stops_all_ranks_with_its_message(damaged_shards, tmp_path):
-    seen, errors, code = torchrun(2, "step", damaged_shards, tmp_path / "out", batch_size=4, on_damage="stop")
+    seen, errors, code = torchrun(
+        2, "step", damaged_shards, tmp_path / "out", batch_size=4, on_damage="stop"
+    )
     assert code != 0
     assert seen == []  # nobody got to the end, and nobody hangs: torchrun has returned
     assert "DamagedSampleError" in errors

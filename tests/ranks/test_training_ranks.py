@@ -44,7 +44,9 @@ def assert_same_run(run: Path, reference: Path) -> None:
     assert largest_difference(checkpoint(run)["net"], checkpoint(reference)["net"]) < WEIGHTS
 
 
-def test_fine_tuning_begins_where_the_given_checkpoint_ended(one_process: Path, tiny_shards: Path, tmp_path: Path) -> None:
+def test_fine_tuning_begins_where_the_given_checkpoint_ended(
+    one_process: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
     keys = (
         f"model.weights={one_process / 'ckpt_latest.pth'}",
         "train.lr=1e-12",
@@ -60,12 +62,16 @@ def test_fine_tuning_begins_where_the_given_checkpoint_ended(one_process: Path, 
 def test_n_ranks_train_the_same_model_as_one_process_with_the_same_global_batch(
     ranks: int, one_process: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    result = train(tmp_path, tiny_shards, f"train.batch_size={GLOBAL_BATCH // ranks}", ranks=ranks).result()
+    result = train(
+        tmp_path, tiny_shards, f"train.batch_size={GLOBAL_BATCH // ranks}", ranks=ranks
+    ).result()
     assert result["world_size"] == ranks
     assert_same_run(tmp_path / "run", one_process)
 
 
-def test_two_nodes_train_one_model_and_rank_0_alone_writes(one_process: Path, tiny_shards: Path, tmp_path: Path) -> None:
+def test_two_nodes_train_one_model_and_rank_0_alone_writes(
+    one_process: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
     """Two torchrun agents with two ranks each on this machine: LOCAL_RANK is not RANK."""
     keys = (f"train.batch_size={GLOBAL_BATCH // 4}", "train.save_every_steps=1")
     rendezvous = (
@@ -81,16 +87,22 @@ def test_two_nodes_train_one_model_and_rank_0_alone_writes(one_process: Path, ti
         assert job.wait() == 0, job.text()[-4000:]
         assert job.process.stdout is not None
         outputs.append(job.process.stdout.read())
-    assert sorted(bool(output) for output in outputs) == [False, True], "one rank of all prints the result"
+    assert sorted(bool(output) for output in outputs) == [False, True], (
+        "one rank of all prints the result"
+    )
     run = tmp_path / "run"
     assert_same_run(run, one_process)
     writers = {path.name.rsplit(".", 2)[1] for path in run.glob("events.out.tfevents.*")}
-    assert len(writers) == 1, "one process writes TensorBoard's files (their names end in process and number)"
+    assert len(writers) == 1, (
+        "one process writes TensorBoard's files (their names end in process and number)"
+    )
     assert len(list(run.glob("experiment_logs_*.txt"))) == 1
     assert len(lines(run, "start")) == 1
 
 
-def test_validation_on_uneven_counts_equals_one_process_to_1e_6(one_process: Path, tiny_shards: Path, tmp_path: Path) -> None:
+def test_validation_on_uneven_counts_equals_one_process_to_1e_6(
+    one_process: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
     """The same weights on 7 samples: one rank has 4, the other 3, in batches of 2."""
     command = [
         "-m",
@@ -132,7 +144,9 @@ def test_validation_on_uneven_counts_equals_one_process_to_1e_6(one_process: Pat
     ):
         assert abs(one[name] - two[name]) < 1e-6, name
     for name in ("", "-curve"):
-        tables = [list(csv.DictReader((tmp_path / f"{who}{name}.csv").open())) for who in ("one", "two")]
+        tables = [
+            list(csv.DictReader((tmp_path / f"{who}{name}.csv").open())) for who in ("one", "two")
+        ]
         assert [len(table) for table in tables] == ([101, 101] if name else [7, 7])
         for row, other in zip(*tables, strict=True):
             assert row.pop("key", None) == other.pop("key", None)

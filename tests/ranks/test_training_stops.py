@@ -32,7 +32,9 @@ def assert_equal_to_the_bit(run: Path, reference: Path) -> None:
     """Weights, optimiser, best metric and every epoch's figures."""
     figures = ("step", "samples_seen", "loss", "iou", "val_loss", "val_iou", "lr")
     ended = {line["epoch"]: [line[name] for name in figures] for line in lines(run, "epoch")}
-    assert ended == {line["epoch"]: [line[name] for name in figures] for line in lines(reference, "epoch")}
+    assert ended == {
+        line["epoch"]: [line[name] for name in figures] for line in lines(reference, "epoch")
+    }
     ours, theirs = checkpoint(run), checkpoint(reference)
     assert largest_difference(ours["net"], theirs["net"]) == 0
     for name, state in theirs["optimizer_state_dict"]["state"].items():
@@ -61,7 +63,10 @@ def stop_after(job: Job, run: Path, step: int, number: signal.Signals, to: str) 
 def uninterrupted(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks, forty epochs of four steps, nothing happens."""
     root = tmp_path_factory.mktemp("uninterrupted")
-    assert train(root, tiny_shards, *KEYS, "train.batch_size=6", ranks=2).result()["steps"] == 40 * STEPS
+    assert (
+        train(root, tiny_shards, *KEYS, "train.batch_size=6", ranks=2).result()["steps"]
+        == 40 * STEPS
+    )
     return root / "run"
 
 
@@ -77,7 +82,9 @@ def test_interrupted_by_each_signal_and_resumed_equals_uninterrupted_to_the_bit(
     ):
         job = train(tmp_path, tiny_shards, *KEYS, "train.batch_size=6", ranks=2)
         stop_after(job, run, step, number, to)
-    assert train(tmp_path, tiny_shards, *KEYS, "train.batch_size=6", ranks=2).result()["epochs"] == 40
+    assert (
+        train(tmp_path, tiny_shards, *KEYS, "train.batch_size=6", ranks=2).result()["epochs"] == 40
+    )
     assert len(lines(run, "stop")) == 3
     assert_equal_to_the_bit(run, uninterrupted)
     for epoch, keys in keys_by_epoch(run).items():
@@ -85,7 +92,9 @@ def test_interrupted_by_each_signal_and_resumed_equals_uninterrupted_to_the_bit(
 
 
 def test_one_process_alone_exits_with_75_and_goes_on(tiny_shards: Path, tmp_path: Path) -> None:
-    job = train(tmp_path, tiny_shards, *KEYS, "train.batch_size=12", "train.max_epochs=400", ranks=0)
+    job = train(
+        tmp_path, tiny_shards, *KEYS, "train.batch_size=12", "train.max_epochs=400", ranks=0
+    )
     run = tmp_path / "run"
     wait_for(lambda: steps_done(run) >= 3, "step 3", job)
     job.process.send_signal(signal.SIGTERM)
@@ -97,14 +106,18 @@ def test_one_process_alone_exits_with_75_and_goes_on(tiny_shards: Path, tmp_path
     assert stopped["portrait_dist"]["samples_seen"] >= 36
 
 
-def test_resumed_on_other_world_sizes_no_sample_is_seen_twice_and_none_is_skipped(tiny_shards: Path, tmp_path: Path) -> None:
+def test_resumed_on_other_world_sizes_no_sample_is_seen_twice_and_none_is_skipped(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
     """Two ranks, stopped; three, stopped; one, to the end; always a global batch of 12."""
     run = tmp_path / "run"
     for ranks, step in ((2, 6), (3, 22)):
         job = train(tmp_path, tiny_shards, *KEYS, f"train.batch_size={12 // ranks}", ranks=ranks)
         stop_after(job, run, step, signal.SIGTERM, "torchrun")
     epochs = checkpoint(run)["epoch"] + 2
-    job = train(tmp_path, tiny_shards, *KEYS, "train.batch_size=12", f"train.max_epochs={epochs}", ranks=0)
+    job = train(
+        tmp_path, tiny_shards, *KEYS, "train.batch_size=12", f"train.max_epochs={epochs}", ranks=0
+    )
     assert job.result()["samples_seen"] == epochs * STEPS * 12
     seen = keys_by_epoch(run)
     assert sorted(seen) == list(range(epochs))
@@ -140,7 +153,9 @@ def test_killed_ranks_are_restarted_from_the_last_checkpoint_and_lose_nothing(
     assert not list(run.glob(".*.tmp"))
 
 
-def test_a_damaged_sample_met_by_one_rank_stops_all_with_its_name(tiny_shards: Path, tmp_path: Path) -> None:
+def test_a_damaged_sample_met_by_one_rank_stops_all_with_its_name(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(tiny_shards, shards)
     tar = shards / "train-00002.tar"
@@ -154,7 +169,9 @@ def test_a_damaged_sample_met_by_one_rank_stops_all_with_its_name(tiny_shards: P
     assert lines(tmp_path / "run")[-1]["kind"] == "error"
 
 
-def test_a_rank_that_raises_stops_all_and_its_traceback_is_shown_once(tiny_shards: Path, tmp_path: Path) -> None:
+def test_a_rank_that_raises_stops_all_and_its_traceback_is_shown_once(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
     """Rank 1 cannot write its list of keys: an error nobody foresaw."""
     (tmp_path / "run" / "keys-rank1.jsonl").mkdir(parents=True)
     job = train(tmp_path, tiny_shards, *KEYS, "train.batch_size=6", ranks=2)
@@ -164,7 +181,9 @@ def test_a_rank_that_raises_stops_all_and_its_traceback_is_shown_once(tiny_shard
 
 
 def test_a_rank_that_stalls_is_ended_by_the_timeout(tiny_shards: Path, tmp_path: Path) -> None:
-    job = train(tmp_path, tiny_shards, *KEYS, "train.batch_size=6", "train.timeout_seconds=5", ranks=2)
+    job = train(
+        tmp_path, tiny_shards, *KEYS, "train.batch_size=6", "train.timeout_seconds=5", ranks=2
+    )
     wait_for(lambda: steps_done(tmp_path / "run") >= 2, "step 2", job)
     ranks = job.ranks()
     ranks[1].suspend()

@@ -101,7 +101,9 @@ class Cluster:
     def __init__(self, folder: Path, cpus: int = 2) -> None:
         self.folder = folder
         self.cpus = cpus
-        self.environment = dict(os.environ, SLURM_CONF=str(folder / "slurm.conf"), **{MARK: str(folder)})
+        self.environment = dict(
+            os.environ, SLURM_CONF=str(folder / "slurm.conf"), **{MARK: str(folder)}
+        )
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Cluster:
@@ -134,7 +136,9 @@ class Cluster:
         )
         for number in (0, 1):  # GPUs that SLURM counts and hands out, but that are not there
             (self.folder / f"gpu{number}").touch()
-        (self.folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File={self.folder}/gpu[0-1]\n")
+        (self.folder / "gres.conf").write_text(
+            f"NodeName={','.join(NODES)} Name=gpu File={self.folder}/gpu[0-1]\n"
+        )
         self._start_munge()
         self._start_daemon("slurmctld", "-D", "-c", "-f", str(self.folder / "slurm.conf"))
         for name in NODES:
@@ -174,8 +178,12 @@ class Cluster:
         daemon = self.daemons.pop(f"slurmd-{name}")
         daemon.kill()
         daemon.wait()
-        victims = [pid for pid, variables in self.processes() if variables.get("SLURMD_NODENAME") == name]
-        for pid in {_parent(pid) for pid in victims if "slurmstepd" in _command(_parent(pid))} | set(victims):
+        victims = [
+            pid for pid, variables in self.processes() if variables.get("SLURMD_NODENAME") == name
+        ]
+        for pid in {
+            _parent(pid) for pid in victims if "slurmstepd" in _command(_parent(pid))
+        } | set(victims):
             _kill(pid)
 
     def _start_daemon(self, program: str, *words: str, label: str = "") -> None:
@@ -220,7 +228,9 @@ class Cluster:
             if variables.get(MARK) == str(self.folder) and _alive(int(entry.name)):
                 yield int(entry.name), variables
 
-    def command(self, *words: str, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
+    def command(
+        self, *words: str, check: bool = True, cwd: Path | None = None, **variables: str
+    ) -> str:
         """Run one of SLURM's commands on this cluster and return what it printed."""
         done = subprocess.run(
             words,
@@ -232,7 +242,9 @@ class Cluster:
             check=False,
         )
         if check and done.returncode:
-            raise RuntimeError(f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+            raise RuntimeError(
+                f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+            )
         return done.stdout
 
     def sbatch(self, *words: str, cwd: Path | None = None, **variables: str) -> int:
@@ -241,7 +253,9 @@ class Cluster:
 
     def states(self) -> dict[str, str]:
         """State of each node, in sinfo's words."""
-        lines = self.command("sinfo", "-h", "-N", "-o", "%N %T", "-p", "normal", check=False).splitlines()
+        lines = self.command(
+            "sinfo", "-h", "-N", "-o", "%N %T", "-p", "normal", check=False
+        ).splitlines()
         return dict(line.split() for line in lines)  # type: ignore[misc]
 
     def job(self, number: int | str) -> dict[str, str]:
@@ -268,14 +282,18 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"after {seconds} s it is still not so that {what}\n{self.report()}")
+                raise TimeoutError(
+                    f"after {seconds} s it is still not so that {what}\n{self.report()}"
+                )
             time.sleep(0.2)
 
     def report(self) -> str:
         """The ends of the daemons' logs and the queue, for a failing test."""
         parts = [self.command("squeue", check=False), self.command("sinfo", "-N", check=False)]
         for path in sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")]):
-            parts.append(f"== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:]))
+            parts.append(
+                f"== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:])
+            )
         return "\n".join(parts)
 
 

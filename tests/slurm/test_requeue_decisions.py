@@ -106,8 +106,13 @@ def test_requeues_are_limited_by_a_key() -> None:
 
 
 def test_a_job_that_saves_nothing_new_twice_gives_up_with_the_reason(tmp_path: Path) -> None:
-    idle = Turn(1, "", {"kind": "error", "message": "rank 1: ValueError: x"}, False, progressed=False)
-    counts = [note_turn(tmp_path / "turns.jsonl", Allocation.from_environment(JOB), turn) for turn in (_turn(), idle, idle)]
+    idle = Turn(
+        1, "", {"kind": "error", "message": "rank 1: ValueError: x"}, False, progressed=False
+    )
+    counts = [
+        note_turn(tmp_path / "turns.jsonl", Allocation.from_environment(JOB), turn)
+        for turn in (_turn(), idle, idle)
+    ]
     assert counts == [0, 1, 2]
     assert decide(idle, 1, 1, RunConfig())[0]
     again, reason = decide(idle, 2, 2, RunConfig())
@@ -118,7 +123,10 @@ def test_a_job_that_saves_nothing_new_twice_gives_up_with_the_reason(tmp_path: P
 
 
 def test_jobs_on_one_node_have_different_ports_below_those_of_linux() -> None:
-    ports = [Allocation.from_environment(JOB | {"SLURM_JOB_ID": str(job)}).port for job in range(1000, 3000)]
+    ports = [
+        Allocation.from_environment(JOB | {"SLURM_JOB_ID": str(job)}).port
+        for job in range(1000, 3000)
+    ]
     assert len(set(ports)) == len(ports)
     assert min(ports) > 1024
     assert max(ports) < 32768
@@ -127,7 +135,12 @@ def test_jobs_on_one_node_have_different_ports_below_those_of_linux() -> None:
 def test_ranks_follow_the_gpus_or_the_variable() -> None:
     assert Allocation.from_environment(JOB).ranks_per_node == 1
     assert Allocation.from_environment(JOB | {"SLURM_GPUS_ON_NODE": "8"}).ranks_per_node == 8
-    assert Allocation.from_environment(JOB | {"SLURM_GPUS_ON_NODE": "8", "NPROC_PER_NODE": "4"}).ranks_per_node == 4
+    assert (
+        Allocation.from_environment(
+            JOB | {"SLURM_GPUS_ON_NODE": "8", "NPROC_PER_NODE": "4"}
+        ).ranks_per_node
+        == 4
+    )
     with pytest.raises(InputError, match="NPROC_PER_NODE=all: write the number"):
         Allocation.from_environment(JOB | {"NPROC_PER_NODE": "all"})
 
@@ -177,7 +190,10 @@ def test_a_sweep_trains_every_combination_in_a_run_of_its_own() -> None:
 def test_tasks_of_an_array_have_labels_and_ports_of_their_own() -> None:
     array = {"SLURM_ARRAY_JOB_ID": "120"}
     tasks = [
-        Allocation.from_environment(JOB | array | {"SLURM_JOB_ID": f"{120 + i}", "SLURM_ARRAY_TASK_ID": f"{i}"}) for i in (0, 1)
+        Allocation.from_environment(
+            JOB | array | {"SLURM_JOB_ID": f"{120 + i}", "SLURM_ARRAY_TASK_ID": f"{i}"}
+        )
+        for i in (0, 1)
     ]
     assert [task.label for task in tasks] == ["120_0", "120_1"]
     assert tasks[0].port != tasks[1].port

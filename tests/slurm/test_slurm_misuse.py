@@ -25,34 +25,51 @@ def _script(folder: Path, *steps: str) -> str:
 
 @pytest.mark.slurm
 @pytest.mark.timeout(300)
-def test_srun_without_torchrun_tasks_per_gpu_and_split_worlds_are_refused(cluster: Cluster, tmp_path: Path) -> None:
+def test_srun_without_torchrun_tasks_per_gpu_and_split_worlds_are_refused(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     steps = [
         f"srun --ntasks=2 --ntasks-per-node=1 {TRAIN}",
         f"srun --nodes=1 --ntasks=2 --ntasks-per-node=2 {TORCHRUN}",
         f"srun --ntasks=2 --ntasks-per-node=1 {TORCHRUN}",
     ]
     script = _script(tmp_path, *steps)
-    job = cluster.sbatch("--nodes=2", "--ntasks-per-node=2", "--output", f"{tmp_path}/log", script, cwd=tmp_path)
+    job = cluster.sbatch(
+        "--nodes=2", "--ntasks-per-node=2", "--output", f"{tmp_path}/log", script, cwd=tmp_path
+    )
     assert cluster.wait(job, 200)["JobState"] == "COMPLETED"
     first, second, third, _ = (tmp_path / "log").read_text().split("exit=")
-    assert "srun started 2 tasks without torchrun: each would train alone into the same run" in first
-    assert "srun started 2 tasks on 1 node(s), each with a torchrun: one task per node, not per GPU" in second
+    assert (
+        "srun started 2 tasks without torchrun: each would train alone into the same run" in first
+    )
+    assert (
+        "srun started 2 tasks on 1 node(s), each with a torchrun: one task per node, not per GPU"
+        in second
+    )
     assert "torchrun joined 1 node(s) of the 2 that SLURM gave (world size 1)" in third
     assert second.startswith("2\n")
-    assert not second.count("Traceback (most recent call last)") > 2, "torchrun's own at most, none of ours"
+    assert not second.count("Traceback (most recent call last)") > 2, (
+        "torchrun's own at most, none of ours"
+    )
 
 
 @pytest.mark.slurm
-def test_a_job_with_a_wrong_key_ends_at_once_and_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_with_a_wrong_key_ends_at_once_and_is_not_requeued(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     options = ["--nodes=2", f"--output={tmp_path}/log", str(LAUNCH / "slurm.sbatch")]
     job = cluster.wait(cluster.sbatch(*options, "train.lrr=1", cwd=tmp_path))
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
-    assert (tmp_path / "log").read_text().count("there is no key 'train.lrr'. Did you mean 'train.lr'?") == 1
+    assert (tmp_path / "log").read_text().count(
+        "there is no key 'train.lrr'. Did you mean 'train.lr'?"
+    ) == 1
 
 
 @pytest.mark.slurm
 @pytest.mark.timeout(300)
-def test_a_job_whose_ranks_find_wrong_input_ends_with_their_line_and_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_whose_ranks_find_wrong_input_ends_with_their_line_and_is_not_requeued(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     options = ["--gpus-per-node=2", f"--output={tmp_path}/log", str(LAUNCH / "slurm.sbatch")]
     job = cluster.wait(cluster.sbatch(*options, "data.shards=none", cwd=tmp_path), 200)
     log = (tmp_path / "log").read_text()
@@ -65,10 +82,14 @@ def test_a_job_whose_ranks_find_wrong_input_ends_with_their_line_and_is_not_requ
 
 
 @pytest.mark.slurm
-def test_what_sbatch_refuses_is_said_in_one_line(cluster: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
+def test_what_sbatch_refuses_is_said_in_one_line(
+    cluster: Cluster, tiny_shards: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "portrait_dist", "submit", "--partition", "moon"]
     command += [f"data.shards={tiny_shards}", f"run.root={tmp_path}"]
-    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=cluster.environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "invalid partition specified: moon" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -94,7 +115,9 @@ RANK = {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_S
         ),
     ],
 )
-def test_a_launch_that_does_not_match_the_allocation_is_refused(environment: dict[str, str], message: str) -> None:
+def test_a_launch_that_does_not_match_the_allocation_is_refused(
+    environment: dict[str, str], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         check_launch(environment)
 
@@ -158,7 +181,9 @@ def test_a_run_folder_that_another_node_does_not_see_is_named_on_every_rank(tmp_
 def test_the_batch_script_outside_slurm_says_so(tmp_path: Path) -> None:
     command = ["bash", str(LAUNCH / "slurm.sbatch"), "data.shards=none"]
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "SLURM_JOB_ID is not set" in done.stderr
     assert json.dumps(done.stdout) == '""'

@@ -72,7 +72,9 @@ def night(cluster: Cluster, tiny_shards: Path, tmp_path_factory: pytest.TempPath
         *words,
         "run.name=undisturbed",
     ]
-    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=cluster.environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     submitted = json.loads(done.stdout)
     options = ["--nodes=2", f"--output={folder}/job.log", str(LAUNCH / "slurm.sbatch")]
@@ -86,17 +88,27 @@ def _live_through(cluster: Cluster, job: int, other: int, folder: Path) -> dict[
 
     _until_trained_in_turn(cluster, 1, run, log)
     _freeze(cluster, job)
-    cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=2")  # less than the 120 s of --signal are left
-    cluster.until(lambda: "SLURM sent SIGUSR2" in log.read_text(), 90, "SLURM gives notice of the time limit")
+    cluster.command(
+        "scontrol", "update", f"JobId={job}", "TimeLimit=2"
+    )  # less than the 120 s of --signal are left
+    cluster.until(
+        lambda: "SLURM sent SIGUSR2" in log.read_text(), 90, "SLURM gives notice of the time limit"
+    )
     _freeze(cluster, job, signal.SIGCONT)
-    cluster.until(lambda: cluster.job(job)["Restarts"] == "1", 60, "the job was requeued at its time limit")
+    cluster.until(
+        lambda: cluster.job(job)["Restarts"] == "1", 60, "the job was requeued at its time limit"
+    )
     cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
     undisturbed = cluster.wait(other, 180)
 
     _until_trained_in_turn(cluster, 2, run, log)
     _freeze(cluster, job)  # preemption wakes it: SLURM sends CONT, then TERM
-    cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
-    cluster.until(lambda: cluster.job(job)["Restarts"] == "2", 90, "the job was requeued after preemption")
+    cluster.sbatch(
+        "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"
+    )
+    cluster.until(
+        lambda: cluster.job(job)["Restarts"] == "2", 90, "the job was requeued after preemption"
+    )
 
     _until_trained_in_turn(cluster, 3, run, log)
     os.kill(_ranks(cluster, job)[1], signal.SIGKILL)
@@ -123,7 +135,11 @@ def _until_trained_in_turn(cluster: Cluster, turn: int, run: Path, log: Path) ->
     def trained() -> bool:
         found = lines(run)
         starts = [place for place, line in enumerate(found) if line["kind"] == "start"]
-        epochs = [line for line in found[starts[-1] :] if line["kind"] == "epoch"] if len(starts) == turn else []
+        epochs = (
+            [line for line in found[starts[-1] :] if line["kind"] == "epoch"]
+            if len(starts) == turn
+            else []
+        )
         latest = run / "ckpt_latest.pth"
         return bool(epochs) and latest.exists() and latest.stat().st_mtime > epochs[0]["time"]
 
@@ -190,8 +206,15 @@ def test_the_log_says_why_each_turn_ended(night: Night) -> None:
 
 
 def test_each_rank_has_its_log_beside_the_others_in_the_jobs_folder(night: Night) -> None:
-    names = {path.name for path in (night.folder / "runs" / "slurm" / night.disturbed["JobId"]).iterdir()}
-    expected = {f"turn{turn}-rank{rank}.{kind}" for turn in range(1, 6) for rank in (0, 1) for kind in ("out", "err")}
+    names = {
+        path.name for path in (night.folder / "runs" / "slurm" / night.disturbed["JobId"]).iterdir()
+    }
+    expected = {
+        f"turn{turn}-rank{rank}.{kind}"
+        for turn in range(1, 6)
+        for rank in (0, 1)
+        for kind in ("out", "err")
+    }
     assert names == expected | {"turns.jsonl"}
 
 

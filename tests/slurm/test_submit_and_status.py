@@ -26,7 +26,9 @@ def _dry(shards: Path, root: Path, *words: str, **request: Any) -> dict[str, Any
     )
 
 
-def test_a_dry_run_shows_the_whole_sbatch_line_and_leaves_nothing(tiny_shards: Path, tmp_path: Path) -> None:
+def test_a_dry_run_shows_the_whole_sbatch_line_and_leaves_nothing(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
     words = ("run.name=first", "train.batch_size=2")
     result = _dry(
         tiny_shards,
@@ -57,7 +59,9 @@ def test_a_dry_run_shows_the_whole_sbatch_line_and_leaves_nothing(tiny_shards: P
 
 
 def test_a_sweep_becomes_an_array_job(tiny_shards: Path, tmp_path: Path) -> None:
-    result = _dry(tiny_shards, tmp_path, "run.name=s", array=("train.lr=1e-3,3e-4", "train.seed=1,2,3"))
+    result = _dry(
+        tiny_shards, tmp_path, "run.name=s", array=("train.lr=1e-3,3e-4", "train.seed=1,2,3")
+    )
     assert "--array=0-5 " in result["command"]
     assert "--sweep train.lr=1e-3,3e-4 --sweep train.seed=1,2,3" in result["command"]
     assert "/slurm/%A_%a.log" in result["command"]
@@ -66,7 +70,9 @@ def test_a_sweep_becomes_an_array_job(tiny_shards: Path, tmp_path: Path) -> None
         _dry(tiny_shards, tmp_path, array=("train.lr=1e-3,-1",))
 
 
-def test_unknown_keys_and_too_large_batches_are_said_before_queueing(tiny_shards: Path, tmp_path: Path) -> None:
+def test_unknown_keys_and_too_large_batches_are_said_before_queueing(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=r"there is no key 'train.lrr'. Did you mean 'train.lr'?"):
         _dry(tiny_shards, tmp_path, "train.lrr=1")
     with pytest.raises(
@@ -76,7 +82,9 @@ def test_unknown_keys_and_too_large_batches_are_said_before_queueing(tiny_shards
         _dry(tiny_shards, tmp_path, nodes=4)
 
 
-def test_shards_that_are_missing_cut_or_not_there_are_named(tiny_shards: Path, tmp_path: Path) -> None:
+def test_shards_that_are_missing_cut_or_not_there_are_named(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=r"data.shards is not given"):
         submit("aisegment_unet", [], Request(), dry_run=True)
     with pytest.raises(InputError, match="none: there is no such folder"):
@@ -91,9 +99,13 @@ def test_shards_that_are_missing_cut_or_not_there_are_named(tiny_shards: Path, t
         _dry(copy, tmp_path)
 
 
-def test_a_run_folder_that_cannot_be_used_is_said_before_queueing(tiny_shards: Path, tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_used_is_said_before_queueing(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"file is not a folder you can write to; choose another run.root"):
+    with pytest.raises(
+        InputError, match=r"file is not a folder you can write to; choose another run.root"
+    ):
         _dry(tiny_shards, tmp_path / "file" / "runs")
     (tmp_path / "runs" / "old").mkdir(parents=True)
     (tmp_path / "runs" / "old" / "ckpt_latest.pth").touch()
@@ -110,7 +122,9 @@ def test_without_slurm_submit_says_where_to_go(tiny_shards: Path, tmp_path: Path
         f"data.shards={tiny_shards}",
         f"run.root={tmp_path}/runs",
     ]
-    done = subprocess.run(command, env={"PATH": "/nowhere"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={"PATH": "/nowhere"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "sbatch is not here" in done.stderr
     assert not (tmp_path / "runs").exists()
@@ -190,7 +204,10 @@ def test_status_tells_failed_stopped_silent_and_finished_runs_apart(tmp_path: Pa
         10.0,
     )
     assert (
-        run_status(_run(tmp_path / "stopped", _line("stop", 1300, message="stopped by SIGUSR2")), now=1310)["state"] == "stopped"
+        run_status(
+            _run(tmp_path / "stopped", _line("stop", 1300, message="stopped by SIGUSR2")), now=1310
+        )["state"]
+        == "stopped"
     )
     assert run_status(_run(tmp_path / "silent"), now=1200 + 3600)["state"] == "silent"
     resumed = run_status(_run(tmp_path / "resumed", error, again), now=1410)
@@ -213,7 +230,9 @@ def test_status_of_something_else_says_so(tmp_path: Path) -> None:
 def test_status_starts_without_torch(tmp_path: Path) -> None:
     code = "import sys; from portrait_dist import cli; code = cli.run(sys.argv[1:]); print('torch' in sys.modules, code)"
     words = ["status", str(_run(tmp_path / "run")), "--json"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
     first, second = done.stdout.splitlines()
     assert json.loads(first)["epoch"] == 2
     assert second == "False 0"

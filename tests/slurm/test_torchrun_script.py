@@ -23,7 +23,9 @@ def _free_port() -> int:
 
 
 @pytest.mark.timeout(600)
-def test_two_nodes_train_one_model_and_a_signal_to_one_script_saves_and_stops_both(tiny_shards: Path, tmp_path: Path) -> None:
+def test_two_nodes_train_one_model_and_a_signal_to_one_script_saves_and_stops_both(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
     environment = os.environ | {
         "PYTHON": sys.executable,
         "NNODES": "2",
@@ -41,9 +43,15 @@ def test_two_nodes_train_one_model_and_a_signal_to_one_script_saves_and_stops_bo
     with open(tmp_path / "log", "wb") as log:
         for rank in ("0", "1"):
             variables = environment | {"NODE_RANK": rank}
-            nodes.append(subprocess.Popen([str(LAUNCH / "torchrun.sh"), *words], env=variables, stdout=log, stderr=log))
+            nodes.append(
+                subprocess.Popen(
+                    [str(LAUNCH / "torchrun.sh"), *words], env=variables, stdout=log, stderr=log
+                )
+            )
     try:
-        wait_for(lambda: lines(tmp_path / "run", "epoch"), "the first epoch is trained", seconds=200)
+        wait_for(
+            lambda: lines(tmp_path / "run", "epoch"), "the first epoch is trained", seconds=200
+        )
         nodes[1].send_signal(signal.SIGUSR2)
         codes = [node.wait(60) for node in nodes]
     finally:
@@ -51,5 +59,7 @@ def test_two_nodes_train_one_model_and_a_signal_to_one_script_saves_and_stops_bo
             node.kill()
     assert 0 not in codes
     state = run_status(tmp_path / "run")
-    assert (state["state"], state["world_size"]) == ("stopped", 2), (tmp_path / "log").read_text()[-4000:]
+    assert (state["state"], state["world_size"]) == ("stopped", 2), (tmp_path / "log").read_text()[
+        -4000:
+    ]
     assert checkpoint(tmp_path / "run")["epoch"] >= 1

@@ -23,5 +23,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def test_predicting_again_takes_no_new_memory_from_the_system() -> None:
     """The feature maps of a batch are 30,000 pages and more; given back and taken anew each of them would fault."""
-    found = subprocess.run([sys.executable, "-c", PREDICTIONS], check=True, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", PREDICTIONS], check=True, capture_output=True, text=True
+    )
     assert int(found.stdout) < 1000

@@ -26,7 +26,10 @@ def pictures() -> tuple[torch.Tensor, torch.Tensor]:
     down, across = np.mgrid[0:96, 0:80]
     images = []
     for _ in range(24):
-        waves = [128 + 200 * np.sin(down / rng.uniform(5, 40) + across / rng.uniform(5, 40)) for _ in range(3)]
+        waves = [
+            128 + 200 * np.sin(down / rng.uniform(5, 40) + across / rng.uniform(5, 40))
+            for _ in range(3)
+        ]
         picture = np.stack(waves, axis=-1) * rng.uniform(0.3, 1) + rng.normal(0, 12, (96, 80, 3))
         picture[:20] = rng.integers(0, 256, 3)
         images.append(picture.clip(0, 255).astype(np.uint8))
@@ -52,7 +55,9 @@ def levels(normalised: torch.Tensor) -> np.ndarray:
 def test_pictures_are_those_of_torchvision_within_one_level(pictures):
     images, alphas = pictures
     parameters = Augment(AugmentConfig(), seed=1).parameters(0, np.arange(24))
-    expected = np.stack([by_torchvision(images[row].numpy(), parameters, row) for row in range(24)]).astype(float)
+    expected = np.stack(
+        [by_torchvision(images[row].numpy(), parameters, row) for row in range(24)]
+    ).astype(float)
     on_cpu, mattes = Augment(AugmentConfig()).apply(images, alphas, parameters)
     assert np.abs(levels(on_cpu) - expected).max() <= 1.001
     assert np.abs(levels(on_cpu) - expected).mean() < 0.01
@@ -69,7 +74,9 @@ def test_batched_operations_for_the_device_give_torchvisions_levels(pictures):
     assert (got.numpy() != expected).mean() < 1e-4
 
 
-@pytest.mark.parametrize("geometry", [{}, {"scale": 0.25, "rotation": 10, "translation": 0.1, "background": 0.5}])
+@pytest.mark.parametrize(
+    "geometry", [{}, {"scale": 0.25, "rotation": 10, "translation": 0.1, "background": 0.5}]
+)
 def test_without_opencv_the_same_pictures_come_out(geometry, pictures, monkeypatch):
     images, alphas = pictures
     transform = Augment(AugmentConfig(**geometry), seed=3)
@@ -82,7 +89,9 @@ def test_without_opencv_the_same_pictures_come_out(geometry, pictures, monkeypat
 
 def test_normalisation_is_imagenets(pictures):
     images, alphas = pictures
-    expected = torchvision_ops.normalize(images.permute(0, 3, 1, 2) / 255, augment.MEAN, augment.STD)
+    expected = torchvision_ops.normalize(
+        images.permute(0, 3, 1, 2) / 255, augment.MEAN, augment.STD
+    )
     got, mattes = augment.normalise(images, alphas)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
     torch.testing.assert_close(mattes, alphas[:, None] / 255)
@@ -109,37 +118,51 @@ class Augmented(torch.utils.data.Dataset):
         return 2
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return Augment(AugmentConfig(), seed=1)(self.images, self.alphas, epoch=index, positions=np.arange(24))[0]
+        return Augment(AugmentConfig(), seed=1)(
+            self.images, self.alphas, epoch=index, positions=np.arange(24)
+        )[0]
 
 
 def test_dataloader_processes_augment_after_their_parent_has(pictures):
     here = [Augmented(*pictures)[epoch] for epoch in range(2)]
-    loader = torch.utils.data.DataLoader(Augmented(*pictures), None, num_workers=1, multiprocessing_context="fork", timeout=60)
+    loader = torch.utils.data.DataLoader(
+        Augmented(*pictures), None, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
     for ours, theirs in zip(here, loader, strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_parameters_depend_on_seed_epoch_and_position_only():
-    transform = Augment(AugmentConfig(scale=0.2, rotation=9, translation=0.1, background=0.5), seed=5)
+    transform = Augment(
+        AugmentConfig(scale=0.2, rotation=9, translation=0.1, background=0.5), seed=5
+    )
     whole = transform.parameters(3, np.arange(64))
     for rank in range(4):  # four ranks of 16, in any order
         part = transform.parameters(3, np.arange(rank * 16, rank * 16 + 16)[::-1])
         for name in vars(whole):
-            np.testing.assert_array_equal(getattr(part, name)[::-1], getattr(whole, name)[rank * 16 : rank * 16 + 16])
+            np.testing.assert_array_equal(
+                getattr(part, name)[::-1], getattr(whole, name)[rank * 16 : rank * 16 + 16]
+            )
     assert not np.array_equal(whole.factors, transform.parameters(4, np.arange(64)).factors)
-    assert not np.array_equal(whole.factors, Augment(transform.config, seed=6).parameters(3, np.arange(64)).factors)
+    assert not np.array_equal(
+        whole.factors, Augment(transform.config, seed=6).parameters(3, np.arange(64)).factors
+    )
 
 
 def test_parameters_have_torchvisions_distribution():
     count = 60_000
-    drawn = Augment(AugmentConfig(flip=0.3, brightness=0.5, contrast=0.2, saturation=1.5), seed=0).parameters(0, np.arange(count))
+    drawn = Augment(
+        AugmentConfig(flip=0.3, brightness=0.5, contrast=0.2, saturation=1.5), seed=0
+    ).parameters(0, np.arange(count))
     assert abs(drawn.flip.mean() - 0.3) < 0.01
     for column, (low, high) in enumerate([(0.5, 1.5), (0.8, 1.2), (0.0, 2.5)]):
         _is_uniform(drawn.factors[:, column], low, high)
     _, frequencies = np.unique(drawn.order, axis=0, return_counts=True)
     assert len(frequencies) == 6  # every order of the three steps, equally often
     assert np.abs(frequencies / count - 1 / 6).max() < 0.01
-    independent = np.corrcoef(np.column_stack([drawn.flip, drawn.factors, drawn.order[:, 0]]).T) - np.eye(5)
+    independent = np.corrcoef(
+        np.column_stack([drawn.flip, drawn.factors, drawn.order[:, 0]]).T
+    ) - np.eye(5)
     assert np.abs(independent).max() < 0.02
 
 
@@ -163,7 +186,9 @@ def test_geometry_moves_picture_and_alpha_together(pictures):
     _, alphas = pictures
     soft = torch.nn.functional.avg_pool2d(alphas[:, None].float(), 9, 1, 4).to(torch.uint8)[:, 0]
     images = soft[..., None].expand(-1, -1, -1, 3).contiguous()  # the alpha as a picture
-    config = AugmentConfig(brightness=0, contrast=0, saturation=0, scale=0.3, rotation=20, translation=0.1)
+    config = AugmentConfig(
+        brightness=0, contrast=0, saturation=0, scale=0.3, rotation=20, translation=0.1
+    )
     moved, mattes = Augment(config, seed=1)(images, soft, epoch=0, positions=np.arange(24))
     assert np.abs(levels(moved)[..., 0] / 255 - mattes[:, 0].double().numpy()).max() < 1e-4
     assert (moved - augment.normalise(images, soft)[0]).abs().mean() > 0.05
@@ -207,4 +232,6 @@ def test_a_new_background_keeps_the_figure_and_removes_the_other_one():
     torch.testing.assert_close(mixed[1], pictures[1])
     assert torch.all(mixed[0][:, 30:50, 30:50] == 200.0)
     outside = mixed[0][mattes[0].expand(3, -1, -1) == 0]
-    torch.testing.assert_close(outside, torch.full_like(outside, 90.0), rtol=0, atol=3.0)  # no trace of 250, nor of 50
+    torch.testing.assert_close(
+        outside, torch.full_like(outside, 90.0), rtol=0, atol=3.0
+    )  # no trace of 250, nor of 50

@@ -36,7 +36,9 @@ def measured(script: str, out: Path, *words: str) -> dict[str, Any]:
 
 def rates(found: dict[str, Any], **where: Any) -> dict[str, float | None]:
     """Name → images per second of the rows that have these values."""
-    rows = [row for row in found["rows"] if all(row.get(key) == value for key, value in where.items())]
+    rows = [
+        row for row in found["rows"] if all(row.get(key) == value for key, value in where.items())
+    ]
     return {row["name"]: row["images_per_second"] for row in rows}
 
 
@@ -56,7 +58,9 @@ def test_all_writes_page_chart_and_json_with_every_loader_and_a_reason_for_each_
     ]
     done = subprocess.run([*words, "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    (page,), (chart,), (text,) = (list(tmp_path.glob(f"*.{kind}")) for kind in ("md", "svg", "json"))
+    (page,), (chart,), (text,) = (
+        list(tmp_path.glob(f"*.{kind}")) for kind in ("md", "svg", "json")
+    )
     loader = json.loads(text.read_text())["benchmarks"]["loader"]
     ours = {"tutorial", "webdataset", "portrait_dist-uint8", "portrait_dist-float", "ceiling"}
     for size in ("256", "original"):
@@ -74,13 +78,21 @@ def test_all_writes_page_chart_and_json_with_every_loader_and_a_reason_for_each_
 def test_unet_ladder_ends_with_the_best_form_and_tells_its_distance_from_fp32(
     tmp_path: Path,
 ) -> None:
-    found = measured("unet", tmp_path / "unet.json", *SMALL, "--size", "32", "--no-compile", "--device", "cpu")
+    found = measured(
+        "unet", tmp_path / "unet.json", *SMALL, "--size", "32", "--no-compile", "--device", "cpu"
+    )
     names = list(rates(found))
     assert names[0] == "hub-eager-fp32"
     assert {"channels-last", "bf16", "bn-folded", "merged", "best", "train-best"} <= set(names)
     by = {row["name"]: row for row in found["rows"]}
-    equal = {name: value or 0 for name, value in rates(found).items() if "train" not in name and name != "int8"}
-    assert by["best"]["images_per_second"] == max(equal.values()), "whether int8 keeps the masks of random weights is unknown"
+    equal = {
+        name: value or 0
+        for name, value in rates(found).items()
+        if "train" not in name and name != "int8"
+    }
+    assert by["best"]["images_per_second"] == max(equal.values()), (
+        "whether int8 keeps the masks of random weights is unknown"
+    )
     assert by["channels-last"]["largest_difference"] < 1e-4
     assert 0 < by["merged"]["largest_difference"] < 0.05
     assert by["best"]["share_of_roofline"] > 0
@@ -127,7 +139,9 @@ def test_a_step_of_both_trainers_is_measured_against_the_bare_loop(tmp_path: Pat
     assert "% of a real step" in found["aims"]["portrait_dist over the bare loop"]
 
 
-def test_training_on_shards_is_measured_against_a_batch_on_the_device(tmp_path: Path, tiny_shards: Path) -> None:
+def test_training_on_shards_is_measured_against_a_batch_on_the_device(
+    tmp_path: Path, tiny_shards: Path
+) -> None:
     words = ("--shards", str(tiny_shards), "--steps", "2", "--device", "cpu")
     found = measured("train", tmp_path / "train.json", *SMALL, *words)
     assert set(rates(found)) == {"resident", "train"}
@@ -161,7 +175,9 @@ def test_scaling_measures_real_ranks(tmp_path: Path, tiny_shards: Path) -> None:
     assert found["rows"][0]["images_per_second"] > 0
 
 
-def test_fits_and_refinements_are_scored_at_the_pictures_own_resolution(tmp_path: Path, split_dir: Path) -> None:
+def test_fits_and_refinements_are_scored_at_the_pictures_own_resolution(
+    tmp_path: Path, split_dir: Path
+) -> None:
     from tests import blobs
 
     checkpoint = blobs.save(blobs.train(steps=2), tmp_path / "ckpt_best.pth")
@@ -184,7 +200,10 @@ def test_fits_and_refinements_are_scored_at_the_pictures_own_resolution(tmp_path
         "landscape 16:9, cover",
     } <= by.keys()
     assert sum(name.startswith("refined, ") for name in by) == 12
-    assert all(0 <= row["iou"] <= 1 and row["samples"] <= 2 and row["images_per_second"] > 0 for row in by.values())
+    assert all(
+        0 <= row["iou"] <= 1 and row["samples"] <= 2 and row["images_per_second"] > 0
+        for row in by.values()
+    )
 
 
 def test_recipes_are_trained_by_their_printed_command_and_scored_on_both_held_out_splits(
@@ -209,6 +228,10 @@ def test_recipes_are_trained_by_their_printed_command_and_scored_on_both_held_ou
     (one,) = row["runs"]
     assert one["seed"] == 3
     assert row["test_iou"] == pytest.approx(one["test_iou"], abs=1e-4)
-    assert all(0 <= one[f"{split}_{figure}"] <= 1 for split in ("val", "test") for figure in ("iou", "mean_iou", "boundary_iou"))
+    assert all(
+        0 <= one[f"{split}_{figure}"] <= 1
+        for split in ("val", "test")
+        for figure in ("iou", "mean_iou", "boundary_iou")
+    )
     assert row["command"].startswith("portrait-dist train --recipe aisegment_unet")
     assert (tmp_path / "work" / "runs").is_dir()

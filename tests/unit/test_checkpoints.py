@@ -35,7 +35,9 @@ def test_kill_9_at_any_moment_of_writing_leaves_the_old_or_the_new_checkpoint(
 ) -> None:
     path = tmp_path / "ckpt_latest.pth"
     for moment in (0.0, 0.002, 0.005, 0.013):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         for _ in range(2):
             process.stdout.readline()
@@ -89,7 +91,9 @@ class Evil:
         return os.system, ("touch evil-was-here",)
 
 
-def test_a_checkpoint_file_cannot_execute_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_file_cannot_execute_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"net": Evil()}))
     torch.save({"net": {}, "extra": Evil()}, tmp_path / "evil2.pth")
@@ -128,7 +132,9 @@ def test_one_writer_per_run(tmp_path: Path) -> None:
         "import sys, time; from pathlib import Path; from portrait_dist.runs.folder import RunLock\n"
         "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(InputError, match=f"process {holder.pid}"):

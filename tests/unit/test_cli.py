@@ -37,7 +37,9 @@ def call(*words: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]
 def loaded_after(code: str) -> set[str]:
     """Top-level and torch modules that a fresh interpreter holds after running ``code``."""
     script = f"{code}\nimport sys, json; json.dump(sorted(sys.modules), sys.__stdout__)"
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
     return set(json.loads(output[output.index('["') :]))
 
 
@@ -53,7 +55,11 @@ def test_the_data_package_loads_neither_supergradients_nor_the_launcher() -> Non
     )
     assert "torch" in loaded
     assert not {
-        name for name in loaded if name.startswith(("super_gradients", "torch.distributed.launcher", "torch.distributed.run"))
+        name
+        for name in loaded
+        if name.startswith(
+            ("super_gradients", "torch.distributed.launcher", "torch.distributed.run")
+        )
     }
 
 

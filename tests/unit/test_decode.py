@@ -31,7 +31,9 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     """A smooth colourful picture with some noise, uint8 [H, W, 3]."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 40 + 2, width // 40 + 2, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    smooth = np.asarray(
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    ).astype(int)
     return np.clip(smooth + rng.integers(-3, 4, smooth.shape), 0, 255).astype(np.uint8)
 
 
@@ -41,7 +43,9 @@ def jpeg(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decoded(image: bytes, alpha: bytes, size: tuple[int, int], **options: object) -> tuple[np.ndarray, np.ndarray]:
+def decoded(
+    image: bytes, alpha: bytes, size: tuple[int, int], **options: object
+) -> tuple[np.ndarray, np.ndarray]:
     out = np.empty((*size, 3), np.uint8), np.empty(size, np.uint8)
     decode_pair(image, alpha, size, *out, **options)  # type: ignore[arg-type]
     return out
@@ -49,7 +53,9 @@ def decoded(image: bytes, alpha: bytes, size: tuple[int, int], **options: object
 
 @settings(max_examples=40, deadline=None)
 @given(height=SIDE, width=SIDE, seed=st.integers(0, 9))
-def test_the_alpha_png_is_read_by_everyone_to_the_same_pixels(height: int, width: int, seed: int) -> None:
+def test_the_alpha_png_is_read_by_everyone_to_the_same_pixels(
+    height: int, width: int, seed: int
+) -> None:
     alpha = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
     png = grey_png(alpha)
     with Image.open(io.BytesIO(png)) as opened:
@@ -60,7 +66,9 @@ def test_the_alpha_png_is_read_by_everyone_to_the_same_pixels(height: int, width
 
 @settings(max_examples=200, deadline=None)
 @given(height=SIDE, width=SIDE, new=st.tuples(SIDE, SIDE))
-def test_the_alpha_is_resized_to_the_pixels_that_pil_takes(height: int, width: int, new: tuple[int, int]) -> None:
+def test_the_alpha_is_resized_to_the_pixels_that_pil_takes(
+    height: int, width: int, new: tuple[int, int]
+) -> None:
     alpha = (np.arange(height * width) % 251).astype(np.uint8).reshape(height, width)
     reference = Image.fromarray(alpha).resize((new[1], new[0]), Image.Resampling.NEAREST)
     assert (resize_alpha(alpha, new) == np.asarray(reference)).all()
@@ -71,8 +79,16 @@ def test_exact_decoding_gives_the_pixels_of_the_tutorial(size: tuple[int, int]) 
     stored, mask = jpeg(picture(800, 600)), picture(800, 600, seed=1)[..., 0]
     image, alpha = decoded(stored, grey_png(mask), size)
     with Image.open(io.BytesIO(stored)) as opened:
-        assert (image == np.asarray(opened.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR))).all()
-    assert (alpha == np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))).all()
+        assert (
+            image
+            == np.asarray(
+                opened.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)
+            )
+        ).all()
+    assert (
+        alpha
+        == np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+    ).all()
 
 
 def test_scaled_decoding_is_close_to_exact_and_leaves_the_alpha_exact() -> None:
@@ -97,7 +113,9 @@ def test_a_sample_is_decoded_into_its_row_of_the_batch_and_nowhere_else() -> Non
 
 
 def test_a_grey_jpeg_becomes_rgb() -> None:
-    image, _ = decoded(jpeg(picture(16, 16)[..., 0]), grey_png(np.zeros((16, 16), np.uint8)), (16, 16))
+    image, _ = decoded(
+        jpeg(picture(16, 16)[..., 0]), grey_png(np.zeros((16, 16), np.uint8)), (16, 16)
+    )
     assert (image[..., 0] == image[..., 2]).all()
 
 
@@ -150,10 +168,14 @@ FILTERS = ("NONE", "SUB", "UP", "AVG", "PAETH")
 
 @settings(max_examples=40, deadline=None)
 @given(height=SIDE, width=SIDE, kind=st.sampled_from(FILTERS), seed=st.integers(0, 9))
-def test_mattes_of_every_row_filter_give_the_alpha_that_pil_reads(height: int, width: int, kind: str, seed: int) -> None:
+def test_mattes_of_every_row_filter_give_the_alpha_that_pil_reads(
+    height: int, width: int, kind: str, seed: int
+) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
     pixels[..., 3] = np.maximum.accumulate(pixels[..., 3], axis=1)  # some structure, as mattes have
-    png = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_FILTER, getattr(cv2, f"IMWRITE_PNG_FILTER_{kind}")])[1].tobytes()
+    png = cv2.imencode(
+        ".png", pixels, [cv2.IMWRITE_PNG_FILTER, getattr(cv2, f"IMWRITE_PNG_FILTER_{kind}")]
+    )[1].tobytes()
     with Image.open(io.BytesIO(png)) as opened:
         assert (decode_matte(png) == np.asarray(opened)[..., 3]).all()
     assert (decode_matte(png) == pixels[..., 3]).all()
@@ -173,6 +195,8 @@ def test_a_png_that_claims_to_be_huge_is_refused_before_it_takes_memory() -> Non
 
 
 def test_decoding_in_place_is_what_simplejpeg_gives() -> None:
-    stored = simplejpeg.encode_jpeg(picture(40, 56), quality=95, colorspace="RGB", colorsubsampling="420")
+    stored = simplejpeg.encode_jpeg(
+        picture(40, 56), quality=95, colorspace="RGB", colorsubsampling="420"
+    )
     image, _ = decoded(stored, grey_png(np.zeros((40, 56), np.uint8)), (40, 56))
     assert (image == simplejpeg.decode_jpeg(stored, "RGB")).all()

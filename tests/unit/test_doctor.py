@@ -20,7 +20,9 @@ CLI = [sys.executable, "-m", "portrait_dist"]
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*CLI, *words], capture_output=True, text=True, env=os.environ | environment, timeout=200)
+    return subprocess.run(
+        [*CLI, *words], capture_output=True, text=True, env=os.environ | environment, timeout=200
+    )
 
 
 def test_doctor_examines_this_machine_names_what_fails_and_leaves_nothing_behind(
@@ -128,12 +130,16 @@ def test_a_driver_with_gpus_hidden_from_torch_is_told_from_no_driver(tmp_path: P
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
     assert done.stdout.startswith("fail")
     assert "CUDA_VISIBLE_DEVICES" in done.stdout or "a build for CPUs" in done.stdout
 
 
-def test_a_check_that_breaks_is_a_finding_not_a_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_check_that_breaks_is_a_finding_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def broken() -> doctor.Check:
         raise RuntimeError("no such thing")
 

@@ -34,7 +34,9 @@ def expected(model):
         return pictures, model((pictures - mean) / std)
 
 
-def test_an_onnx_file_computes_the_networks_alpha_and_documents_itself(checkpoint, expected, tmp_path, capfd):
+def test_an_onnx_file_computes_the_networks_alpha_and_documents_itself(
+    checkpoint, expected, tmp_path, capfd
+):
     path = tmp_path / "deep" / "portrait.onnx"
     words = [
         "export",
@@ -49,10 +51,14 @@ def test_an_onnx_file_computes_the_networks_alpha_and_documents_itself(checkpoin
     assert run(words) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["largest_difference"] < 1e-4
-    assert [file.name for file in path.parent.iterdir()] == ["portrait.onnx"]  # one file, no temporary one
+    assert [file.name for file in path.parent.iterdir()] == [
+        "portrait.onnx"
+    ]  # one file, no temporary one
     pictures, alpha = expected
     session = onnxruntime.InferenceSession(path)
-    np.testing.assert_allclose(session.run(None, {"image": pictures.numpy()})[0], alpha.numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        session.run(None, {"image": pictures.numpy()})[0], alpha.numpy(), atol=1e-5
+    )
     assert (session.get_inputs()[0].name, session.get_inputs()[0].shape[1:]) == (
         "image",
         [3, 64, 48],
@@ -63,7 +69,9 @@ def test_an_onnx_file_computes_the_networks_alpha_and_documents_itself(checkpoin
     assert "inside the model" in metadata["normalisation"]
 
 
-def test_a_pt2_file_computes_the_networks_alpha_and_documents_itself(checkpoint, expected, tmp_path):
+def test_a_pt2_file_computes_the_networks_alpha_and_documents_itself(
+    checkpoint, expected, tmp_path
+):
     path = tmp_path / "portrait.pt2"
     assert export(checkpoint, path, "pt2")["largest_difference"] < 1e-4
     extra = {"metadata.json": ""}
@@ -71,7 +79,9 @@ def test_a_pt2_file_computes_the_networks_alpha_and_documents_itself(checkpoint,
     pictures, alpha = expected
     with torch.inference_mode():
         torch.testing.assert_close(program(pictures), alpha, atol=1e-5, rtol=0)
-    assert json.loads(extra["metadata.json"])["input"].startswith("image: float32 [batch, 3, 64, 48]")
+    assert json.loads(extra["metadata.json"])["input"].startswith(
+        "image: float32 [batch, 3, 64, 48]"
+    )
 
 
 def test_a_file_of_another_network_would_be_noticed(model):

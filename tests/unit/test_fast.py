@@ -38,7 +38,9 @@ def logits(model: UNet, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("size", [(64, 64), (32, 96), (16, 16)])
-def test_merged_network_gives_the_same_logits_at_every_pixel_borders_included(norm: str, size: tuple[int, int]) -> None:
+def test_merged_network_gives_the_same_logits_at_every_pixel_borders_included(
+    norm: str, size: tuple[int, int]
+) -> None:
     model = network(norm).double()
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
@@ -67,12 +69,16 @@ def test_prepared_network_takes_and_gives_float32_whatever_it_computes_in() -> N
     for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.05)):
         probabilities = fused.prepare(model, "cpu", precision=precision)(x)
         assert probabilities.dtype == torch.float32
-        torch.testing.assert_close(probabilities, torch.sigmoid(logits(model, x)), rtol=0, atol=tolerance)
+        torch.testing.assert_close(
+            probabilities, torch.sigmoid(logits(model, x)), rtol=0, atol=tolerance
+        )
 
 
 def test_compiled_network_gives_the_masks_of_the_plain_one() -> None:
     model = network()
-    compiled = fused.prepare(model, "cpu", precision="fp32", compile=True, batch_shape=(2, 3, 32, 32))
+    compiled = fused.prepare(
+        model, "cpu", precision="fp32", compile=True, batch_shape=(2, 3, 32, 32)
+    )
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(compiled(x), torch.sigmoid(logits(model, x)), rtol=0, atol=1e-5)
 
@@ -82,7 +88,9 @@ def trained() -> tuple[UNet, Tensor, Tensor]:
     """A small network that finds the figures of 16 generated portraits, with these and their alphas."""
     drawn = [draw_portrait(np.random.default_rng([5, i])) for i in range(16)]
     images = torch.stack([_picture(image) for image, _ in drawn])
-    alphas = torch.stack([torch.from_numpy(cv2.resize(alpha, (64, 64)))[None] / 255 for _, alpha in drawn])
+    alphas = torch.stack(
+        [torch.from_numpy(cv2.resize(alpha, (64, 64)))[None] / 255 for _, alpha in drawn]
+    )
     torch.manual_seed(0)
     model, loss, steps = UNet(init_features=8), SoftIoULoss(), 300
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -97,7 +105,9 @@ def trained() -> tuple[UNet, Tensor, Tensor]:
 
 
 def _picture(image: np.ndarray) -> Tensor:
-    small = torch.from_numpy(cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)).permute(2, 0, 1)
+    small = torch.from_numpy(cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)).permute(
+        2, 0, 1
+    )
     return (small / 255 - 0.45) / 0.225
 
 
@@ -106,5 +116,12 @@ def test_bf16_masks_of_a_trained_network_equal_fp32_masks_within_iou_0999(
 ) -> None:
     model, images, alphas = trained
     exact = fused.masks_of(model, images)
-    assert fused.agreement(exact, alphas > 0.5) > 0.9, "the network must have learnt the task for this to say anything"
-    assert fused.agreement(exact, fused.masks_of(fused.prepare(model, "cpu", precision="bf16"), images)) >= fused.TOLERANCE
+    assert fused.agreement(exact, alphas > 0.5) > 0.9, (
+        "the network must have learnt the task for this to say anything"
+    )
+    assert (
+        fused.agreement(
+            exact, fused.masks_of(fused.prepare(model, "cpu", precision="bf16"), images)
+        )
+        >= fused.TOLERANCE
+    )

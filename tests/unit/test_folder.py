@@ -41,7 +41,9 @@ def test_train_samples_equal_those_of_supergradients_transforms(split_dir: Path)
     flipped = 0
     for index in range(6):
         pair = dataset.pairs[index]
-        sample = SegmentationSample(Image.open(pair.image).convert("RGB"), np.asarray(Image.open(pair.matte))[..., -1])
+        sample = SegmentationSample(
+            Image.open(pair.image).convert("RGB"), np.asarray(Image.open(pair.matte))[..., -1]
+        )
         seed(index)
         for transform in chain:
             sample = transform.apply_to_sample(sample)

@@ -37,7 +37,9 @@ def iou(alpha, truth):
 @pytest.mark.parametrize("shape", [(160, 120), (120, 213), (97, 101), (300, 90)])
 def test_alpha_finds_the_figure_at_the_pictures_own_resolution(segmenter, shape, fit):
     picture, truth = blobs.picture(*shape, seed=100)
-    alpha = PortraitSegmenter(segmenter.model, segmenter.size, fit=fit, device="cpu", precision="fp32").predict(picture)
+    alpha = PortraitSegmenter(
+        segmenter.model, segmenter.size, fit=fit, device="cpu", precision="fp32"
+    ).predict(picture)
     assert alpha.shape == shape
     assert alpha.dtype == np.float32
     assert 0 <= alpha.min() <= alpha.max() <= 1
@@ -79,7 +81,11 @@ def test_paths_pil_images_and_arrays_of_one_picture_give_one_alpha(segmenter, tm
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "I;16", "1"])
 def test_pictures_of_any_colour_mode_are_read(tmp_path, mode):
     grey = Image.fromarray(np.full((20, 30), 255, np.uint8))
-    image = Image.fromarray(np.full((20, 30), 65535, np.uint16)) if mode == "I;16" else grey.convert(mode)
+    image = (
+        Image.fromarray(np.full((20, 30), 65535, np.uint16))
+        if mode == "I;16"
+        else grey.convert(mode)
+    )
     image.save(tmp_path / "picture.tif")
     assert read_picture(tmp_path / "picture.tif").shape == (20, 30, 3)
     assert read_picture(tmp_path / "picture.tif").min() >= 253
@@ -103,7 +109,9 @@ def test_bad_pictures_are_named_with_what_to_do(segmenter, tmp_path):
 
 def test_bf16_gives_the_masks_of_fp32(segmenter):
     picture, _ = blobs.picture(160, 120, seed=104)
-    low = PortraitSegmenter(segmenter.model, segmenter.size, device="cpu", precision="bf16").predict(picture)
+    low = PortraitSegmenter(
+        segmenter.model, segmenter.size, device="cpu", precision="bf16"
+    ).predict(picture)
     assert iou(low, segmenter.predict(picture)) > 0.98
     assert not np.array_equal(low, segmenter.predict(picture))
 
@@ -124,11 +132,15 @@ def test_every_fit_gives_the_network_a_size_it_takes(height, width):
 def test_a_person_is_squeezed_as_in_training_whatever_the_pictures_shape(fit, shape):
     _, _, height, width = place(*shape, (256, 256), fit).picture
     squeeze = (height / shape[0]) / (width / shape[1])
-    assert squeeze == pytest.approx((256 / 800) / (256 / 600), rel=0.04)  # cover rounds to multiples of 16
+    assert squeeze == pytest.approx(
+        (256 / 800) / (256 / 600), rel=0.04
+    )  # cover rounds to multiples of 16
 
 
 def test_an_upright_picture_of_the_training_shape_fills_the_network_exactly():
-    assert {fit: place(1200, 900, (256, 256), fit).picture for fit in FITS} == dict.fromkeys(FITS, (0, 0, 256, 256))
+    assert {fit: place(1200, 900, (256, 256), fit).picture for fit in FITS} == dict.fromkeys(
+        FITS, (0, 0, 256, 256)
+    )
 
 
 def test_what_a_letterbox_adds_continues_the_pictures_edge():
@@ -147,8 +159,12 @@ def test_levels_make_what_the_network_is_sure_of_whole_and_leave_the_border_wher
     options = {"size": segmenter.size, "device": "cpu", "precision": "fp32", "refine": False}
     picture, _ = blobs.picture(64, 64, seed=106)
     plain = PortraitSegmenter(segmenter.model, **options, fit="squash").predict(picture)
-    hard = PortraitSegmenter(segmenter.model, **options, fit="squash", levels=(0.3, 0.7)).predict(picture)
-    assert plain.shape == segmenter.size  # nothing is resampled, so that every pixel can be compared
+    hard = PortraitSegmenter(segmenter.model, **options, fit="squash", levels=(0.3, 0.7)).predict(
+        picture
+    )
+    assert (
+        plain.shape == segmenter.size
+    )  # nothing is resampled, so that every pixel can be compared
     assert ((plain > 0.01) & (plain < 0.3)).any()
     np.testing.assert_allclose(hard, np.clip((plain - 0.3) / 0.4, 0, 1), atol=1e-6)
     assert np.array_equal(hard > 0.5, plain > 0.5)
@@ -165,13 +181,19 @@ def test_left_and_right_are_treated_alike_unless_the_mean_with_the_mirrored_pict
         "fit": "squash",
     }
     picture, truth = blobs.picture(64, 64, seed=108)
-    both, one = (PortraitSegmenter(segmenter.model, **options, mirror=mirror) for mirror in (None, False))
-    np.testing.assert_allclose(both.predict(picture[:, ::-1]), both.predict(picture)[:, ::-1], atol=1e-5)
+    both, one = (
+        PortraitSegmenter(segmenter.model, **options, mirror=mirror) for mirror in (None, False)
+    )
+    np.testing.assert_allclose(
+        both.predict(picture[:, ::-1]), both.predict(picture)[:, ::-1], atol=1e-5
+    )
     assert abs(one.predict(picture[:, ::-1]) - one.predict(picture)[:, ::-1]).max() > 0.01
     assert iou(both.predict(picture), truth) > 0.8
 
 
-@pytest.mark.parametrize("levels", [(0.7, 0.3), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)])
+@pytest.mark.parametrize(
+    "levels", [(0.7, 0.3), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)]
+)
 def test_levels_that_make_no_sense_are_refused(segmenter, levels):
     with pytest.raises(InputError, match="0 <= low < high <= 1"):
         PortraitSegmenter(segmenter.model, segmenter.size, device="cpu", levels=levels)
@@ -193,7 +215,9 @@ def fringe():
     """A red person with a wide soft edge before green: the photo, its alpha and where they mix."""
     y, x = np.mgrid[:480, :360]
     alpha = np.clip((120 - np.hypot(y - 240, x - 180)) / 12 + 0.5, 0, 1).astype(np.float32)
-    photo = (255 * (alpha[..., None] * [0.8, 0.2, 0.2] + (1 - alpha[..., None]) * [0.1, 0.7, 0.1])).astype(np.uint8)
+    photo = (
+        255 * (alpha[..., None] * [0.8, 0.2, 0.2] + (1 - alpha[..., None]) * [0.1, 0.7, 0.1])
+    ).astype(np.uint8)
     return photo, alpha, (alpha > 0.1) & (alpha < 0.9)
 
 

@@ -14,7 +14,9 @@ from portrait_dist.preprocessing import normalise
 from tests import blobs
 from tests.unit.test_fast import network as random_network
 
-pytestmark = pytest.mark.skipif(not int8.is_supported(), reason="this CPU has no 8-bit dot products")
+pytestmark = pytest.mark.skipif(
+    not int8.is_supported(), reason="this CPU has no 8-bit dot products"
+)
 
 
 def network() -> UNet:
@@ -60,7 +62,9 @@ def test_one_network_takes_batches_and_sizes_it_was_not_calibrated_on() -> None:
 def test_a_channel_of_tiny_activations_is_as_fine_as_one_of_large_ones() -> None:
     model, x = network(), torch.randn(4, 3, 64, 64)
     scaled = copy.deepcopy(model)
-    factors = torch.tensor([10.0, 0.03] * 4)  # the same network: what one layer multiplies the next divides
+    factors = torch.tensor(
+        [10.0, 0.03] * 4
+    )  # the same network: what one layer multiplies the next divides
     first, second = scaled.decoder1[1], scaled.decoder1[3]
     first.weight.data *= factors
     first.bias.data *= factors
@@ -74,8 +78,12 @@ def test_a_channel_of_tiny_activations_is_as_fine_as_one_of_large_ones() -> None
 def test_rounding_the_weights_does_not_shift_what_a_convolution_gives_on_average() -> None:
     torch.manual_seed(5)
     weight, bias, one = torch.randn(8, 16, 3, 3), torch.randn(8), torch.ones(16).double()
-    x = torch.randint(80, 121, (2, 16, 32, 32), dtype=torch.uint8)  # far from zero, as ReLU leaves activations
-    conv = int8.ByteConv(weight, bias, int8.Reading(one, 100 * one), one[:8], dtype=torch.float32, relu=False)
+    x = torch.randint(
+        80, 121, (2, 16, 32, 32), dtype=torch.uint8
+    )  # far from zero, as ReLU leaves activations
+    conv = int8.ByteConv(
+        weight, bias, int8.Reading(one, 100 * one), one[:8], dtype=torch.float32, relu=False
+    )
     error = (conv(x) - nn.functional.conv2d(x.float(), weight, bias, padding=1))[..., 1:-1, 1:-1]
     assert error.mean(dim=(0, 2, 3)).abs().max() < 0.1 * error.std()
 
@@ -103,14 +111,18 @@ def test_a_segmenter_that_keeps_its_masks_computes_in_bytes_after_calibration() 
     plain = PortraitSegmenter(sure, blobs.SIZE, device="cpu", precision="fp32", refine=False)
     assert segmenter.calibrate(photos(0, 8)) >= fused.TOLERANCE
     assert isinstance(segmenter.network, int8.ByteUNet)
-    for alpha, other in zip(segmenter.predict(photos(100, 4)), plain.predict(photos(100, 4)), strict=True):
+    for alpha, other in zip(
+        segmenter.predict(photos(100, 4)), plain.predict(photos(100, 4)), strict=True
+    ):
         np.testing.assert_allclose(alpha, other, atol=0.01)
 
 
 def test_masks_of_a_trained_network_hardly_change_on_photos_that_did_not_calibrate_it(
     trained: UNet,
 ) -> None:
-    segmenter = PortraitSegmenter(trained, blobs.SIZE, device="cpu", precision="fp32", mirror=False, refine=False)
+    segmenter = PortraitSegmenter(
+        trained, blobs.SIZE, device="cpu", precision="fp32", mirror=False, refine=False
+    )
     masks = [alpha > 0.5 for alpha in segmenter.predict(photos(100, 24))]
     shown = [shrink(photo, place(96, 72, blobs.SIZE, "letterbox")) for photo in photos(0, 32)]
     images = torch.from_numpy(np.stack(shown))
@@ -130,11 +142,17 @@ def test_a_segmenter_whose_masks_would_change_stays_as_it_was() -> None:
     assert np.array_equal(segmenter.predict(photos(0, 1)[0]), alpha)
 
 
-def test_what_cannot_be_calibrated_is_refused_with_the_reason(trained: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_calibrated_is_refused_with_the_reason(
+    trained: UNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match="1 pictures are too few"):
         PortraitSegmenter(trained, blobs.SIZE, device="cpu").calibrate(photos(0, 1))
     with pytest.raises(InputError, match="group norms"):
-        PortraitSegmenter(UNet(init_features=2, norm="group"), blobs.SIZE, device="cpu").calibrate(photos(0, 2))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(("avx2", "avx512_f"), True))
+        PortraitSegmenter(UNet(init_features=2, norm="group"), blobs.SIZE, device="cpu").calibrate(
+            photos(0, 2)
+        )
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: dict.fromkeys(("avx2", "avx512_f"), True)
+    )
     with pytest.raises(InputError, match="VNNI"):
         PortraitSegmenter(trained, blobs.SIZE, device="cpu").calibrate(photos(0, 2))

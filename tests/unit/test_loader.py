@@ -60,11 +60,17 @@ def test_any_number_of_threads_gives_the_same_batches(tiny_shards, split):
 
 @pytest.mark.parametrize(("split", "rank"), [("train", 0), ("val", 1)])
 def test_any_number_of_dataloader_processes_gives_the_same_batches(tiny_shards, split, rank):
-    expected = keys(build_loader(tiny_shards, split, 5, seed=1, workers=0, rank=rank, world_size=2), epoch=0)
-    later = keys(build_loader(tiny_shards, split, 5, seed=1, workers=0, rank=rank, world_size=2), epoch=4)
+    expected = keys(
+        build_loader(tiny_shards, split, 5, seed=1, workers=0, rank=rank, world_size=2), epoch=0
+    )
+    later = keys(
+        build_loader(tiny_shards, split, 5, seed=1, workers=0, rank=rank, world_size=2), epoch=4
+    )
     for workers in (0, 2, 3):
         dataset = AISegmentIterableDataset(tiny_shards, split, 5, seed=1, rank=rank, world_size=2)
-        loader = DataLoader(dataset, batch_size=5, num_workers=workers, persistent_workers=workers > 0)
+        loader = DataLoader(
+            dataset, batch_size=5, num_workers=workers, persistent_workers=workers > 0
+        )
         assert [batch["key"] for batch in loader] == expected
         dataset.set_epoch(4)  # reaches the processes that are running
         assert [batch["key"] for batch in loader] == later
@@ -87,12 +93,17 @@ def test_pixels_are_those_of_the_stored_files(tiny_shards):
     stored = {}
     for tar in sorted(tiny_shards.glob("train-*.tar")):
         with tarfile.open(tar) as file:
-            stored |= {member.name: np.asarray(Image.open(io.BytesIO(file.extractfile(member).read()))) for member in file}
+            stored |= {
+                member.name: np.asarray(Image.open(io.BytesIO(file.extractfile(member).read())))
+                for member in file
+            }
     for batch in batches(build_loader(tiny_shards, "train", 8)):
         assert batch.image.dtype == batch.alpha.dtype == torch.uint8
         assert batch.image.shape == (8, 32, 32, 3)
         for row, key in enumerate(batch.keys):
-            assert np.abs(batch.image[row].numpy().astype(int) - stored[f"{key}.jpg"]).max() <= 1  # two builds of libjpeg
+            assert (
+                np.abs(batch.image[row].numpy().astype(int) - stored[f"{key}.jpg"]).max() <= 1
+            )  # two builds of libjpeg
             assert np.array_equal(batch.alpha[row].numpy(), stored[f"{key}.png"])
 
 
@@ -113,7 +124,10 @@ def test_every_training_sample_comes_once_and_the_left_out_ones_change(tiny_shar
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 8, 11])
 def test_every_validation_sample_is_seen_once_across_ranks(tiny_shards, world_size):
     """7 samples: more ranks than shards (1), and more ranks than samples."""
-    loaders = [build_loader(tiny_shards, "val", 2, rank=rank, world_size=world_size) for rank in range(world_size)]
+    loaders = [
+        build_loader(tiny_shards, "val", 2, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
     seen = [flat(keys(loader)) for loader in loaders]
     assert sorted(flat(seen)) == sorted(flat(keys(build_loader(tiny_shards, "val", 7))))
     assert [len(keys(loader)) for loader in loaders] == [len(loader) for loader in loaders]
@@ -288,7 +302,9 @@ def test_damage_stops_at_the_batch_that_has_it_and_says_where(damaged, workers):
     assert decoding_threads() == []
 
 
-def test_skipped_damage_is_counted_logged_once_and_changes_no_other_batch(damaged, tiny_shards, caplog):
+def test_skipped_damage_is_counted_logged_once_and_changes_no_other_batch(
+    damaged, tiny_shards, caplog
+):
     folder, bad = damaged
     expected = batches(build_loader(tiny_shards, "train", 8))
     loader = build_loader(folder, "train", 8, on_damage="skip")

@@ -16,7 +16,9 @@ def target():
     """Soft masks: a smooth blob with values from 0 to 1."""
     row = torch.linspace(-1, 1, 16)
     distance = torch.hypot(row[:, None], row[None, :])
-    return torch.stack([torch.sigmoid((radius - distance) * 8) for radius in (0.3, 0.5, 0.7, 0.9)]).unsqueeze(1)
+    return torch.stack(
+        [torch.sigmoid((radius - distance) * 8) for radius in (0.3, 0.5, 0.7, 0.9)]
+    ).unsqueeze(1)
 
 
 def tutorial_loss(preds, target, bce_weight, iou_weight):
@@ -35,8 +37,12 @@ def tutorial_loss(preds, target, bce_weight, iou_weight):
 def test_the_tutorials_loss_has_the_tutorials_value(logits, target, weights):
     probabilities = torch.sigmoid(logits)
     expected = tutorial_loss(probabilities, target, *weights)
-    assert CustomSegLoss(*weights)(probabilities, target).item() == pytest.approx(expected, rel=1e-5)
-    assert CustomSegLoss(*weights, from_logits=True)(logits, target).item() == pytest.approx(expected, rel=1e-5)
+    assert CustomSegLoss(*weights)(probabilities, target).item() == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert CustomSegLoss(*weights, from_logits=True)(logits, target).item() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_the_tutorials_weights_are_the_defaults():

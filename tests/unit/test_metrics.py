@@ -16,7 +16,9 @@ from portrait_dist import metrics
 ROOT = Path(__file__).parents[2]
 
 
-def blobs(count: int, height: int = 48, width: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def blobs(
+    count: int, height: int = 48, width: int = 64, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Soft masks and imperfect predictions of them, [count, 1, H, W]."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
@@ -34,7 +36,9 @@ def blobs(count: int, height: int = 48, width: int = 64, seed: int = 0) -> tuple
         masks.append(blob(cy, cx, radius))
         noise = scipy.ndimage.gaussian_filter(random.normal(size=(height, width)), 2)
         predictions.append(np.clip(blob(cy + 2, cx - 1, radius * 1.1) + 0.4 * noise, 0, 1))
-    as_batch = [torch.from_numpy(np.stack(planes)).float().unsqueeze(1) for planes in (predictions, masks)]
+    as_batch = [
+        torch.from_numpy(np.stack(planes)).float().unsqueeze(1) for planes in (predictions, masks)
+    ]
     return as_batch[0], as_batch[1]
 
 
@@ -62,13 +66,19 @@ def test_figures_of_each_sample_equal_plain_arithmetic():
     preds, target = blobs(4)
     figures = metrics.per_sample(preds, target)
     assert set(figures) == {"iou", "mae", "mse", "boundary_iou", "gradient_error"}
-    for i, (p, t) in enumerate(zip(preds[:, 0].double().numpy(), target[:, 0].double().numpy(), strict=True)):
+    for i, (p, t) in enumerate(
+        zip(preds[:, 0].double().numpy(), target[:, 0].double().numpy(), strict=True)
+    ):
         foreground, truth = p > 0.5, t > 0.5
         assert figures["iou"][i].item() == (foreground & truth).sum() / (foreground | truth).sum()
         assert figures["mae"][i].item() == pytest.approx(np.abs(p - t).mean(), rel=1e-6)
         assert figures["mse"][i].item() == pytest.approx(((p - t) ** 2).mean(), rel=1e-6)
-        assert figures["boundary_iou"][i].item() == pytest.approx(boundary_iou_by_erosion(foreground, truth))
-        assert figures["gradient_error"][i].item() == pytest.approx(gradient_error_by_convolution(p, t), rel=1e-4)
+        assert figures["boundary_iou"][i].item() == pytest.approx(
+            boundary_iou_by_erosion(foreground, truth)
+        )
+        assert figures["gradient_error"][i].item() == pytest.approx(
+            gradient_error_by_convolution(p, t), rel=1e-4
+        )
 
 
 def boundary_iou_by_erosion(foreground: np.ndarray, truth: np.ndarray) -> float:
@@ -77,7 +87,9 @@ def boundary_iou_by_erosion(foreground: np.ndarray, truth: np.ndarray) -> float:
 
     def boundary(mask: np.ndarray) -> np.ndarray:
         padded = np.pad(mask.astype(np.uint8), 1)
-        return mask & (cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=times)[1:-1, 1:-1] == 0)
+        return mask & (
+            cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=times)[1:-1, 1:-1] == 0
+        )
 
     p, t = boundary(foreground), boundary(truth)
     return (p & t).sum() / (p | t).sum()
@@ -90,7 +102,9 @@ def gradient_error_by_convolution(p: np.ndarray, t: np.ndarray) -> float:
     kernel /= np.sqrt((kernel**2).sum())
 
     def length(alpha: np.ndarray) -> np.ndarray:
-        across, down = (scipy.ndimage.convolve(alpha, k, mode="nearest") for k in (kernel, kernel.T))
+        across, down = (
+            scipy.ndimage.convolve(alpha, k, mode="nearest") for k in (kernel, kernel.T)
+        )
         return np.hypot(across, down)
 
     return ((length(p) - length(t)) ** 2).sum() / 1000
@@ -124,7 +138,9 @@ def test_figures_are_means_over_samples_whatever_the_batches():
         rows.append(parts.latest["mae"])
     torch.testing.assert_close(torch.cat(rows), metrics.per_sample(preds, target)["mae"])
     for name, value in whole.compute().items():
-        assert value.item() == pytest.approx(metrics.per_sample(preds, target)[name].mean().item(), rel=1e-9)
+        assert value.item() == pytest.approx(
+            metrics.per_sample(preds, target)[name].mean().item(), rel=1e-9
+        )
         assert value.item() == pytest.approx(parts.compute()[name].item(), rel=1e-9)
 
 
@@ -142,7 +158,9 @@ def test_a_metric_of_one_figure_gives_that_figure(kind, name):
     preds, target = blobs(3)
     metric = kind()
     metric.update(preds=preds, target=target)
-    assert metric.compute().item() == pytest.approx(metrics.per_sample(preds, target)[name].mean().item(), rel=1e-9)
+    assert metric.compute().item() == pytest.approx(
+        metrics.per_sample(preds, target)[name].mean().item(), rel=1e-9
+    )
 
 
 def test_precision_and_recall_equal_counting_at_every_threshold():
@@ -193,7 +211,9 @@ def test_two_processes_with_uneven_batches_get_one_processs_values(tmp_path):
         metric.update(preds, target)
     iou, figures, curve = (metric.compute() for metric in alone)
     for rank in range(2):
-        ddp_iou, ddp_figures, ddp_curve = torch.load(f"{tmp_path / 'meet'}.{rank}", weights_only=True)
+        ddp_iou, ddp_figures, ddp_curve = torch.load(
+            f"{tmp_path / 'meet'}.{rank}", weights_only=True
+        )
         assert ddp_iou == iou
         assert all(torch.equal(ddp_curve[name], curve[name]) for name in curve)
         assert {name: value.item() for name, value in ddp_figures.items()} == pytest.approx(

@@ -27,13 +27,21 @@ def dealt(plan: Plan) -> list[list[int]]:
     return [list(range(*plan.span(batch))) for batch in range(plan.steps)]
 
 
-def all_ranks(count: int, batch_size: int, world_size: int, *, drop_last: bool, start: int = 0) -> list[list[list[int]]]:
-    return [dealt(Plan(count, batch_size, rank, world_size, drop_last, start)) for rank in range(world_size)]
+def all_ranks(
+    count: int, batch_size: int, world_size: int, *, drop_last: bool, start: int = 0
+) -> list[list[list[int]]]:
+    return [
+        dealt(Plan(count, batch_size, rank, world_size, drop_last, start))
+        for rank in range(world_size)
+    ]
 
 
 def global_batches(ranks: list[list[list[int]]]) -> list[list[int]]:
     longest = max(len(batches) for batches in ranks)
-    return [[position for batches in ranks for position in (batches[k] if k < len(batches) else [])] for k in range(longest)]
+    return [
+        [position for batches in ranks for position in (batches[k] if k < len(batches) else [])]
+        for k in range(longest)
+    ]
 
 
 @settings(max_examples=300, deadline=None)
@@ -65,7 +73,9 @@ def test_every_epoch_is_a_permutation_of_the_split(seed, epoch, shards, block, k
     kind=st.sampled_from(["full", "block"]),
     data=st.data(),
 )
-def test_a_position_means_the_same_sample_whatever_is_asked_with_it(seed, epoch, shards, block, kind, data):
+def test_a_position_means_the_same_sample_whatever_is_asked_with_it(
+    seed, epoch, shards, block, kind, data
+):
     count = sum(shards)
     order = Order(count, seed, kind, block_samples=block, shard_sizes=shards)
     whole = order.samples_at(epoch, np.arange(count))
@@ -79,15 +89,24 @@ def test_a_position_means_the_same_sample_whatever_is_asked_with_it(seed, epoch,
 def test_epochs_and_seeds_differ_as_sequences(kind):
     count = 1000
     positions = np.arange(count)
-    sequences = [Order(count, seed, kind, block_samples=200, shard_sizes=[100] * 10) for seed in range(3)]
-    rows = np.stack([order.samples_at(epoch, positions) for order in sequences for epoch in range(4)])
+    sequences = [
+        Order(count, seed, kind, block_samples=200, shard_sizes=[100] * 10) for seed in range(3)
+    ]
+    rows = np.stack(
+        [order.samples_at(epoch, positions) for order in sequences for epoch in range(4)]
+    )
     same_place = (rows[:, None] == rows[None]).sum(axis=2) - count * np.eye(len(rows), dtype=int)
-    assert same_place.max() < 25  # two unrelated orders of 1000 agree in 1 place, or in up to 10 within a block
+    assert (
+        same_place.max() < 25
+    )  # two unrelated orders of 1000 agree in 1 place, or in up to 10 within a block
 
 
 def test_two_interpreters_compute_the_same_order():
-    script = "import numpy as np; from portrait_dist.data.stream.order import Order; import sys; " + (
-        "sys.stdout.write(' '.join(map(str, Order(12345, 7).samples_at(3, np.arange(50)).tolist())))"
+    script = (
+        "import numpy as np; from portrait_dist.data.stream.order import Order; import sys; "
+        + (
+            "sys.stdout.write(' '.join(map(str, Order(12345, 7).samples_at(3, np.arange(50)).tolist())))"
+        )
     )
     runs = [
         subprocess.run(
@@ -99,7 +118,11 @@ def test_two_interpreters_compute_the_same_order():
         )
         for seed in ("1", "2")
     ]
-    assert runs[0].stdout == runs[1].stdout == " ".join(map(str, Order(12345, 7).samples_at(3, np.arange(50)).tolist()))
+    assert (
+        runs[0].stdout
+        == runs[1].stdout
+        == " ".join(map(str, Order(12345, 7).samples_at(3, np.arange(50)).tolist()))
+    )
 
 
 def test_the_order_of_today_is_the_order_of_tomorrow():
@@ -114,7 +137,9 @@ def test_all_orders_of_few_samples_are_equally_likely(count):
     """Chi-squared over the count! orders, within 5 standard deviations."""
     orders = int(np.prod(np.arange(1, count + 1)))
     secrets = keys(key(3), np.arange(orders * 40))
-    images = np.stack([permute(np.full(len(secrets), value), count, secrets) for value in range(count)], axis=1)
+    images = np.stack(
+        [permute(np.full(len(secrets), value), count, secrets) for value in range(count)], axis=1
+    )
     _, found = np.unique((images * count ** np.arange(count)).sum(axis=1), return_counts=True)
     assert len(found) == orders
     assert abs(((found - 40) ** 2 / 40).sum() - (orders - 1)) < 5 * np.sqrt(2 * (orders - 1))
@@ -126,7 +151,9 @@ def test_neighbours_are_scattered():
     here, there = (permute(np.full(50_000, value), 500, secrets) for value in (123, 124))
     for values, cells in ((here, 500), ((there - here) % 500 - 1, 499)):
         counts, expected = np.bincount(values, minlength=cells), 50_000 / cells
-        assert abs(((counts - expected) ** 2 / expected).sum() - (cells - 1)) < 5 * np.sqrt(2 * (cells - 1))
+        assert abs(((counts - expected) ** 2 / expected).sum() - (cells - 1)) < 5 * np.sqrt(
+            2 * (cells - 1)
+        )
 
 
 @settings(max_examples=400, deadline=None)
@@ -137,14 +164,18 @@ def test_training_batches_are_equal_in_number_and_size_on_every_rank(count, batc
     assert [len(batches) for batches in ranks] == [steps] * world_size
     assert all(len(batch) == batch_size for batches in ranks for batch in batches)
     together = [position for batch in global_batches(ranks) for position in batch]
-    assert together == list(range(steps * batch_size * world_size))  # each once, in order, and the tail left out
+    assert together == list(
+        range(steps * batch_size * world_size)
+    )  # each once, in order, and the tail left out
 
 
 @settings(max_examples=400, deadline=None)
 @given(count=st.integers(0, 700), batch_size=batch_sizes, world_size=st.integers(1, 40))
 def test_evaluation_deals_every_position_once_and_evenly(count, batch_size, world_size):
     ranks = all_ranks(count, batch_size, world_size, drop_last=False)
-    assert sorted(position for batches in ranks for batch in batches for position in batch) == list(range(count))
+    assert sorted(position for batches in ranks for batch in batches for position in batch) == list(
+        range(count)
+    )
     loads = [sum(len(batch) for batch in batches) for batches in ranks]
     assert max(loads) - min(loads) <= 1
     assert all(0 < len(batch) <= batch_size for batches in ranks for batch in batches)
@@ -156,7 +187,10 @@ def test_global_batches_do_not_depend_on_the_world_size(count, per_rank, drop_la
     whole = 24 * per_rank
     expected = global_batches(all_ranks(count, whole, 1, drop_last=drop_last))
     for world_size in (2, 3, 4, 8, 24):
-        assert global_batches(all_ranks(count, whole // world_size, world_size, drop_last=drop_last)) == expected
+        assert (
+            global_batches(all_ranks(count, whole // world_size, world_size, drop_last=drop_last))
+            == expected
+        )
 
 
 @settings(max_examples=300, deadline=None)
@@ -168,12 +202,16 @@ def test_global_batches_do_not_depend_on_the_world_size(count, per_rank, drop_la
     stop=st.integers(0, 40),
     drop_last=st.booleans(),
 )
-def test_resuming_on_any_world_size_yields_exactly_the_rest(count, before, after, per, stop, drop_last):
+def test_resuming_on_any_world_size_yields_exactly_the_rest(
+    count, before, after, per, stop, drop_last
+):
     global_batch = before * after * per
     uninterrupted = global_batches(all_ranks(count, after * per, before, drop_last=drop_last))
     plan = Plan(count, after * per, 0, before, drop_last)
     stop = min(stop, plan.whole_batches)
-    rest = global_batches(all_ranks(count, before * per, after, drop_last=drop_last, start=plan.seen_after(stop)))
+    rest = global_batches(
+        all_ranks(count, before * per, after, drop_last=drop_last, start=plan.seen_after(stop))
+    )
     assert plan.global_batch == global_batch
     assert rest == uninterrupted[stop:]
 
@@ -186,7 +224,9 @@ def test_block_order_bounds_how_many_shards_are_touched(seed, epoch, shards, blo
     first = data.draw(st.integers(0, max(0, count - block)))
     touched = order.samples_at(epoch, np.arange(first, min(first + block, count)))
     open_shards = len(np.unique(np.searchsorted(np.cumsum(shards), touched, side="right")))
-    line = np.array(sorted(shards))  # 2 * block samples in a row, cut at any place, out of the smallest shards
+    line = np.array(
+        sorted(shards)
+    )  # 2 * block samples in a row, cut at any place, out of the smallest shards
     bound = int((np.cumsum(line) < 2 * block).sum()) + 2
     assert open_shards <= min(bound, len(shards))
 
@@ -195,7 +235,10 @@ def test_what_is_left_out_changes_with_the_epoch():
     plan = Plan(1000, 16, 0, 8)
     assert plan.left_out == 1000 % 128
     order = Order(1000, 0)
-    tails = [set(order.samples_at(epoch, np.arange(1000 - plan.left_out, 1000)).tolist()) for epoch in range(60)]
+    tails = [
+        set(order.samples_at(epoch, np.arange(1000 - plan.left_out, 1000)).tolist())
+        for epoch in range(60)
+    ]
     assert all(len(tail) == plan.left_out for tail in tails)
     assert all(len(one & other) < plan.left_out / 2 for one, other in itertools.pairwise(tails))
     assert len(set().union(*tails)) > 990  # everybody's turn comes, so nobody is always left out

@@ -44,7 +44,9 @@ def write_tree(data: Path, keys: dict[str, list[str]], size: tuple[int, int] = (
             Image.fromarray(pixels[..., :3]).save(data / name / f"{key}.jpg", quality=90)
             Image.fromarray(pixels, "RGBA").save(data / name / f"{key}.png")
     splits = {name: keys.get(name, []) for name in SPLITS}
-    (data / "split.json").write_text(json.dumps({"format": 1, "source": "by hand", "splits": splits}))
+    (data / "split.json").write_text(
+        json.dumps({"format": 1, "source": "by hand", "splits": splits})
+    )
     return data
 
 
@@ -57,17 +59,29 @@ def tree(tmp_path: Path) -> Path:
     )
 
 
-def test_stock_webdataset_reads_every_sample_in_key_order(tiny_shards: Path, split_dir: Path) -> None:
+def test_stock_webdataset_reads_every_sample_in_key_order(
+    tiny_shards: Path, split_dir: Path
+) -> None:
     for split in SPLITS:
         urls = sorted(glob.glob(str(tiny_shards / f"{split}-*.tar")))
         samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
-        assert [sample["__key__"] for sample in samples] == sorted(read_split(split_dir).keys(split))
-        assert {sample["jpg"].size for sample in samples} == {(32, 32)} == {sample["png"].size for sample in samples}
+        assert [sample["__key__"] for sample in samples] == sorted(
+            read_split(split_dir).keys(split)
+        )
+        assert (
+            {sample["jpg"].size for sample in samples}
+            == {(32, 32)}
+            == {sample["png"].size for sample in samples}
+        )
 
 
-def test_stock_wids_reads_any_sample_by_number(tiny_shards: Path, split_dir: Path, tmp_path: Path) -> None:
+def test_stock_wids_reads_any_sample_by_number(
+    tiny_shards: Path, split_dir: Path, tmp_path: Path
+) -> None:
     wids = pytest.importorskip("wids")
-    dataset = wids.ShardListDataset(str(tiny_shards / "train.json"), cache_dir=str(tmp_path), transformations=[])
+    dataset = wids.ShardListDataset(
+        str(tiny_shards / "train.json"), cache_dir=str(tmp_path), transformations=[]
+    )
     keys = read_split(split_dir).keys("train")
     assert len(dataset) == len(keys)
     assert [dataset[number]["__key__"] for number in (0, 9, 10, len(keys) - 1)] == [
@@ -78,7 +92,9 @@ def test_stock_wids_reads_any_sample_by_number(tiny_shards: Path, split_dir: Pat
     ]
 
 
-def test_the_stored_alpha_is_the_last_channel_of_the_matte_to_the_pixel(tiny_shards: Path, split_dir: Path) -> None:
+def test_the_stored_alpha_is_the_last_channel_of_the_matte_to_the_pixel(
+    tiny_shards: Path, split_dir: Path
+) -> None:
     shards = ShardSet(tiny_shards, "val")
     pairs = read_split(split_dir).pairs("val")
     assert shards.samples == len(pairs)
@@ -89,10 +105,14 @@ def test_the_stored_alpha_is_the_last_channel_of_the_matte_to_the_pixel(tiny_sha
         assert (np.asarray(Image.open(io.BytesIO(encoded.alpha))) == np.asarray(alpha)).all()
         picture = Image.open(pair.image)
         image = resize_image(np.array(picture), (32, 32))
-        off = np.abs(image.astype(int) - np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR)))
+        off = np.abs(
+            image.astype(int) - np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR))
+        )
         assert off.max() <= 1
         assert (off > 0).mean() < 0.02
-        stored = simplejpeg.encode_jpeg(image, quality=95, colorspace="RGB", colorsubsampling="420", fastdct=False)
+        stored = simplejpeg.encode_jpeg(
+            image, quality=95, colorspace="RGB", colorsubsampling="420", fastdct=False
+        )
         assert bytes(encoded.image) == stored
 
 
@@ -127,7 +147,9 @@ def test_the_manifest_counts_and_hashes_what_is_there(tree: Path, tmp_path: Path
     assert not [name for name in files(tmp_path / "out") if name.startswith(".")]
 
 
-def test_killed_and_run_again_it_keeps_whole_shards_and_ends_with_the_same_bytes(split_dir: Path, tmp_path: Path) -> None:
+def test_killed_and_run_again_it_keeps_whole_shards_and_ends_with_the_same_bytes(
+    split_dir: Path, tmp_path: Path
+) -> None:
     options = [
         "--data",
         str(split_dir),
@@ -147,18 +169,26 @@ def test_killed_and_run_again_it_keeps_whole_shards_and_ends_with_the_same_bytes
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "manifest.json").exists()
-    before = {path.name: path.stat().st_ino for path in out.glob("*.tar") if path.with_suffix(".index").exists()}
+    before = {
+        path.name: path.stat().st_ino
+        for path in out.glob("*.tar")
+        if path.with_suffix(".index").exists()
+    }
     with pytest.raises(InputError, match="not finished; run the same"):
         ShardSet(out, "train")
 
     result = pack(split_dir, out, size=(64, 64), samples_per_shard=6)
     pack(split_dir, tmp_path / "whole", size=(64, 64), samples_per_shard=6)
     assert files(out) == files(tmp_path / "whole")
-    assert {name: (out / name).stat().st_ino for name in before} == before, "whole shards were written again"
+    assert {name: (out / name).stat().st_ino for name in before} == before, (
+        "whole shards were written again"
+    )
     assert result["packed"] == result["samples"] - 6 * len(before)
 
 
-def test_a_shard_that_is_damaged_or_older_than_its_pairs_is_made_again(tree: Path, tmp_path: Path) -> None:
+def test_a_shard_that_is_damaged_or_older_than_its_pairs_is_made_again(
+    tree: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     pack(tree, out, size=(16, 16), samples_per_shard=5)
     assert pack(tree, out, size=(16, 16), samples_per_shard=5)["packed"] == 0
@@ -171,7 +201,9 @@ def test_a_shard_that_is_damaged_or_older_than_its_pairs_is_made_again(tree: Pat
     path = read_split(tree).pairs("val")[1].image
     length = path.stat().st_size
     other = min((tree / "train").glob("*.jpg"), key=lambda image: image.stat().st_size).read_bytes()
-    path.write_bytes(other + bytes(length - len(other)))  # of the same length, so that only its time tells
+    path.write_bytes(
+        other + bytes(length - len(other))
+    )  # of the same length, so that only its time tells
     os.utime(path, (time.time() + 5, time.time() + 5))
     assert pack(tree, out, size=(16, 16), samples_per_shard=5)["packed"] == 3
     assert files(out)["val-00000.tar"] != whole["val-00000.tar"]
@@ -311,13 +343,17 @@ def test_memory_is_bounded_by_the_threads_whatever_the_number_of_pairs() -> None
         ({"codec": "webp"}, "--codec webp"),
     ],
 )
-def test_wrong_options_are_named(options: dict[str, object], words: str, tree: Path, tmp_path: Path) -> None:
+def test_wrong_options_are_named(
+    options: dict[str, object], words: str, tree: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=words):
         pack(tree, tmp_path / "out", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_prints_one_json_object(tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_one_json_object(
+    tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     assert (
         run(

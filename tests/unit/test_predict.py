@@ -22,7 +22,9 @@ def photos(tmp_path):
     """photos/{one.jpg, two.png, more/three.jpg}, and things that are no photos."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
-    for seed, (name, shape) in enumerate({"one.jpg": (80, 60), "two.png": (60, 80), "more/three.jpg": (90, 90)}.items()):
+    for seed, (name, shape) in enumerate(
+        {"one.jpg": (80, 60), "two.png": (60, 80), "more/three.jpg": (90, 90)}.items()
+    ):
         Image.fromarray(blobs.picture(*shape, seed=seed)[0]).save(folder / name)
     (folder / "._one.jpg").write_bytes(b"macOS")
     (folder / "notes.txt").write_text("no photo")
@@ -31,7 +33,9 @@ def photos(tmp_path):
 
 def predict(capfd, checkpoint, *words):
     """(exit code, JSON or None, stderr) of ``portrait-dist predict --json``."""
-    code = run(["predict", "--checkpoint", checkpoint, "--device", "cpu", "--json", *map(str, words)])
+    code = run(
+        ["predict", "--checkpoint", checkpoint, "--device", "cpu", "--json", *map(str, words)]
+    )
     captured = capfd.readouterr()
     return code, json.loads(captured.out) if captured.out else None, captured.err
 
@@ -41,14 +45,20 @@ def files(folder):
 
 
 def outputs(*names):
-    return sorted(f"{name}.{kind}.png" for name in names for kind in ("mask", "cutout", "side-by-side"))
+    return sorted(
+        f"{name}.{kind}.png" for name in names for kind in ("mask", "cutout", "side-by-side")
+    )
 
 
-def test_a_folder_gives_mask_cutout_and_side_by_side_of_every_photo_at_its_own_size(capfd, checkpoint, photos, tmp_path):
+def test_a_folder_gives_mask_cutout_and_side_by_side_of_every_photo_at_its_own_size(
+    capfd, checkpoint, photos, tmp_path
+):
     code, result, _ = predict(capfd, checkpoint, photos, "--out", tmp_path / "out")
     assert code == 0
     assert files(tmp_path / "out") == outputs("more/three", "one", "two")
-    assert sorted(result["files"]) == sorted(str(tmp_path / "out" / name) for name in outputs("more/three", "one", "two"))
+    assert sorted(result["files"]) == sorted(
+        str(tmp_path / "out" / name) for name in outputs("more/three", "one", "two")
+    )
     assert (result["failed"], result["photos"]) == ([], 3)
     mask, cutout = (Image.open(tmp_path / f"out/two.{kind}.png") for kind in ("mask", "cutout"))
     assert (mask.mode, mask.size) == ("L", (80, 60))
@@ -57,7 +67,9 @@ def test_a_folder_gives_mask_cutout_and_side_by_side_of_every_photo_at_its_own_s
     assert Image.open(tmp_path / "out/two.side-by-side.png").size == (240, 60)
 
 
-def test_patterns_find_photos_to_any_depth_and_a_photo_given_twice_is_done_once(capfd, checkpoint, photos, tmp_path):
+def test_patterns_find_photos_to_any_depth_and_a_photo_given_twice_is_done_once(
+    capfd, checkpoint, photos, tmp_path
+):
     words = [
         f"{photos}/**/*.jpg",
         photos / "one.jpg",
@@ -86,19 +98,29 @@ def test_nothing_is_overwritten_without_force(capfd, checkpoint, photos, tmp_pat
     assert Image.open(out / "two.mask.png").size == (80, 60)
 
 
-def test_a_broken_photo_is_named_at_the_end_and_the_others_are_done(capfd, checkpoint, photos, tmp_path):
+def test_a_broken_photo_is_named_at_the_end_and_the_others_are_done(
+    capfd, checkpoint, photos, tmp_path
+):
     broken = photos / "one.jpg"
     broken.write_bytes(broken.read_bytes()[:700])
-    code, result, error = predict(capfd, checkpoint, photos, "--out", tmp_path / "out", "--batch-size", 1)
+    code, result, error = predict(
+        capfd, checkpoint, photos, "--out", tmp_path / "out", "--batch-size", 1
+    )
     assert code == 3
-    assert error.strip().splitlines()[-1].startswith("portrait-dist: 1 of 3 photos were left out, the others are done: ")
+    assert (
+        error.strip()
+        .splitlines()[-1]
+        .startswith("portrait-dist: 1 of 3 photos were left out, the others are done: ")
+    )
     assert str(broken) in error
     assert "Traceback" not in error
     assert [failure["photo"] for failure in result["failed"]] == [str(broken)]
     assert files(tmp_path / "out") == outputs("more/three", "two")
 
 
-def test_run_again_in_the_photos_own_folder_its_outputs_are_not_taken_for_photos(capfd, checkpoint, photos):
+def test_run_again_in_the_photos_own_folder_its_outputs_are_not_taken_for_photos(
+    capfd, checkpoint, photos
+):
     assert predict(capfd, checkpoint, photos, "--out", photos)[0] == 0
     code, result, _ = predict(capfd, checkpoint, photos, "--out", photos, "--force")
     assert (code, result["photos"]) == (0, 3)
@@ -114,7 +136,9 @@ def test_run_again_in_the_photos_own_folder_its_outputs_are_not_taken_for_photos
         (["photos", "--levels", "0.7", "0.3"], "0 <= low < high <= 1"),
     ],
 )
-def test_wrong_input_gets_one_line_and_nothing_is_written(capfd, checkpoint, photos, monkeypatch, words, message):
+def test_wrong_input_gets_one_line_and_nothing_is_written(
+    capfd, checkpoint, photos, monkeypatch, words, message
+):
     monkeypatch.chdir(photos.parent)
     (photos.parent / "empty").mkdir()
     code, result, error = predict(capfd, checkpoint, *words, "--out", "out")
@@ -125,9 +149,13 @@ def test_wrong_input_gets_one_line_and_nothing_is_written(capfd, checkpoint, pho
 
 
 @pytest.mark.skipif(not int8.is_supported(), reason="this CPU has no 8-bit dot products")
-def test_int8_is_calibrated_with_the_photos_that_can_be_read_and_says_what_it_keeps(capfd, checkpoint, photos, tmp_path):
+def test_int8_is_calibrated_with_the_photos_that_can_be_read_and_says_what_it_keeps(
+    capfd, checkpoint, photos, tmp_path
+):
     (photos / "broken.jpg").write_bytes((photos / "one.jpg").read_bytes()[:300])
-    code, result, error = predict(capfd, checkpoint, photos, "--out", tmp_path / "out", "--precision", "int8")
+    code, result, error = predict(
+        capfd, checkpoint, photos, "--out", tmp_path / "out", "--precision", "int8"
+    )
     assert (code, result["photos"]) == (3, 3)
     assert "masks in 8-bit integers against fp32: IoU" in error
     assert files(tmp_path / "out") == outputs("one", "two", "more/three")
@@ -135,7 +163,9 @@ def test_int8_is_calibrated_with_the_photos_that_can_be_read_and_says_what_it_ke
 
 def test_photos_of_one_name_from_different_folders_and_formats_are_all_kept(tmp_path):
     given = ["a/face.jpg", "b/face.jpg", "b/face.png", "b/other.jpg", "b/Other.png"]
-    photos = {tmp_path / name: (tmp_path / name).relative_to((tmp_path / name).parent) for name in given}
+    photos = {
+        tmp_path / name: (tmp_path / name).relative_to((tmp_path / name).parent) for name in given
+    }
     names = name_outputs(photos)
     assert list(names.values()) == [
         "a/face.jpg",

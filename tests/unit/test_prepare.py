@@ -21,12 +21,16 @@ from portrait_dist.errors import InputError
 from portrait_dist.files import sole_writer
 
 
-def add_pair(raw: Path, key: str, size: tuple[int, int] = (48, 64), matte_mode: str = "RGBA") -> tuple[Path, Path]:
+def add_pair(
+    raw: Path, key: str, size: tuple[int, int] = (48, 64), matte_mode: str = "RGBA"
+) -> tuple[Path, Path]:
     """Write a small pair in the AISegment layout."""
     group = key.partition("-")[0]
     image = raw / "clip_img" / group / "clip_00000000" / f"{key}.jpg"
     matte = raw / "matting" / group / "matting_00000000" / f"{key}.png"
-    pixels = np.random.default_rng(list(key.encode())).integers(0, 256, (size[1], size[0], 4), np.uint8)
+    pixels = np.random.default_rng(list(key.encode())).integers(
+        0, 256, (size[1], size[0], 4), np.uint8
+    )
     for path, mode in ((image, "RGB"), (matte, matte_mode)):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels, "RGBA").convert(mode).save(path)
@@ -46,7 +50,9 @@ def prepare(raw: Path, out: Path, *words: str) -> int:
 
 
 def files(tree: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(tree)): path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(tree)): path.read_bytes() for path in tree.rglob("*") if path.is_file()
+    }
 
 
 def test_the_split_is_the_same_on_every_machine() -> None:
@@ -58,9 +64,13 @@ def test_the_split_is_the_same_on_every_machine() -> None:
     assert split.assign(keys, 2, 0.1, 0.1) != dealt
 
 
-@given(n=st.integers(1, 300), val=st.floats(0, 0.49), test=st.floats(0, 0.5), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 300), val=st.floats(0, 0.49), test=st.floats(0, 0.5), seed=st.integers(0, 99)
+)
 @settings(max_examples=60, deadline=None)
-def test_every_key_is_in_one_split_and_sizes_are_rounded_down(n: int, val: float, test: float, seed: int) -> None:
+def test_every_key_is_in_one_split_and_sizes_are_rounded_down(
+    n: int, val: float, test: float, seed: int
+) -> None:
     keys = [f"k{number}" for number in range(n)]
     dealt = split.assign(keys, seed, val, test)
     assert sorted(dealt["train"] + dealt["val"] + dealt["test"]) == sorted(keys)
@@ -82,7 +92,9 @@ def test_no_group_is_in_two_splits_and_no_split_is_empty(sizes: list[int], seed:
     assert all(len(dealt[name]) <= wanted + max(sizes) for name in ("val", "test"))
 
 
-@pytest.mark.parametrize(("val", "test"), [(0.5, 0.5), (-0.1, 0.1), (0.1, 1.0), (float("nan"), 0.1)])
+@pytest.mark.parametrize(
+    ("val", "test"), [(0.5, 0.5), (-0.1, 0.1), (0.1, 1.0), (float("nan"), 0.1)]
+)
 def test_fractions_that_leave_no_training_pair_are_refused(val: float, test: float) -> None:
     with pytest.raises(InputError, match="fraction"):
         split.assign(["a", "b"], 1, val, test)
@@ -145,7 +157,10 @@ def test_links_share_the_file_and_copies_do_not(raw: Path, tmp_path: Path) -> No
 
 def test_a_file_system_without_links_gets_copies(raw: Path, tmp_path: Path) -> None:
     shared_memory = Path("/dev/shm")
-    if not os.access(shared_memory, os.W_OK) or shared_memory.stat().st_dev == tmp_path.stat().st_dev:
+    if (
+        not os.access(shared_memory, os.W_OK)
+        or shared_memory.stat().st_dev == tmp_path.stat().st_dev
+    ):
         pytest.skip("there is no second file system here")
     out = shared_memory / f"portrait-dist-test-{os.getpid()}"
     try:
@@ -175,7 +190,9 @@ def test_what_a_killed_run_left_is_cleared(raw: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "data").rglob("half.jpg"))
 
 
-def test_two_prepares_do_not_write_into_one_folder(raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_two_prepares_do_not_write_into_one_folder(
+    raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     part = tmp_path / ".data.part"
     (part / "train").mkdir(parents=True)
     (part / "train" / "theirs.jpg").write_bytes(b"x")
@@ -349,7 +366,9 @@ def test_a_folder_that_is_no_raw_tree_is_named(
     assert not (tmp_path / "data").exists()
 
 
-def test_a_tree_without_one_pair_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_tree_without_one_pair_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     _, matte = add_pair(tmp_path / "raw", "100-00000000")
     matte.rename(matte.with_name("other.png"))
     assert prepare(tmp_path / "raw", tmp_path / "data") == 2
@@ -367,7 +386,9 @@ def test_a_damaged_split_file_is_named(tmp_path: Path, content: str, error: str)
     assert type(caught.value).__name__ == error
 
 
-def test_a_folder_that_is_not_prepared_gets_the_command_that_would(raw: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_prepared_gets_the_command_that_would(
+    raw: Path, tmp_path: Path
+) -> None:
     for folder, told in (
         (raw, "portrait-dist prepare --raw"),
         (tmp_path, "portrait-dist prepare"),

@@ -78,7 +78,11 @@ class _Answer(http.server.BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
-        end = start + self.server.cuts.pop(0) if self.server.cuts and name.endswith(".tar") else len(data)
+        end = (
+            start + self.server.cuts.pop(0)
+            if self.server.cuts and name.endswith(".tar")
+            else len(data)
+        )
         for place in range(start, end, 4096):
             self.wfile.write(data[place : min(place + 4096, end)])
             time.sleep(self.server.delay)
@@ -132,7 +136,9 @@ def test_http_gives_the_samples_of_the_folder(server: Server, folder: Path, cach
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
-def test_any_fsspec_address_gives_the_samples_of_the_folder(scheme: str, folder: Path, cache: Cache) -> None:
+def test_any_fsspec_address_gives_the_samples_of_the_folder(
+    scheme: str, folder: Path, cache: Cache
+) -> None:
     address = f"file://{folder}"
     if scheme == "memory":
         address = "memory://some/shards"
@@ -142,17 +148,25 @@ def test_any_fsspec_address_gives_the_samples_of_the_folder(scheme: str, folder:
         ShardSet(f"{address}/deeper", "train", cache=cache)
 
 
-def test_a_connection_cut_again_and_again_gives_whole_shards(server: Server, folder: Path, cache: Cache) -> None:
+def test_a_connection_cut_again_and_again_gives_whole_shards(
+    server: Server, folder: Path, cache: Cache
+) -> None:
     for ranges in (True, False):
         server.ranges, server.cuts = ranges, [1000, 0, 5000, 1] if ranges else [7, 3000, 9000]
         shutil.rmtree(cache.folder, ignore_errors=True)
-        assert content(ShardSet(server.address, "val", cache=cache)) == content(ShardSet(folder, "val"))
+        assert content(ShardSet(server.address, "val", cache=cache)) == content(
+            ShardSet(folder, "val")
+        )
         assert not server.cuts
     server.failures = [503, 500, 429]
-    assert content(ShardSet(server.address, "test", cache=cache)) == content(ShardSet(folder, "test"))
+    assert content(ShardSet(server.address, "test", cache=cache)) == content(
+        ShardSet(folder, "test")
+    )
 
 
-def test_a_server_that_stays_away_is_named_after_some_attempts(server: Server, cache: Cache) -> None:
+def test_a_server_that_stays_away_is_named_after_some_attempts(
+    server: Server, cache: Cache
+) -> None:
     opened = ShardSet(server.address, "val", cache=cache)
     server.failures = [503] * 100
     with pytest.raises(
@@ -166,7 +180,9 @@ def test_a_server_that_stays_away_is_named_after_some_attempts(server: Server, c
     assert len(server.asked) == asked, "every sample tries anew"
 
 
-def test_a_changed_or_missing_shard_is_named_and_never_used(server: Server, folder: Path, cache: Cache) -> None:
+def test_a_changed_or_missing_shard_is_named_and_never_used(
+    server: Server, folder: Path, cache: Cache
+) -> None:
     shutil.copy(folder / "train-00001.tar", folder / "train-00000.tar")
     (folder / "train-00002.tar").unlink()
     opened = ShardSet(server.address, "train", cache=cache)
@@ -175,21 +191,29 @@ def test_a_changed_or_missing_shard_is_named_and_never_used(server: Server, fold
         match=r"train-00000\.tar, sample 0: the file there is not the one in the manifest",
     ):
         opened.read(0)
-    with pytest.raises(DamagedSampleError, match=r"train-00002\.tar, sample 0: is not there \(HTTP 404\)"):
+    with pytest.raises(
+        DamagedSampleError, match=r"train-00002\.tar, sample 0: is not there \(HTTP 404\)"
+    ):
         opened.read(20)
     opened.read(10)
     assert not verify(server.address, cache=cache)["ok"]
 
 
-def test_a_file_that_changes_while_it_is_fetched_is_fetched_anew(server: Server, folder: Path, cache: Cache) -> None:
+def test_a_file_that_changes_while_it_is_fetched_is_fetched_anew(
+    server: Server, folder: Path, cache: Cache
+) -> None:
     name, opened = "val-00000.tar", ShardSet(server.address, "val", cache=cache)
     cache.folder.mkdir()
-    (cache.folder / f".{opened.shards[0].sha256}.{opened.shards[0].bytes}.part").write_bytes(b"the beginning of another file")
+    (cache.folder / f".{opened.shards[0].sha256}.{opened.shards[0].bytes}.part").write_bytes(
+        b"the beginning of another file"
+    )
     assert content(opened) == content(ShardSet(folder, "val"))
     assert server.asked.count(name) == 2
 
 
-def test_a_damaged_copy_in_the_cache_is_replaced(server: Server, folder: Path, cache: Cache) -> None:
+def test_a_damaged_copy_in_the_cache_is_replaced(
+    server: Server, folder: Path, cache: Cache
+) -> None:
     content(ShardSet(server.address, "val", cache=cache))
     for path in cache.folder.glob("*.*"):
         data = bytearray(path.read_bytes())
@@ -199,7 +223,9 @@ def test_a_damaged_copy_in_the_cache_is_replaced(server: Server, folder: Path, c
     assert content(ShardSet(server.address, "val", cache=cache)) == content(ShardSet(folder, "val"))
 
 
-def test_the_cache_keeps_its_size_and_drops_what_was_not_used_for_longest(server: Server, folder: Path, tmp_path: Path) -> None:
+def test_the_cache_keeps_its_size_and_drops_what_was_not_used_for_longest(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
     sizes = sorted(path.stat().st_size for path in folder.glob("train-*.tar"))
     cache = Cache(tmp_path / "cache", gigabytes=(2.5 * sizes[-1]) / 1e9)
     opened = ShardSet(server.address, "train", cache=cache)
@@ -208,7 +234,9 @@ def test_the_cache_keeps_its_size_and_drops_what_was_not_used_for_longest(server
         assert cached(cache) <= cache.limit
     names = {path.stem for path in cache.folder.glob("*.tar")}
     assert names == {opened.shards[4].sha256, opened.shards[5].sha256}
-    assert content(opened) == content(ShardSet(folder, "train")), "what was dropped is fetched again"
+    assert content(opened) == content(ShardSet(folder, "train")), (
+        "what was dropped is fetched again"
+    )
     with pytest.raises(InputError, match="smaller than one shard"):
         ShardSet(server.address, "train", cache=Cache(tmp_path / "small", gigabytes=1e-6)).read(0)
 
@@ -230,16 +258,22 @@ def test_what_is_being_fetched_has_its_room_in_the_cache(server: Server, tmp_pat
     assert cached(opened.cache) <= opened.cache.limit
 
 
-def test_room_is_never_made_by_dropping_what_is_being_fetched(server: Server, tmp_path: Path) -> None:
+def test_room_is_never_made_by_dropping_what_is_being_fetched(
+    server: Server, tmp_path: Path
+) -> None:
     opened = limited(server, tmp_path, 1.5)
     with stalled(server, opened, 0, 1) as fetched:
         pass
-    assert [one.result()[0].name for one in fetched] == [f"{shard.sha256}.tar" for shard in opened.shards[:2]]
+    assert [one.result()[0].name for one in fetched] == [
+        f"{shard.sha256}.tar" for shard in opened.shards[:2]
+    ]
     assert server.starts == [0, 0]
 
 
 @contextlib.contextmanager
-def stalled(server: Server, opened: ShardSet, *numbers: int) -> Iterator[list[Future[tuple[Path, Path]]]]:
+def stalled(
+    server: Server, opened: ShardSet, *numbers: int
+) -> Iterator[list[Future[tuple[Path, Path]]]]:
     """Shards, one after the other, in the middle of being fetched; at the end they are whole."""
     server.go_on.clear()
     with ThreadPoolExecutor(len(numbers)) as threads:
@@ -275,12 +309,16 @@ def sequential(server: Server, cache: Cache) -> StreamLoader:
     )
 
 
-def test_shards_are_fetched_before_they_are_needed_and_each_once(server: Server, folder: Path, cache: Cache) -> None:
+def test_shards_are_fetched_before_they_are_needed_and_each_once(
+    server: Server, folder: Path, cache: Cache
+) -> None:
     loader = sequential(server, cache)
     batches, shards = iter(loader), loader.dataset.shards.shards
     found = next(batches).keys
     wait_for(lambda: len(tars(server)) == len(shards), "fetching all shards")
-    assert found + [key for batch in batches for key in batch.keys] == [key for key, _, _ in content(ShardSet(folder, "train"))]
+    assert found + [key for batch in batches for key in batch.keys] == [
+        key for key, _, _ in content(ShardSet(folder, "train"))
+    ]
     assert sorted(tars(server)) == [shard.name for shard in shards]
 
 
@@ -309,11 +347,15 @@ def test_a_shard_that_cannot_be_fetched_ahead_is_named_where_it_is_needed(
     batches = iter(sequential(server, cache))
     assert [key for _ in range(6) for key in next(batches).keys] == expected[:30]
     wait_for(lambda: "train-00005.tar" in tars(server), "fetching the last shard")
-    with pytest.raises(DamagedSampleError, match=r"train-00003\.tar, sample 0: is not there \(HTTP 404\)"):
+    with pytest.raises(
+        DamagedSampleError, match=r"train-00003\.tar, sample 0: is not there \(HTTP 404\)"
+    ):
         next(batches)
 
 
-def test_a_loader_that_is_dropped_fetches_no_further(server: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loader_that_is_dropped_fetches_no_further(
+    server: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prefetch, "FETCHES", 1)
     others = threading.enumerate()
     server.go_on.clear()
@@ -321,7 +363,9 @@ def test_a_loader_that_is_dropped_fetches_no_further(server: Server, cache: Cach
     wait_for(lambda: len(server.starts) == 1, "the first fetch")
     threading.Timer(0.2, server.go_on.set).start()
     started = [
-        thread for thread in threading.enumerate() if thread.name.startswith(("fetch-", "decode-")) and thread not in others
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith(("fetch-", "decode-")) and thread not in others
     ]
     assert len(started) == 2
     del batches
@@ -338,7 +382,9 @@ def _read_all_by_small_pieces(address: str, folder: Path) -> None:
     _read_all(address, folder)
 
 
-def test_processes_and_threads_of_a_machine_fetch_each_shard_once(server: Server, cache: Cache) -> None:
+def test_processes_and_threads_of_a_machine_fetch_each_shard_once(
+    server: Server, cache: Cache
+) -> None:
     server.delay = 0.002
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         assert pool.starmap(_read_all, [(server.address, cache.folder)] * 3) == [57] * 3
@@ -349,9 +395,13 @@ def test_processes_and_threads_of_a_machine_fetch_each_shard_once(server: Server
         assert server.asked.count(name) == 1
 
 
-def test_a_killed_fetch_leaves_nothing_wrong_and_is_gone_on_with(server: Server, folder: Path, cache: Cache) -> None:
+def test_a_killed_fetch_leaves_nothing_wrong_and_is_gone_on_with(
+    server: Server, folder: Path, cache: Cache
+) -> None:
     server.go_on.clear()
-    process = multiprocessing.get_context("spawn").Process(target=_read_all_by_small_pieces, args=(server.address, cache.folder))
+    process = multiprocessing.get_context("spawn").Process(
+        target=_read_all_by_small_pieces, args=(server.address, cache.folder)
+    )
     process.start()
     wait_for(
         lambda: any(part.stat().st_size for part in cache.folder.glob(".*.part")),
@@ -362,7 +412,9 @@ def test_a_killed_fetch_leaves_nothing_wrong_and_is_gone_on_with(server: Server,
     process.join()
     server.go_on.set()
     assert server.starts == [0]
-    assert content(ShardSet(server.address, "train", cache=cache)) == content(ShardSet(folder, "train"))
+    assert content(ShardSet(server.address, "train", cache=cache)) == content(
+        ShardSet(folder, "train")
+    )
     assert server.starts[1] > 0, "the shard was fetched again from its beginning"
     assert not list(cache.folder.glob(".*.part"))
 
@@ -370,7 +422,9 @@ def test_a_killed_fetch_leaves_nothing_wrong_and_is_gone_on_with(server: Server,
 def test_an_address_that_cannot_be_opened_says_what_to_do(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="give the address of a folder that 'portrait-dist pack' wrote"):
+    with pytest.raises(
+        InputError, match="give the address of a folder that 'portrait-dist pack' wrote"
+    ):
         ShardSet(f"{server.address}/nothing", "train")
     with pytest.raises(InputError, match="nonsense:// cannot be opened here"):
         ShardSet("nonsense://bucket/shards", "train")
@@ -385,7 +439,9 @@ def test_an_address_that_cannot_be_opened_says_what_to_do(
 
 
 def test_a_signed_address_keeps_its_signature(server: Server, folder: Path, cache: Cache) -> None:
-    assert content(ShardSet(f"{server.address}/?sig=a/b", "val", cache=cache)) == content(ShardSet(folder, "val"))
+    assert content(ShardSet(f"{server.address}/?sig=a/b", "val", cache=cache)) == content(
+        ShardSet(folder, "val")
+    )
     assert remote_cache.join("https://host/dir/?sig=1", "a.tar") == "https://host/dir/a.tar?sig=1"
     assert remote_cache.join("s3://bucket/dir/", "a.tar") == "s3://bucket/dir/a.tar"
 

@@ -27,7 +27,11 @@ from portrait_dist.runs.report import collect, page, svg
 from portrait_dist.system import info
 
 CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))),
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
     None,
 )
 KEYS = (
@@ -75,7 +79,9 @@ def run_of_lines(folder: Path, *events: dict[str, Any]) -> Path:
         "samples_seen": 0,
         "world_size": 2,
     }
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(place | event) + "\n" for event in events))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(place | event) + "\n" for event in events)
+    )
     return folder
 
 
@@ -83,7 +89,9 @@ def invoke(*words: str) -> tuple[int, str]:
     """Exit code and output of the command line, in this process."""
     runner = CliRunner()
     result = runner.invoke(cli.portrait_dist, list(words), standalone_mode=False)
-    return getattr(result.exception, "exit_code", 0 if result.exception is None else 1), result.output
+    return getattr(
+        result.exception, "exit_code", 0 if result.exception is None else 1
+    ), result.output
 
 
 def test_the_figure_of_the_report_is_that_of_the_best_epoch(finished: Path, tmp_path: Path) -> None:
@@ -94,7 +102,9 @@ def test_the_figure_of_the_report_is_that_of_the_best_epoch(finished: Path, tmp_
     assert f"{best:.4f}" in (tmp_path / "r.html").read_text()
 
 
-def test_worst_cases_are_the_lowest_iou_first_and_pictures_are_their_own(finished: Path, tiny_shards: Path) -> None:
+def test_worst_cases_are_the_lowest_iou_first_and_pictures_are_their_own(
+    finished: Path, tiny_shards: Path
+) -> None:
     from portrait_dist.checkpoints import load_model
 
     model, about = load_model(finished / "ckpt_best.pth")
@@ -103,17 +113,27 @@ def test_worst_cases_are_the_lowest_iou_first_and_pictures_are_their_own(finishe
     assert len({sample.key for sample in scores.gallery}) == 3
     assert len(scores.ious) == scores.split_samples == 7
     for sample in [*scores.worst, *scores.gallery]:
-        assert visualize.iou(sample.alpha, sample.prediction) == pytest.approx(sample.figures["iou"], abs=1e-6)
-        assert float(abs(sample.alpha / 255 - sample.prediction).mean()) == pytest.approx(sample.figures["mae"], abs=1e-6)
+        assert visualize.iou(sample.alpha, sample.prediction) == pytest.approx(
+            sample.figures["iou"], abs=1e-6
+        )
+        assert float(abs(sample.alpha / 255 - sample.prediction).mean()) == pytest.approx(
+            sample.figures["mae"], abs=1e-6
+        )
 
 
-def test_scoring_some_samples_takes_them_from_all_over_the_split(finished: Path, tiny_shards: Path) -> None:
+def test_scoring_some_samples_takes_them_from_all_over_the_split(
+    finished: Path, tiny_shards: Path
+) -> None:
     from portrait_dist.checkpoints import load_model
 
     model, about = load_model(finished / "ckpt_best.pth")
     every = collect.score(model, str(tiny_shards), tuple(about["size"]), pictures=7, device="cpu")
-    some = collect.score(model, str(tiny_shards), tuple(about["size"]), pictures=7, at_most=3, device="cpu")
-    assert [sample.key for sample in some.gallery] == [every.gallery[place].key for place in (0, 2, 4)]
+    some = collect.score(
+        model, str(tiny_shards), tuple(about["size"]), pictures=7, at_most=3, device="cpu"
+    )
+    assert [sample.key for sample in some.gallery] == [
+        every.gallery[place].key for place in (0, 2, 4)
+    ]
     assert some.split_samples == 7
 
 
@@ -168,7 +188,9 @@ def test_settings_data_and_versions_stand_in_the_report(html: Path, tiny_shards:
 
 
 def test_the_machine_that_a_run_recorded_stands_in_the_report(tmp_path: Path) -> None:
-    folder = run_of_lines(tmp_path / "run", {"kind": "start", "epoch": 0, "step": 0, "machine": info.machine()})
+    folder = run_of_lines(
+        tmp_path / "run", {"kind": "start", "epoch": 0, "step": 0, "machine": info.machine()}
+    )
     collect.write_report(folder, tmp_path / "r.html")
     assert f"<td>cores</td><td>{info.cores()}</td>" in (tmp_path / "r.html").read_text()
     assert info.cpu_name() in (tmp_path / "r.html").read_text()
@@ -181,7 +203,9 @@ def test_the_command_in_the_report_gives_the_configuration_of_the_run(finished: 
     assert again.to_yaml() == (finished / "config.yaml").read_text()
 
 
-def test_a_run_without_checkpoint_or_shards_still_gets_its_curves(finished: Path, tmp_path: Path) -> None:
+def test_a_run_without_checkpoint_or_shards_still_gets_its_curves(
+    finished: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "moved"
     shutil.copytree(finished, folder)
     text = (folder / "config.yaml").read_text()
@@ -196,7 +220,9 @@ def test_a_run_without_checkpoint_or_shards_still_gets_its_curves(finished: Path
     assert "no checkpoint" in collect.write_report(folder)["no_pictures"]
 
 
-def test_shards_given_and_wrong_are_an_error_and_a_damaged_checkpoint_too(finished: Path, tmp_path: Path) -> None:
+def test_shards_given_and_wrong_are_an_error_and_a_damaged_checkpoint_too(
+    finished: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="nowhere"):
         collect.write_report(finished, tmp_path / "r.html", shards=str(tmp_path / "nowhere"))
     folder = tmp_path / "damaged"
@@ -210,7 +236,12 @@ def test_shards_given_and_wrong_are_an_error_and_a_damaged_checkpoint_too(finish
 def test_wrong_input_has_exit_code_2(tmp_path: Path, finished: Path) -> None:
     assert invoke("report", str(tmp_path / "none"))[0] == 2
     assert invoke("report", str(tmp_path))[0] == 2
-    assert invoke("report", str(finished), "--out", str(tmp_path / "no" / "r.html"), "--samples", "0")[0] == 2
+    assert (
+        invoke("report", str(finished), "--out", str(tmp_path / "no" / "r.html"), "--samples", "0")[
+            0
+        ]
+        == 2
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -286,14 +317,18 @@ def test_ticks_are_round_and_hold_the_values(low: float, high: float) -> None:
     assert 2 <= len(found) <= 12
     assert found[0] <= low
     assert found[-1] >= high
-    assert all(len(f"{tick:.10g}".replace("-", "").replace(".", "").strip("0")) <= 5 for tick in found)
+    assert all(
+        len(f"{tick:.10g}".replace("-", "").replace(".", "").strip("0")) <= 5 for tick in found
+    )
 
 
 def test_a_long_curve_is_drawn_with_few_points_and_keeps_its_mean() -> None:
     points = [(float(x), math.sin(x / 500)) for x in range(10_000)]
     thinned = svg.thin(points)
     assert len(thinned) == svg.MOST_POINTS
-    assert sum(y for _, y in thinned) / len(thinned) == pytest.approx(sum(y for _, y in points) / len(points), abs=1e-3)
+    assert sum(y for _, y in thinned) / len(thinned) == pytest.approx(
+        sum(y for _, y in points) / len(points), abs=1e-3
+    )
     assert thinned[0][0] < 50
     assert thinned[-1][0] > 9950
 
@@ -328,7 +363,9 @@ class Browser:
             "about:blank",
         ]
         quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(shell, pass_fds=(read_commands, write_answers), stdout=quiet, stderr=quiet)
+        self.process = subprocess.Popen(
+            shell, pass_fds=(read_commands, write_answers), stdout=quiet, stderr=quiet
+        )
         os.close(read_commands)
         os.close(write_answers)
         self.buffer, self.number, self.session = b"", 0, ""
@@ -363,7 +400,9 @@ class Browser:
             self.next()
 
     def evaluate(self, expression: str) -> Any:
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)["result"]["value"]
+        return self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )["result"]["value"]
 
     def end(self) -> None:
         self.process.terminate()
@@ -376,7 +415,9 @@ class Browser:
 def browser(tmp_path: Path) -> Iterator[Browser]:
     started = Browser(tmp_path / "profile")
     target = started.call("Target.createTarget", url="about:blank")["targetId"]
-    started.session = started.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    started.session = started.call("Target.attachToTarget", targetId=target, flatten=True)[
+        "sessionId"
+    ]
     for domain in ("Page", "Network", "Log", "Runtime"):
         started.call(f"{domain}.enable")
     yield started
@@ -396,24 +437,43 @@ def test_a_real_browser_shows_it_without_errors_requests_or_sideways_scrolling(
         deviceScaleFactor=1,
         mobile=width < 600,
     )
-    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    browser.call(
+        "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+    )
     browser.call("Page.navigate", url=html.as_uri())
     browser.wait_for("Page.loadEventFired")
-    assert browser.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0) && document.images.length") == 32
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    assert browser.evaluate("[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().width > 250)")
     assert (
-        browser.evaluate("Math.min(...[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height))")
+        browser.evaluate(
+            "[...document.images].every(i => i.complete && i.naturalWidth > 0) && document.images.length"
+        )
+        == 32
+    )
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(
+        "[...document.querySelectorAll('svg')].every(s => s.getBoundingClientRect().width > 250)"
+    )
+    assert (
+        browser.evaluate(
+            "Math.min(...[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height))"
+        )
         > 10
     )
-    ink, paper = (browser.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+    ink, paper = (
+        browser.evaluate(f"getComputedStyle(document.body).{name}")
+        for name in ("color", "backgroundColor")
+    )
     assert contrast(ink, paper) > 7
-    requested = [seen["params"]["request"]["url"] for seen in browser.events if seen["method"] == "Network.requestWillBeSent"]
+    requested = [
+        seen["params"]["request"]["url"]
+        for seen in browser.events
+        if seen["method"] == "Network.requestWillBeSent"
+    ]
     assert {url for url in requested if not url.startswith("data:")} == {html.as_uri()}
     told = [
         seen
         for seen in browser.events
-        if seen["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+        if seen["method"]
+        in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
     ]
     assert told == []
 
@@ -423,7 +483,9 @@ def contrast(one: str, other: str) -> float:
 
     def luminance(colour: str) -> float:
         parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        linear = [
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        ]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     dark, light = sorted((luminance(one), luminance(other)))

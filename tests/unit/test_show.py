@@ -46,12 +46,16 @@ def test_the_sheet_of_a_prepared_folder_shows_image_matte_and_augmented_versions
     sheet = Image.open(tmp_path / "deep" / "sheet.png")
     pair = read_split(split_dir).pairs("val")[3]
     image = np.asarray(Image.open(pair.image).resize((60, 80), Image.Resampling.BILINEAR))
-    matte = np.asarray(Image.open(pair.matte).getchannel("A").resize((60, 80), Image.Resampling.NEAREST))
+    matte = np.asarray(
+        Image.open(pair.matte).getchannel("A").resize((60, 80), Image.Resampling.NEAREST)
+    )
     assert np.array_equal(cell(sheet, 1, 0, (80, 60)), image)
     assert np.array_equal(cell(sheet, 1, 1, (80, 60))[..., 0], matte)
     assert not np.array_equal(cell(sheet, 1, 4, (80, 60)), cell(sheet, 1, 5, (80, 60)))
     grey = [cell(sheet, 1, column, (80, 60)).mean(2) for column in (0, 4)]
-    assert np.corrcoef(grey[0][:, ::-1].ravel(), grey[1].ravel())[0, 1] > 0.9  # flipped, in other colours
+    assert (
+        np.corrcoef(grey[0][:, ::-1].ravel(), grey[1].ravel())[0, 1] > 0.9
+    )  # flipped, in other colours
     assert run([*words, "--out", str(tmp_path / "again.png"), "augment.flip=1"]) == 0
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "deep" / "sheet.png").read_bytes()
 
@@ -60,7 +64,10 @@ def test_the_sheet_of_shards_shows_the_stored_samples(
     tiny_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sheet.png"
-    assert run(["show", "--data", str(tiny_shards), "--split", "test", "--out", str(out), "--json"]) == 0
+    assert (
+        run(["show", "--data", str(tiny_shards), "--split", "test", "--out", str(out), "--json"])
+        == 0
+    )
     result = json.loads(capfd.readouterr().out)
     assert result["samples"] == len(set(result["keys"])) == 7
     first = cell(Image.open(out), 0, 0, (32, 32))

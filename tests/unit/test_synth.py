@@ -58,7 +58,9 @@ def test_files_are_like_those_of_aisegment(raw_tree: Path) -> None:
 
 
 def test_mattes_have_soft_edges_and_no_constant_mask_fits_them(raw_tree: Path) -> None:
-    mattes = [np.asarray(Image.open(pair.matte))[::4, ::4, 3] for pair in pairs.find_pairs(raw_tree).pairs]
+    mattes = [
+        np.asarray(Image.open(pair.matte))[::4, ::4, 3] for pair in pairs.find_pairs(raw_tree).pairs
+    ]
     for matte in mattes:
         assert (matte == 0).mean() > 0.1
         assert (matte == 255).mean() > 0.1
@@ -84,7 +86,9 @@ def test_a_killed_run_leaves_whole_files_and_no_process_and_is_finished_by_the_s
     assert not alive
     for path in out.rglob("*.png"):
         Image.open(path).load()
-    done = subprocess.run([sys.executable, "-m", "portrait_dist", *words], check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "portrait_dist", *words], check=True, capture_output=True
+    )
     result = json.loads(done.stdout)
     assert result["pairs"] == len(pairs.find_pairs(out).pairs) == 10
     assert result["bytes"] == sum(len(data) for data in contents(out).values())
@@ -116,7 +120,9 @@ def test_a_folder_of_another_seed_or_more_pairs_is_left_alone(
     assert contents(tmp_path / "raw") == before
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_holds_something_else_is_left_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     assert run(["synth", "--out", str(tmp_path), "--pairs", "1"]) == 2
     assert "already holds something else" in capfd.readouterr().err

@@ -45,7 +45,9 @@ class StepLosses(Callback):
         self.rates.append(context.optimizer.param_groups[0]["lr"])
 
 
-def fit(trainer: Any, data: TensorDataset, *, batch_size: int = 4, norm: str = "batch", **params: Any) -> StepLosses:
+def fit(
+    trainer: Any, data: TensorDataset, *, batch_size: int = 4, norm: str = "batch", **params: Any
+) -> StepLosses:
     """Train a small U-Net for two epochs and return what each step gave."""
     use_device(torch.device("cpu"))
     torch.manual_seed(1)
@@ -69,7 +71,9 @@ def fit(trainer: Any, data: TensorDataset, *, batch_size: int = 4, norm: str = "
     return steps
 
 
-def weights(folder: Path, name: str = "ckpt_latest.pth", key: str = "net") -> dict[str, torch.Tensor]:
+def weights(
+    folder: Path, name: str = "ckpt_latest.pth", key: str = "net"
+) -> dict[str, torch.Tensor]:
     return torch.load(folder / name, weights_only=True)[key]
 
 
@@ -77,7 +81,9 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
 
 
-def test_one_process_gives_the_loss_curve_and_weights_of_stock_supergradients(batches: TensorDataset, tmp_path: Path) -> None:
+def test_one_process_gives_the_loss_curve_and_weights_of_stock_supergradients(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
     stock = Trainer("stock", ckpt_root_dir=str(tmp_path))
     theirs = fit(stock, batches, save_model=False)
     ours = fit(PortraitTrainer("ours", str(tmp_path)), batches)
@@ -94,21 +100,29 @@ class CountHostReads(TorchDispatchMode):
         super().__init__()
         self.reads = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
             self.reads += 1
         return function(*args, **(kwargs or {}))
 
 
-def test_the_host_never_waits_for_the_device_within_a_step(batches: TensorDataset, tmp_path: Path) -> None:
+def test_the_host_never_waits_for_the_device_within_a_step(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
     """Twice the steps, as many values read: all of them belong to epochs, none to steps."""
     reads = []
     for batch_size in (4, 2):
-        trainer = PortraitTrainer(f"reads-{batch_size}", str(tmp_path), options=LoopOptions(log_every_steps=1000))
+        trainer = PortraitTrainer(
+            f"reads-{batch_size}", str(tmp_path), options=LoopOptions(log_every_steps=1000)
+        )
         loop = trainer.run_training_epoch
         counts: list[int] = []
 
-        def counted(context: Any, show: bool, loop: Any = loop, counts: list[int] = counts) -> dict[str, float]:
+        def counted(
+            context: Any, show: bool, loop: Any = loop, counts: list[int] = counts
+        ) -> dict[str, float]:
             with CountHostReads() as counter:
                 values = loop(context, show)
             counts.append(counter.reads)
@@ -129,7 +143,9 @@ def test_the_host_never_waits_for_the_device_within_a_step(batches: TensorDatase
     assert reads[0] == reads[1]
 
 
-def test_accumulated_batches_give_the_step_of_one_large_batch(batches: TensorDataset, tmp_path: Path) -> None:
+def test_accumulated_batches_give_the_step_of_one_large_batch(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
     """The schedule counts batches, so the learning rate is held constant here."""
     constant = {"loss": SoftIoULoss(0.5, 0.5), "norm": "group", "cosine_final_lr_ratio": 1.0}
     fit(PortraitTrainer("large", str(tmp_path)), batches, batch_size=12, **constant)
@@ -143,7 +159,9 @@ def test_accumulated_batches_give_the_step_of_one_large_batch(batches: TensorDat
     assert difference(weights(tmp_path / "large"), weights(tmp_path / "small")) < 2e-4
 
 
-def test_bf16_channels_last_clipping_and_ema_work_by_a_key_each(batches: TensorDataset, tmp_path: Path) -> None:
+def test_bf16_channels_last_clipping_and_ema_work_by_a_key_each(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
     loss = SoftIoULoss(0.5, 0.5)
     plain = fit(PortraitTrainer("plain", str(tmp_path)), batches, loss=loss)
     reference = weights(tmp_path / "plain")
@@ -172,8 +190,12 @@ def test_bf16_channels_last_clipping_and_ema_work_by_a_key_each(batches: TensorD
     torch.manual_seed(1)
     start = UNet(init_features=2).state_dict()
     assert difference(weights(tmp_path / "clip"), weights(tmp_path / "free")) > 0.01
-    moved = torch.stack([(weights(tmp_path / "clip")[n] - start[n]).norm() for n in start if n.endswith("weight")]).norm()
-    assert moved < 0.2, "twelve steps of norm 0.001 with momentum 0.9 and learning rate 1, and weight decay"
+    moved = torch.stack(
+        [(weights(tmp_path / "clip")[n] - start[n]).norm() for n in start if n.endswith("weight")]
+    ).norm()
+    assert moved < 0.2, (
+        "twelve steps of norm 0.001 with momentum 0.9 and learning rate 1, and weight decay"
+    )
 
     fit(
         PortraitTrainer("ema", str(tmp_path)),
@@ -182,11 +204,15 @@ def test_bf16_channels_last_clipping_and_ema_work_by_a_key_each(batches: TensorD
         ema=True,
         ema_params={"decay": 0.5, "decay_type": "constant"},
     )
-    assert difference(weights(tmp_path / "ema"), reference) < 1e-6, "the average does not change the training"
+    assert difference(weights(tmp_path / "ema"), reference) < 1e-6, (
+        "the average does not change the training"
+    )
     assert difference(weights(tmp_path / "ema", key="ema_net"), reference) > 1e-4
 
 
-def test_a_compiled_model_trains_the_same_and_saves_plain_names(batches: TensorDataset, tmp_path: Path) -> None:
+def test_a_compiled_model_trains_the_same_and_saves_plain_names(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
     loss = SoftIoULoss(0.5, 0.5)
     plain = fit(PortraitTrainer("plain", str(tmp_path)), batches, loss=loss, max_epochs=1)
     compiled = fit(
@@ -200,7 +226,9 @@ def test_a_compiled_model_trains_the_same_and_saves_plain_names(batches: TensorD
     assert list(weights(tmp_path / "compiled")) == list(weights(tmp_path / "plain"))
 
 
-def test_the_best_checkpoint_is_never_replaced_by_a_worse_one_also_after_resuming(batches: TensorDataset, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_never_replaced_by_a_worse_one_also_after_resuming(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
     fit(PortraitTrainer("run", str(tmp_path)), batches, max_epochs=8, initial_lr=0.05)
     best = torch.load(tmp_path / "run" / "ckpt_best.pth", weights_only=True)["acc"]
     assert best > 0.6
@@ -213,14 +241,18 @@ def test_the_best_checkpoint_is_never_replaced_by_a_worse_one_also_after_resumin
     assert after["portrait_dist"]["best_metric"] == best
 
 
-def test_tensorboard_and_metrics_file_hold_the_same_curves(batches: TensorDataset, tmp_path: Path) -> None:
+def test_tensorboard_and_metrics_file_hold_the_same_curves(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from portrait_dist.training.recorder import RunRecorder
 
     trainer = PortraitTrainer("run", str(tmp_path))
     fit(trainer, batches, phase_callbacks=[RunRecorder(trainer, 2)])
-    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    written = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     epochs = [line for line in written if line["kind"] == "epoch"]
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
@@ -232,7 +264,9 @@ def test_tensorboard_and_metrics_file_hold_the_same_curves(batches: TensorDatase
     }
     curves |= {"images_per_second": "images_per_second", "data_wait_share": "data_wait_share"}
     for tag, name in curves.items():
-        assert [event.value for event in events.Scalars(tag)] == pytest.approx([line[name] for line in epochs], rel=1e-5)
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx(
+            [line[name] for line in epochs], rel=1e-5
+        )
     assert "lr" in events.Tags()["scalars"]
 
 
@@ -306,7 +340,9 @@ def test_derived_numbers_stand_in_one_table_before_training(tiny_shards: Path) -
 
 
 def test_a_plan_that_cannot_work_is_refused_with_its_numbers(tiny_shards: Path) -> None:
-    with pytest.raises(config.InputError, match=r"57 training samples do not fill one global batch of 64"):
+    with pytest.raises(
+        config.InputError, match=r"57 training samples do not fill one global batch of 64"
+    ):
         plan_of(tiny_shards, "train.batch_size=64")
     with pytest.raises(config.InputError, match=r"sync_bn.*GPUs only"):
         plan_of(tiny_shards, "train.sync_bn=true", "train.batch_size=6")
@@ -325,12 +361,23 @@ def test_a_new_run_begins_with_the_weights_it_is_given_and_one_that_goes_on_does
     checkpoints.save_atomically(tmp_path / "given.pth", {"net": given.state_dict()})
     key = f"model.weights={tmp_path / 'given.pth'}"
     assert largest_difference(model_of("train.seed=2", key).state_dict(), given.state_dict()) == 0
-    assert largest_difference(model_of("train.seed=2", key, new=False).state_dict(), given.state_dict()) > 0.1
-    with pytest.raises(config.InputError, match=r"another form; give model\.init_features=2 model\.norm=batch"):
+    assert (
+        largest_difference(
+            model_of("train.seed=2", key, new=False).state_dict(), given.state_dict()
+        )
+        > 0.1
+    )
+    with pytest.raises(
+        config.InputError, match=r"another form; give model\.init_features=2 model\.norm=batch"
+    ):
         model_of(key, "model.norm=group")
 
 
 def test_importing_the_trainer_leaves_the_programs_command_line_to_the_program() -> None:
     code = "import sys; from portrait_dist.training import PortraitTrainer; print(sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", code, "--help", "--local_rank=3"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, "['--help', '--local_rank=3']"), done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help", "--local_rank=3"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "['--help', '--local_rank=3']"), (
+        done.stderr
+    )

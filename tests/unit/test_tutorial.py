@@ -17,13 +17,23 @@ from portrait_dist.training.sg_adapter import Trainer, use_device
 
 
 @pytest.mark.parametrize("trainer_class", [Trainer, PortraitTrainer], ids=["stock", "ours"])
-def test_the_tutorials_training_code_runs_with_these_classes(trainer_class: type, split_dir: Path, tmp_path: Path) -> None:
+def test_the_tutorials_training_code_runs_with_these_classes(
+    trainer_class: type, split_dir: Path, tmp_path: Path
+) -> None:
     """Two batches and one epoch of it; otherwise what the tutorial passes, DataLoader workers included."""
     use_device(torch.device("cpu"))
-    train_dataset = AISegmentDataset(data_path=str(split_dir), split="train", input_height=64, input_width=64)
-    val_dataset = AISegmentDataset(data_path=str(split_dir), split="val", input_height=64, input_width=64)
-    train_dataloader = DataLoader(Subset(train_dataset, range(8)), batch_size=4, shuffle=True, num_workers=2)
-    val_dataloader = DataLoader(Subset(val_dataset, range(4)), batch_size=4, shuffle=False, num_workers=2)
+    train_dataset = AISegmentDataset(
+        data_path=str(split_dir), split="train", input_height=64, input_width=64
+    )
+    val_dataset = AISegmentDataset(
+        data_path=str(split_dir), split="val", input_height=64, input_width=64
+    )
+    train_dataloader = DataLoader(
+        Subset(train_dataset, range(8)), batch_size=4, shuffle=True, num_workers=2
+    )
+    val_dataloader = DataLoader(
+        Subset(val_dataset, range(4)), batch_size=4, shuffle=False, num_workers=2
+    )
     model = UNet(in_channels=3, out_channels=1, init_features=4)
     trainer = trainer_class(experiment_name="aisegment_example", ckpt_root_dir=str(tmp_path))
     ours = trainer_class is PortraitTrainer
@@ -51,7 +61,9 @@ def test_the_tutorials_training_code_runs_with_these_classes(trainer_class: type
         (found,) = folder.rglob(name)
         assert found.stat().st_size > 0
     if ours:
-        assert (folder / "ckpt_best.pth").is_file(), "in the run's own folder, as the tutorial shows"
+        assert (folder / "ckpt_best.pth").is_file(), (
+            "in the run's own folder, as the tutorial shows"
+        )
     model.eval()
     image, _ = val_dataset[0]
     assert model(image.unsqueeze(0)).shape == (1, 1, 64, 64)

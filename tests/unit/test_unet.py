@@ -35,12 +35,17 @@ def hub_forward(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor
     def block(module: str, name: str, x: torch.Tensor) -> torch.Tensor:
         for i in (1, 2):
             x = F.conv2d(x, state[f"{module}.{name}conv{i}.weight"], padding=1)
-            norm = {key: state[f"{module}.{name}norm{i}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")}
+            norm = {
+                key: state[f"{module}.{name}norm{i}.{key}"]
+                for key in ("running_mean", "running_var", "weight", "bias")
+            }
             x = F.batch_norm(x, **norm, training=False, eps=1e-5).relu()
         return x
 
     def up(level: int, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        x = F.conv_transpose2d(x, state[f"upconv{level}.weight"], state[f"upconv{level}.bias"], stride=2)
+        x = F.conv_transpose2d(
+            x, state[f"upconv{level}.weight"], state[f"upconv{level}.bias"], stride=2
+        )
         return block(f"decoder{level}", f"dec{level}", torch.cat((x, skip), dim=1))
 
     one = block("encoder1", "enc1", x)
@@ -64,7 +69,9 @@ def hub_state(features: int = 32) -> dict[str, torch.Tensor]:
             fan_in = shape[1] * shape[2] * shape[3]
             state[name] = torch.randn(shape, generator=generator) * (2 / fan_in) ** 0.5
         else:
-            state[name] = torch.rand(shape, generator=generator) + (0.0 if name.endswith(("bias", "mean")) else 0.5)
+            state[name] = torch.rand(shape, generator=generator) + (
+                0.0 if name.endswith(("bias", "mean")) else 0.5
+            )
     return state
 
 
@@ -99,7 +106,9 @@ def test_group_norm_shares_nothing_across_samples():
     pictures = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(model(pictures)[:1], model(pictures[:1]))
     assert set(model.state_dict()) == {
-        name for name in hub_shapes() if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        name
+        for name in hub_shapes()
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
     }
 
 

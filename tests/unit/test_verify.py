@@ -113,7 +113,9 @@ def test_whole_shards_are_found_whole(tiny_shards: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_verify_names_what_is_damaged(damage: Callable[[Path], str], shards: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_what_is_damaged(
+    damage: Callable[[Path], str], shards: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     words = damage(shards)
     result = verify(shards)
     assert not result["ok"]
@@ -126,8 +128,12 @@ def test_verify_names_what_is_damaged(damage: Callable[[Path], str], shards: Pat
     assert re.search(words, err)
 
 
-@pytest.mark.parametrize("damage", [cut, remove, remove_index, swap_indexes, swap_shards, drop_a_mask, flip_in_a_sample])
-def test_the_reader_names_shard_and_sample_and_what_to_do(damage: Callable[[Path], str], shards: Path) -> None:
+@pytest.mark.parametrize(
+    "damage", [cut, remove, remove_index, swap_indexes, swap_shards, drop_a_mask, flip_in_a_sample]
+)
+def test_the_reader_names_shard_and_sample_and_what_to_do(
+    damage: Callable[[Path], str], shards: Path
+) -> None:
     damage(shards)
     errors = []
     for split in ("train", "val", "test"):
@@ -176,7 +182,9 @@ def test_a_shard_cut_off_while_it_is_read_is_named(shards: Path) -> None:
     opened.read(0)
     with (shards / "val-00000.tar").open("r+b") as file:
         file.truncate(1000)
-    with pytest.raises(DamagedSampleError, match=r"val-00000\.tar, sample 6: the shard has 1,000 bytes instead of"):
+    with pytest.raises(
+        DamagedSampleError, match=r"val-00000\.tar, sample 6: the shard has 1,000 bytes instead of"
+    ):
         opened.read(6)
 
 
@@ -199,7 +207,9 @@ def test_a_damaged_manifest_is_named(shards: Path) -> None:
         read_manifest(shards)
 
 
-def test_what_is_no_folder_of_shards_is_told_from_it(raw_tree: Path, split_dir: Path, tiny_shards: Path, tmp_path: Path) -> None:
+def test_what_is_no_folder_of_shards_is_told_from_it(
+    raw_tree: Path, split_dir: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
     for folder, words in (
         (raw_tree, "raw tree"),
         (split_dir, "not packed yet"),
@@ -225,7 +235,9 @@ def test_opening_reads_the_manifest_and_nothing_else(shards: Path) -> None:
             opened.locate(sample)
 
 
-def test_shards_of_different_content_have_different_identities(shards: Path, tiny_shards: Path) -> None:
+def test_shards_of_different_content_have_different_identities(
+    shards: Path, tiny_shards: Path
+) -> None:
     same = ShardSet(shards, "train").identity
     assert same == ShardSet(tiny_shards, "train").identity
     assert same != ShardSet(shards, "val").identity

@@ -139,7 +139,11 @@ def _room_of(entry: os.DirEntry[str]) -> int:
     """Bytes of a file in the cache; for one that is being fetched, those it will have, which stand in its name."""
     promised = entry.name.split(".")[-2]
     length = entry.stat().st_size
-    return max(length, int(promised)) if entry.name.endswith(".part") and promised.isdecimal() else length
+    return (
+        max(length, int(promised))
+        if entry.name.endswith(".part") and promised.isdecimal()
+        else length
+    )
 
 
 def _is_being_fetched(path: Path) -> bool:
@@ -159,7 +163,11 @@ def _lock_name(sha256: str) -> str:
 
 def default_folder() -> Path:
     """``portrait-dist/shards`` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "portrait-dist" / "shards"
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        / "portrait-dist"
+        / "shards"
+    )
 
 
 def join(location: str, name: str) -> str:
@@ -185,7 +193,9 @@ def fetch_manifest(location: str) -> bytes:
     try:
         return _try_again(read, lambda: 0)
     except AbsentError as error:
-        raise InputError(f"{address}: {error}; give the address of a folder that 'portrait-dist pack' wrote") from error
+        raise InputError(
+            f"{address}: {error}; give the address of a folder that 'portrait-dist pack' wrote"
+        ) from error
     except FetchError as error:
         raise InputError(f"{address}: {error}") from error
 
@@ -197,14 +207,18 @@ def _download(address: str, part: Path, sha256: str, size: int | None) -> None:
         FetchError: see :meth:`Cache.fetch`.
     """
     _try_again(lambda: _copy(address, part, size), lambda: _length(part))
-    if _sha256(part) != sha256:  # cut where nobody could see it, or a beginning of another file: once more, from the start
+    if (
+        _sha256(part) != sha256
+    ):  # cut where nobody could see it, or a beginning of another file: once more, from the start
         part.unlink()
         _try_again(lambda: _copy(address, part, size), lambda: _length(part))
         found = _sha256(part)
         if found != sha256:
             length = _length(part)
             part.unlink()
-            raise FetchError(f"the file there is not the one in the manifest ({length:,} bytes, sha256 {found[:12]}…)")
+            raise FetchError(
+                f"the file there is not the one in the manifest ({length:,} bytes, sha256 {found[:12]}…)"
+            )
 
 
 def _copy(address: str, part: Path, size: int | None) -> None:
@@ -249,7 +263,9 @@ def _try_again(attempt: Callable[[], T], reached: Callable[[], int]) -> T:
             failures = 1 if reached() > furthest else failures + 1
             furthest = max(furthest, reached())
             if failures >= ATTEMPTS:
-                raise FetchError(f"cannot be fetched, {failures} attempts failed ({_reason(error)})") from error
+                raise FetchError(
+                    f"cannot be fetched, {failures} attempts failed ({_reason(error)})"
+                ) from error
             time.sleep(FIRST_DELAY * 2 ** (failures - 1))
 
 
@@ -262,7 +278,11 @@ def _reason(error: Exception) -> str:
 @contextlib.contextmanager
 def _open(address: str, start: int) -> Iterator[tuple[Stream, int]]:
     """A stream of a file from ``start``, or from where the server begins, and that place."""
-    opened = _open_http(address, start) if urlsplit(address).scheme in ("http", "https") else _open_fsspec(address, start)
+    opened = (
+        _open_http(address, start)
+        if urlsplit(address).scheme in ("http", "https")
+        else _open_fsspec(address, start)
+    )
     stream, place = opened
     with contextlib.closing(stream):
         yield stream, place
@@ -293,8 +313,14 @@ def _open_fsspec(address: str, start: int) -> tuple[Stream, int]:
         system, path = fsspec.core.url_to_fs(address)
         stream = system.open(path, "rb")
     except (ImportError, ValueError) as error:
-        hint = "install the extra 's3': pip install 'portrait-dist[s3]'" if scheme == "s3" else "use http, https, s3 or a folder"
-        raise InputError(f"{address}: {scheme}:// cannot be opened here ({error}); {hint}") from error
+        hint = (
+            "install the extra 's3': pip install 'portrait-dist[s3]'"
+            if scheme == "s3"
+            else "use http, https, s3 or a folder"
+        )
+        raise InputError(
+            f"{address}: {scheme}:// cannot be opened here ({error}); {hint}"
+        ) from error
     except FileNotFoundError as error:
         raise AbsentError("is not there") from error
     except PermissionError as error:

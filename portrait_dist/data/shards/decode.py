@@ -63,24 +63,36 @@ def decode_pair(
         _decode_scaled(image, size, out_image)
     grey = decode_grey(alpha)
     if grey.shape != (height, width):
-        raise ValueError(f"image {height}x{width} and alpha {grey.shape[0]}x{grey.shape[1]} differ in size")
+        raise ValueError(
+            f"image {height}x{width} and alpha {grey.shape[0]}x{grey.shape[1]} differ in size"
+        )
     out_alpha[:] = grey if grey.shape == size else resize_alpha(grey, size)
 
 
-def decode_stored(image: bytes | memoryview, alpha: bytes | memoryview, codec: str) -> tuple[Pixels, Pixels]:
+def decode_stored(
+    image: bytes | memoryview, alpha: bytes | memoryview, codec: str
+) -> tuple[Pixels, Pixels]:
     """A sample at the size it is stored in: uint8 [H, W, 3] and [H, W].
 
     Raises:
         ValueError: damaged, or image and alpha differ in size.
     """
     if codec == "raw":
-        pixels, mask = (np.load(io.BytesIO(member), allow_pickle=False) for member in (image, alpha))
-        if pixels.dtype != np.uint8 or mask.dtype != np.uint8 or pixels.shape != (*mask.shape[:2], 3):
+        pixels, mask = (
+            np.load(io.BytesIO(member), allow_pickle=False) for member in (image, alpha)
+        )
+        if (
+            pixels.dtype != np.uint8
+            or mask.dtype != np.uint8
+            or pixels.shape != (*mask.shape[:2], 3)
+        ):
             raise ValueError("the .npy are not uint8 [H, W, 3] and [H, W]")
     else:
         pixels, mask = simplejpeg.decode_jpeg(image, "RGB"), decode_grey(alpha)
     if pixels.shape[:2] != mask.shape:
-        raise ValueError(f"image {pixels.shape[0]}x{pixels.shape[1]} and alpha {mask.shape[0]}x{mask.shape[1]} differ in size")
+        raise ValueError(
+            f"image {pixels.shape[0]}x{pixels.shape[1]} and alpha {mask.shape[0]}x{mask.shape[1]} differ in size"
+        )
     return pixels, mask
 
 
@@ -190,7 +202,9 @@ def _unfiltered(rows: Pixels) -> Pixels:
     if rows[:, 0].max() > 4:
         raise ValueError("the PNG has a row filter that does not exist")
     height, width = rows.shape[0], rows.shape[1] - 1
-    plain: Pixels | None = cv2.imdecode(np.frombuffer(png_of(rows, _stored(rows)), np.uint8), cv2.IMREAD_UNCHANGED)
+    plain: Pixels | None = cv2.imdecode(
+        np.frombuffer(png_of(rows, _stored(rows)), np.uint8), cv2.IMREAD_UNCHANGED
+    )
     if plain is None or plain.shape != (height, width):
         raise ValueError("the PNG does not decode")
     return plain
@@ -235,9 +249,15 @@ def decode_resized(jpeg: bytes | memoryview, size: tuple[int, int]) -> Pixels:
     """A JPEG at another size, uint8 [H, W, 3], resized bilinearly with antialiasing to the same pixels as PIL's."""
     from PIL import Image
 
-    padded = simplejpeg.decode_jpeg(jpeg, "RGBX")  # four bytes a pixel, as Pillow has them: nothing is copied
-    picture = Image.frombuffer("RGBX", (padded.shape[1], padded.shape[0]), padded, "raw", "RGBX", 0, 1)
-    return np.ascontiguousarray(np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))[..., :3])
+    padded = simplejpeg.decode_jpeg(
+        jpeg, "RGBX"
+    )  # four bytes a pixel, as Pillow has them: nothing is copied
+    picture = Image.frombuffer(
+        "RGBX", (padded.shape[1], padded.shape[0]), padded, "raw", "RGBX", 0, 1
+    )
+    return np.ascontiguousarray(
+        np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))[..., :3]
+    )
 
 
 def resize_alpha(alpha: Pixels, size: tuple[int, int]) -> Pixels:
@@ -274,7 +294,9 @@ def jpeg_size(jpeg: bytes | memoryview) -> tuple[int, int]:
 def npy_header(shape: tuple[int, ...]) -> bytes:
     """First bytes of a .npy of uint8 of this shape."""
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
     return buffer.getvalue()
 
 

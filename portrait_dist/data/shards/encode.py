@@ -44,9 +44,13 @@ class Settings:
         if self.codec not in SUFFIXES:
             raise InputError(f"--codec {self.codec}: it is one of {', '.join(SUFFIXES)}")
         if self.codec == "raw" and self.size is None:
-            raise InputError("--codec raw: stores pixels, which needs one size for all; give --size HEIGHTxWIDTH")
+            raise InputError(
+                "--codec raw: stores pixels, which needs one size for all; give --size HEIGHTxWIDTH"
+            )
         if self.size is not None and not all(8 <= side <= 16384 for side in self.size):
-            raise InputError(f"--size {self.size[0]}x{self.size[1]}: each side is from 8 to 16384 pixels")
+            raise InputError(
+                f"--size {self.size[0]}x{self.size[1]}: each side is from 8 to 16384 pixels"
+            )
         if not 1 <= self.quality <= 100:
             raise InputError(f"--quality {self.quality}: it is from 1 to 100")
         if self.samples_per_shard < 1:
@@ -79,7 +83,9 @@ def encode_pair(source: tuple[str, Path, Path], settings: Settings) -> EncodedPa
     (key, image_path, matte_path), size = source, settings.size
     jpeg, png = _read(image_path, "JPEG", b"\xff\xd8"), _read(matte_path, "PNG", b"\x89PNG")
     if png[25:26] not in (b"\4", b"\6"):
-        raise InputError(f"{matte_path}: has no alpha channel; convert it to RGBA, or remove it and its partner")
+        raise InputError(
+            f"{matte_path}: has no alpha channel; convert it to RGBA, or remove it and its partner"
+        )
     stored = _decoded(image_path, lambda: jpeg_size(jpeg))
     alpha = _decoded(matte_path, lambda: decode_matte(png))
     if stored != alpha.shape:
@@ -98,7 +104,9 @@ def encode_pair(source: tuple[str, Path, Path], settings: Settings) -> EncodedPa
             npy_header(image.shape) + image.tobytes(),
             npy_header(alpha.shape) + alpha.tobytes(),
         )
-    jpeg = simplejpeg.encode_jpeg(image, quality=settings.quality, colorspace="RGB", colorsubsampling="420", fastdct=False)
+    jpeg = simplejpeg.encode_jpeg(
+        image, quality=settings.quality, colorspace="RGB", colorsubsampling="420", fastdct=False
+    )
     return EncodedPair(key, jpeg, grey_png(alpha))
 
 
@@ -120,9 +128,13 @@ def _read(path: Path, kind: str, magic: bytes) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DamagedDataError(f"{path}: cannot be read ({error.strerror}); run 'portrait-dist prepare' again") from error
+        raise DamagedDataError(
+            f"{path}: cannot be read ({error.strerror}); run 'portrait-dist prepare' again"
+        ) from error
     if not data:
-        raise DamagedDataError(f"{path}: the file is empty; get it again, or remove it and its partner")
+        raise DamagedDataError(
+            f"{path}: the file is empty; get it again, or remove it and its partner"
+        )
     if not data.startswith(magic):
         raise InputError(f"{path}: is not a {kind} file; convert it, or remove it and its partner")
     return data
@@ -132,11 +144,15 @@ def _decoded(path: Path, decode: Callable[[], Any]) -> Any:
     try:
         return decode()
     except (ValueError, RuntimeError) as error:
-        raise DamagedDataError(f"{path}: does not decode ({error}); get the file again, or remove it and its partner") from error
+        raise DamagedDataError(
+            f"{path}: does not decode ({error}); get the file again, or remove it and its partner"
+        ) from error
 
 
 def grey_png(alpha: Pixels) -> bytes:
     """uint8 [H, W] as an 8-bit grey PNG that decodes fast."""
-    rows = np.zeros((alpha.shape[0], 1 + alpha.shape[1]), np.uint8)  # each row begins with its filter, 0 for none
+    rows = np.zeros(
+        (alpha.shape[0], 1 + alpha.shape[1]), np.uint8
+    )  # each row begins with its filter, 0 for none
     rows[:, 1:] = alpha
     return png_of(rows, isal_zlib.compress(rows.data, ALPHA_COMPRESSION))

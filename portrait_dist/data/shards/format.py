@@ -118,7 +118,9 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
         found = json.loads(text)
         version = found["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedDataError(f"{where}: damaged, cannot be read; pack the shards again") from error
+        raise DamagedDataError(
+            f"{where}: damaged, cannot be read; pack the shards again"
+        ) from error
     if version != FORMAT:
         raise InputError(
             f"{where}: format {version}, this program knows {FORMAT}; update portrait-dist, or pack the shards again"
@@ -135,13 +137,17 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
         if manifest.codec not in SUFFIXES:
             raise ValueError(f"codec {manifest.codec}")
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise DamagedDataError(f"{where}: damaged ({type(error).__name__}: {error}); pack the shards again") from error
+        raise DamagedDataError(
+            f"{where}: damaged ({type(error).__name__}: {error}); pack the shards again"
+        ) from error
     return manifest
 
 
 def _parse_split(found: dict[str, Any]) -> SplitEntry:
     shards = [ShardEntry(**shard) for shard in found["shards"]]
-    if found["samples"] != sum(shard.samples for shard in shards) or any(shard.samples < 1 for shard in shards):
+    if found["samples"] != sum(shard.samples for shard in shards) or any(
+        shard.samples < 1 for shard in shards
+    ):
         raise ValueError("the samples of the shards do not add up to those of the split")
     for shard in shards:
         if "/" in shard.name or not shard.name.endswith(".tar"):
@@ -163,7 +169,11 @@ def parse_index(data: bytes) -> tuple[dict[str, Any], bytes]:
     """
     line, newline, records = data.partition(b"\n")
     header = json.loads(line)
-    if not newline or not isinstance(header, dict) or len(records) != RECORD.size * header.get("samples", -1):
+    if (
+        not newline
+        or not isinstance(header, dict)
+        or len(records) != RECORD.size * header.get("samples", -1)
+    ):
         raise ValueError("cut off")
     return header, records
 
@@ -180,8 +190,13 @@ def member_name(header: bytes | memoryview) -> str:
 
 def wids_index(split: str, entry: SplitEntry) -> bytes:
     """The shards of a split as ``wids.ShardListDataset`` wants them described."""
-    shards = [{"url": shard.name, "nsamples": shard.samples, "filesize": shard.bytes} for shard in entry.shards]
-    return (json.dumps({"wids_version": 1, "name": split, "shardlist": shards}, indent=1) + "\n").encode()
+    shards = [
+        {"url": shard.name, "nsamples": shard.samples, "filesize": shard.bytes}
+        for shard in entry.shards
+    ]
+    return (
+        json.dumps({"wids_version": 1, "name": split, "shardlist": shards}, indent=1) + "\n"
+    ).encode()
 
 
 def is_shard_file(name: str) -> bool:

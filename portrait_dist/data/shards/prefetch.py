@@ -28,12 +28,16 @@ class FetchAhead:
         batches: (positions, samples) of the rank's batches, as :meth:`AISegmentIterableDataset.batches` gives them.
     """
 
-    def __init__(self, shards: ShardSet, batches: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> None:
+    def __init__(
+        self, shards: ShardSet, batches: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]
+    ) -> None:
         self._shards = shards
         self._needs = _first_needs(shards, batches)
         self._need = next(self._needs, None)
         self._room = None if shards.fits_cache else int(shards.cache.limit * SHARE_OF_CACHE)
-        self._ahead: list[tuple[int, int]] = []  # (first batch that needs it, bytes) of shards that no batch has used yet
+        self._ahead: list[
+            tuple[int, int]
+        ] = []  # (first batch that needs it, bytes) of shards that no batch has used yet
         self._handed_out = 0
         self._stopped = False
         self._changed = threading.Condition()
@@ -78,7 +82,9 @@ class FetchAhead:
         return batch < self._handed_out or taken + self._shards.shards[number].bytes <= self._room
 
 
-def _first_needs(shards: ShardSet, batches: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Iterator[tuple[int, int]]:
+def _first_needs(
+    shards: ShardSet, batches: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]
+) -> Iterator[tuple[int, int]]:
     """(batch, shard) for each shard at the first batch that needs it; planning ends with the last shard."""
     seen: set[int] = set()
     for batch, (_, samples) in enumerate(batches):

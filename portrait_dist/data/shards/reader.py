@@ -46,7 +46,9 @@ class DamagedSampleError(DamagedDataError):
     All but the message have defaults, because worker processes pass an error on by its message alone.
     """
 
-    def __init__(self, message: str, where: str = "", what: str = "", shard: str = "", position: int = -1) -> None:
+    def __init__(
+        self, message: str, where: str = "", what: str = "", shard: str = "", position: int = -1
+    ) -> None:
         super().__init__(message)
         self.where, self.what, self.shard, self.position = where, what, shard, position
 
@@ -84,7 +86,9 @@ class ShardSet:
         self.manifest = read_manifest(location)
         if split not in self.manifest.splits:
             known = list(self.manifest.splits)
-            raise InputError(f"{location}: no split '{split}' in it.{nearest(split, known)} There are {', '.join(known)}")
+            raise InputError(
+                f"{location}: no split '{split}' in it.{nearest(split, known)} There are {', '.join(known)}"
+            )
         entry = self.manifest.splits[split]
         self.shards: list[ShardEntry] = entry.shards
         self.shard_sizes = [shard.samples for shard in entry.shards]
@@ -106,7 +110,9 @@ class ShardSet:
     @property
     def identity(self) -> str:
         """Hash of the split's content: equal where every byte of every shard is."""
-        text = "\n".join([f"{self.split} {self.manifest.settings}", *(shard.sha256 for shard in self.shards)])
+        text = "\n".join(
+            [f"{self.split} {self.manifest.settings}", *(shard.sha256 for shard in self.shards)]
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -166,7 +172,9 @@ class ShardSet:
         except _DamageError as damage:
             where, mend = self.name(sample), REACH if number in self._unreachable else MEND
             message = f"{where}: {damage}; {mend}"
-            raise DamagedSampleError(message, where, str(damage), self.shards[number].name, position) from damage
+            raise DamagedSampleError(
+                message, where, str(damage), self.shards[number].name, position
+            ) from damage
 
     def _shard(self, number: int) -> _OpenShard:
         """The shard, opened, and fetched where it is remote, by the first thread that asks."""
@@ -194,10 +202,14 @@ class ShardSet:
         for last in (not self.remote, False, True):
             try:
                 return _OpenShard(*self.files(number), entry, SUFFIXES[self.codec])
-            except FetchError as error:  # attempts were made already, so do not try for every sample
+            except (
+                FetchError
+            ) as error:  # attempts were made already, so do not try for every sample
                 self._unreachable[number] = str(error)
                 raise _DamageError(str(error)) from error
-            except _DamageError:  # another process needed the room between fetching and opening, or the copy went bad
+            except (
+                _DamageError
+            ):  # another process needed the room between fetching and opening, or the copy went bad
                 if last:
                     raise
                 self.cache.discard(entry.index_sha256)
@@ -220,11 +232,15 @@ class _DamageError(Exception):
 class _OpenShard:
     """One mapped tar with its index."""
 
-    def __init__(self, tar: Path, index: Path, entry: ShardEntry, suffixes: tuple[str, str]) -> None:
+    def __init__(
+        self, tar: Path, index: Path, entry: ShardEntry, suffixes: tuple[str, str]
+    ) -> None:
         self.entry, self.suffixes = entry, suffixes
         data = _read_index(index)
         if hashlib.sha256(data).hexdigest() != entry.index_sha256:
-            raise _DamageError(f"{index.name} is not the index of this shard (its sha256 differs from the manifest's)")
+            raise _DamageError(
+                f"{index.name} is not the index of this shard (its sha256 differs from the manifest's)"
+            )
         _, self.records = shard_format.parse_index(data)
         try:
             with tar.open("rb") as file:
@@ -238,7 +254,9 @@ class _OpenShard:
     def read(self, position: int) -> Encoded:
         # Touching a mapped page behind the end of a file kills the process, so look at the length first, each time.
         if self.map.size() != self.entry.bytes or len(self.view) != self.entry.bytes:
-            raise _DamageError(f"the shard has {self.map.size():,} bytes instead of {self.entry.bytes:,}")
+            raise _DamageError(
+                f"the shard has {self.map.size():,} bytes instead of {self.entry.bytes:,}"
+            )
         record = shard_format.record_at(self.records, position)
         sample = self.view[record.offset : record.offset + record.length]
         if isal_zlib.crc32(sample) != record.crc32:
@@ -248,9 +266,13 @@ class _OpenShard:
         alpha_name = shard_format.member_name(sample[alpha_at : alpha_at + BLOCK])
         key = image_name.removesuffix(self.suffixes[0])
         if image_name != key + self.suffixes[0] or alpha_name != key + self.suffixes[1]:
-            raise _DamageError(f"the shard has {image_name} and {alpha_name} there instead of an image and its mask")
+            raise _DamageError(
+                f"the shard has {image_name} and {alpha_name} there instead of an image and its mask"
+            )
         alpha_at += BLOCK
-        return Encoded(key, sample[BLOCK : BLOCK + record.image], sample[alpha_at : alpha_at + record.alpha])
+        return Encoded(
+            key, sample[BLOCK : BLOCK + record.image], sample[alpha_at : alpha_at + record.alpha]
+        )
 
 
 def _read_index(path: Path) -> bytes:
@@ -270,7 +292,9 @@ def read_manifest(location: str | Path) -> Manifest:
         DamagedDataError: it is damaged.
     """
     if "://" in str(location):
-        return parse_manifest(fetch_manifest(str(location)), f"{str(location).rstrip('/')}/{MANIFEST}")
+        return parse_manifest(
+            fetch_manifest(str(location)), f"{str(location).rstrip('/')}/{MANIFEST}"
+        )
     path = Path(location) / MANIFEST
     try:
         text = path.read_bytes()
@@ -287,7 +311,11 @@ def _no_shards(folder: Path) -> str:
     if (folder / "split.json").is_file():
         return f"{folder}: not packed yet; run 'portrait-dist pack --data {folder} --out DIR' and give that DIR"
     if (folder / "clip_img").is_dir():
-        return f"{folder}: is a raw tree; run 'portrait-dist prepare' on it, then 'portrait-dist pack'"
+        return (
+            f"{folder}: is a raw tree; run 'portrait-dist prepare' on it, then 'portrait-dist pack'"
+        )
     if (folder / ".pack.json").is_file():
-        return f"{folder}: packing was not finished; run the same 'portrait-dist pack' command again"
+        return (
+            f"{folder}: packing was not finished; run the same 'portrait-dist pack' command again"
+        )
     return f"{folder}: no {MANIFEST} in it; give a folder that 'portrait-dist pack' wrote"

@@ -18,7 +18,9 @@ from portrait_dist.system.progress import track
 from portrait_dist.system.threads import map_in_order
 
 
-def verify(location: str | Path, workers: int | None = None, *, cache: Cache | None = None) -> dict[str, Any]:
+def verify(
+    location: str | Path, workers: int | None = None, *, cache: Cache | None = None
+) -> dict[str, Any]:
     """Check that shards are what ``portrait-dist pack`` wrote.
 
     That is: nothing is missing, cut off, changed or there in addition; each index belongs to its tar and agrees with what
@@ -40,26 +42,42 @@ def verify(location: str | Path, workers: int | None = None, *, cache: Cache | N
     sets = {split: ShardSet(location, split, cache=cache) for split in manifest.splits}
     errors = [] if "://" in str(location) else _wrong_files(Path(location), sets)
     keys: dict[str, list[str]] = {split: [] for split in sets}
-    every_shard = [(split, number) for split, shards in sets.items() for number in range(len(shards.shards))]
+    every_shard = [
+        (split, number) for split, shards in sets.items() for number in range(len(shards.shards))
+    ]
     threads = workers or len(os.sched_getaffinity(0))
-    with contextlib.closing(map_in_order(lambda shard: _check_shard(sets[shard[0]], shard[1]), every_shard, threads)) as checked:
+    with contextlib.closing(
+        map_in_order(lambda shard: _check_shard(sets[shard[0]], shard[1]), every_shard, threads)
+    ) as checked:
         results = track(checked, total=len(every_shard), what="shards")
         for (split, _), (found, wrong) in zip(every_shard, results, strict=True):
             keys[split] += found
             errors += wrong
     for split, shards in sets.items():
-        if len(keys[split]) == shards.samples and keys_sha256(keys[split]) != manifest.splits[split].keys_sha256:
-            errors.append(f"{location}, {split}: the keys are not those of the manifest, or in another order")
+        if (
+            len(keys[split]) == shards.samples
+            and keys_sha256(keys[split]) != manifest.splits[split].keys_sha256
+        ):
+            errors.append(
+                f"{location}, {split}: the keys are not those of the manifest, or in another order"
+            )
     whole = sum(len(found) for found in keys.values())
     return {"samples": whole, "shards": len(every_shard), "ok": not errors, "errors": errors}
 
 
 def _wrong_files(folder: Path, sets: dict[str, ShardSet]) -> list[str]:
     """Files that belong to no shard of the manifest, and indexes for wids that are missing or changed."""
-    known = {name for shards in sets.values() for shard in shards.shards for name in (shard.name, shard.index_name)}
+    known = {
+        name
+        for shards in sets.values()
+        for shard in shards.shards
+        for name in (shard.name, shard.index_name)
+    }
     extra = sorted(path for path in folder.iterdir() if path.name not in known)
     errors = [
-        f"{path}: is not in the manifest" for path in extra if path.suffix == ".tar" or shard_format.is_shard_file(path.name)
+        f"{path}: is not in the manifest"
+        for path in extra
+        if path.suffix == ".tar" or shard_format.is_shard_file(path.name)
     ]
     for split, shards in sets.items():
         path = folder / f"{split}.json"
@@ -78,13 +96,19 @@ def _check_shard(shards: ShardSet, number: int) -> tuple[list[str], list[str]]:
     except FetchError as error:
         return [], [f"{name}: {error}"]
     if not tar.is_file() or not index.is_file():
-        return [], [f"{path.parent / path.name}: is missing" for path in (tar, index) if not path.is_file()]
+        return [], [
+            f"{path.parent / path.name}: is missing" for path in (tar, index) if not path.is_file()
+        ]
     data = index.read_bytes()
     if hashlib.sha256(data).hexdigest() != entry.index_sha256:
-        return [], [f"{name}: {entry.index_name} is not its index (its sha256 differs from the manifest's)"]
+        return [], [
+            f"{name}: {entry.index_name} is not its index (its sha256 differs from the manifest's)"
+        ]
     _, records = shard_format.parse_index(data)
     if (length := tar.stat().st_size) != entry.bytes:
-        return [], [f"{name}: has {length:,} bytes instead of {entry.bytes:,}{_what_is_left(tar, length, records, entry)}"]
+        return [], [
+            f"{name}: has {length:,} bytes instead of {entry.bytes:,}{_what_is_left(tar, length, records, entry)}"
+        ]
     keys, errors = _check_samples(shards, number)
     with tar.open("rb") as file:
         same = hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
@@ -127,7 +151,9 @@ def _check_samples(shards: ShardSet, number: int) -> tuple[list[str], list[str]]
     return keys, errors
 
 
-def _check_tar(tar: Path, name: str, keys: list[str], records: bytes, suffixes: tuple[str, str]) -> list[str]:
+def _check_tar(
+    tar: Path, name: str, keys: list[str], records: bytes, suffixes: tuple[str, str]
+) -> list[str]:
     """Does ``tarfile`` find the members where the index says they are, and nothing else?"""
     expected = []
     for position, key in enumerate(keys):

@@ -111,7 +111,9 @@ def pack(
         with _claimed(out, split, settings):
             manifest, packed = _pack_shards(split, out, settings, workers)
     except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); give a folder of yours, with room, as --out") from error
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror}); give a folder of yours, with room, as --out"
+        ) from error
     seconds = time.perf_counter() - begin
     shards = [shard for entry in manifest.splits.values() for shard in entry.shards]
     return {
@@ -132,12 +134,23 @@ def _check_keys(split: Split) -> None:
     for name in SPLITS:
         for key in split.keys(name):
             where = f"{split.data}, {name}: the key '{key}'"
-            if not isinstance(key, str) or not key or not key.isprintable() or set("./\\") & set(key):
-                raise InputError(f"{where} cannot be stored in WebDataset shards; rename its files without dots and slashes")
+            if (
+                not isinstance(key, str)
+                or not key
+                or not key.isprintable()
+                or set("./\\") & set(key)
+            ):
+                raise InputError(
+                    f"{where} cannot be stored in WebDataset shards; rename its files without dots and slashes"
+                )
             if len(key.encode()) > longest:
-                raise InputError(f"{where} is longer than {longest} bytes; give its files a shorter name")
+                raise InputError(
+                    f"{where} is longer than {longest} bytes; give its files a shorter name"
+                )
             if key in seen:
-                raise InputError(f"{where} is there twice, also in {seen[key]}; prepare the tree again, with different names")
+                raise InputError(
+                    f"{where} is there twice, also in {seen[key]}; prepare the tree again, with different names"
+                )
             seen[key] = name
 
 
@@ -169,8 +182,14 @@ def _check_out(out: Path, split: Split, settings: Settings) -> None:
     if (out / MANIFEST).is_file():
         manifest = parse_manifest((out / MANIFEST).read_bytes(), str(out / MANIFEST))
         before = manifest.settings
-        if any(manifest.splits[name].keys_sha256 != keys_sha256(split.keys(name)) for name in SPLITS if name in manifest.splits):
-            raise InputError(f"{out}: was packed from other pairs (source {manifest.source}); give another --out")
+        if any(
+            manifest.splits[name].keys_sha256 != keys_sha256(split.keys(name))
+            for name in SPLITS
+            if name in manifest.splits
+        ):
+            raise InputError(
+                f"{out}: was packed from other pairs (source {manifest.source}); give another --out"
+            )
     elif (out / UNFINISHED).is_file():
         try:
             before = json.loads((out / UNFINISHED).read_bytes())
@@ -183,16 +202,28 @@ def _check_out(out: Path, split: Split, settings: Settings) -> None:
     for name, value in settings.to_dict().items():
         if before.get(name) != value:
             option, old, new = name.replace("_", "-"), _shown(before.get(name)), _shown(value)
-            raise InputError(f"{out}: was packed with --{option} {old}, not {new}; use that, or another --out")
+            raise InputError(
+                f"{out}: was packed with --{option} {old}, not {new}; use that, or another --out"
+            )
 
 
 def _shown(value: Any) -> str:
-    return "original" if value is None else f"{value[0]}x{value[1]}" if isinstance(value, list) else str(value)
+    return (
+        "original"
+        if value is None
+        else f"{value[0]}x{value[1]}"
+        if isinstance(value, list)
+        else str(value)
+    )
 
 
 def _pack_shards(split: Split, out: Path, settings: Settings, workers: int) -> tuple[Manifest, int]:
     """Write what is missing, then the manifest; (manifest, number of pairs packed)."""
-    plans = [plan for name in SPLITS for plan in _plan(name, split.keys(name), settings.samples_per_shard)]
+    plans = [
+        plan
+        for name in SPLITS
+        for plan in _plan(name, split.keys(name), settings.samples_per_shard)
+    ]
     done = {plan.name: entry for plan in plans if (entry := _complete(plan, split, out, settings))}
     missing = [plan for plan in plans if plan.name not in done]
     if missing or not (out / MANIFEST).exists():
@@ -200,12 +231,16 @@ def _pack_shards(split: Split, out: Path, settings: Settings, workers: int) -> t
         (out / MANIFEST).unlink(missing_ok=True)
     packed = sum(len(plan.keys) for plan in missing)
     encode = functools.partial(encode_pair, settings=settings)
-    sources = ((key, *pair_paths(split.data, plan.split, key)) for plan in missing for key in plan.keys)
+    sources = (
+        (key, *pair_paths(split.data, plan.split, key)) for plan in missing for key in plan.keys
+    )
     with contextlib.closing(map_in_order(encode, sources, workers)) as encoded:
         pairs = iter(track(encoded, total=packed, what="pairs"))
         for plan in missing:
             made_from = _made_from(plan, split, settings)
-            done[plan.name] = _write_shard(out, plan, itertools.islice(pairs, len(plan.keys)), settings.codec, made_from)
+            done[plan.name] = _write_shard(
+                out, plan, itertools.islice(pairs, len(plan.keys)), settings.codec, made_from
+            )
     entries = {
         name: SplitEntry(
             samples=len(split.keys(name)),
@@ -240,18 +275,24 @@ def _complete(plan: ShardPlan, split: Split, out: Path, settings: Settings) -> S
     try:
         data = index.read_bytes()
         header, _ = parse_index(data)
-        if header["made_from"] != _made_from(plan, split, settings, not_newer_than=index.stat().st_mtime_ns):
+        if header["made_from"] != _made_from(
+            plan, split, settings, not_newer_than=index.stat().st_mtime_ns
+        ):
             return None
         with tar.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if sha256 != header["sha256"]:
             return None
-        return ShardEntry(plan.name, len(plan.keys), header["bytes"], sha256, hashlib.sha256(data).hexdigest())
+        return ShardEntry(
+            plan.name, len(plan.keys), header["bytes"], sha256, hashlib.sha256(data).hexdigest()
+        )
     except (FileNotFoundError, ValueError, KeyError):
         return None
 
 
-def _made_from(plan: ShardPlan, split: Split, settings: Settings, not_newer_than: int | None = None) -> str | None:
+def _made_from(
+    plan: ShardPlan, split: Split, settings: Settings, not_newer_than: int | None = None
+) -> str | None:
     """Hash of the settings, keys and file sizes a shard is made from; None where a file is newer than a time (ns)."""
     digest = hashlib.sha256(json.dumps([plan.name, settings.to_dict()]).encode())
     for key in plan.keys:
@@ -266,10 +307,14 @@ def _stat(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except FileNotFoundError:
-        raise DamagedDataError(f"{path}: is missing, though split.json has it; run 'portrait-dist prepare' again") from None
+        raise DamagedDataError(
+            f"{path}: is missing, though split.json has it; run 'portrait-dist prepare' again"
+        ) from None
 
 
-def _write_shard(out: Path, plan: ShardPlan, pairs: Iterable[EncodedPair], codec: str, made_from: str | None) -> ShardEntry:
+def _write_shard(
+    out: Path, plan: ShardPlan, pairs: Iterable[EncodedPair], codec: str, made_from: str | None
+) -> ShardEntry:
     """Write a tar and then its index, each under a hidden name first."""
     records: list[Record] = []
     digest = hashlib.sha256()
@@ -334,7 +379,12 @@ def _finish(out: Path, manifest: Manifest) -> None:
     """Write the index for wids and the manifest, then remove what an interrupted run left."""
     for name, entry in manifest.splits.items():
         _write_whole(out / f"{name}.json", wids_index(name, entry))
-    known = {name for entry in manifest.splits.values() for shard in entry.shards for name in (shard.name, shard.index_name)}
+    known = {
+        name
+        for entry in manifest.splits.values()
+        for shard in entry.shards
+        for name in (shard.name, shard.index_name)
+    }
     for path in out.iterdir():
         stale = is_shard_file(path.name) and path.name not in known
         if stale or re.fullmatch(r"\..*\.part", path.name):

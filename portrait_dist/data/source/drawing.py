@@ -92,7 +92,9 @@ def _bounds(mask: Array) -> tuple[slice, slice]:
 
 
 def _pick(rng: Generator, palette: list[tuple[float, float, float]], spread: float = 0.05) -> Array:
-    colour = np.array(palette[rng.integers(len(palette))]) * rng.uniform(0.88, 1.1) + rng.normal(0, spread / 2, 3)
+    colour = np.array(palette[rng.integers(len(palette))]) * rng.uniform(0.88, 1.1) + rng.normal(
+        0, spread / 2, 3
+    )
     return np.clip(colour, 0.02, 0.98).astype(np.float32)
 
 
@@ -108,7 +110,9 @@ def _any_colour(rng: Generator) -> Array:
 def _noise(rng: Generator, cells: int, octaves: int = 3, stretch: float = 1.0) -> Array:
     """Smooth noise [H, W] of mean 0 and deviation about 1; ``cells`` is the coarsest grid's width, ``stretch`` makes it longer
     down than across."""
-    shrink = 4 if cells * 2**octaves <= WIDTH // 2 else 2  # the octaves are added up at no more pixels than they need
+    shrink = (
+        4 if cells * 2**octaves <= WIDTH // 2 else 2
+    )  # the octaves are added up at no more pixels than they need
     height, width = HEIGHT // shrink, WIDTH // shrink
     total = np.zeros((height, width), np.float32)
     for octave in range(octaves):
@@ -180,7 +184,9 @@ def _ellipse(
 ) -> Array:
     """An ellipse in the head's own coordinates (see ``Figure.at``) as a mask [H, W]."""
     angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
-    ring = [figure.at(across + half_width * np.cos(a), down + half_height * np.sin(a)) for a in angles]
+    ring = [
+        figure.at(across + half_width * np.cos(a), down + half_height * np.sin(a)) for a in angles
+    ]
     return _polygon(ring, roundness=1.0, edge=edge)
 
 
@@ -189,7 +195,9 @@ def draw_background(rng: Generator) -> Array:
     scene = _planes(_any_colour(rng))
     ramp = np.linspace(0, rng.uniform(0.1, 1), HEIGHT, dtype=np.float32)[:, None]
     _mix(scene, _any_colour(rng), ramp)
-    painter = (_stripes, _clutter, _foliage, _bokeh, _glow)[rng.choice(5, p=[0.15, 0.3, 0.2, 0.2, 0.15])]
+    painter = (_stripes, _clutter, _foliage, _bokeh, _glow)[
+        rng.choice(5, p=[0.15, 0.3, 0.2, 0.2, 0.15])
+    ]
     painter(rng, scene)
     scene += _noise(rng, int(rng.integers(4, 40)), 4) * np.float32(rng.uniform(0.01, 0.07))
     focus = rng.choice([0.0, 1.2, 3.0, 7.0], p=[0.35, 0.3, 0.25, 0.1])
@@ -217,7 +225,10 @@ def _stripes(rng: Generator, scene: Array) -> None:
         np.float32(rng.choice([0, np.pi / 2, rng.uniform(0, np.pi)])),
         np.float32(rng.uniform(14, 120)),
     )
-    wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * np.float32(2 * np.pi) / period + np.float32(rng.uniform(0, 6)))
+    wave = np.sin(
+        (x * np.cos(angle) + y * np.sin(angle)) * np.float32(2 * np.pi) / period
+        + np.float32(rng.uniform(0, 6))
+    )
     if rng.random() < 0.5:
         other = period * np.float32(rng.uniform(0.5, 2))
         wave *= np.sin((y * np.cos(angle) - x * np.sin(angle)) * np.float32(2 * np.pi) / other)
@@ -232,7 +243,9 @@ def _clutter(rng: Generator, scene: Array) -> None:
         half = np.exp(rng.uniform(np.log(8), np.log(130), 2))
         colour = _any_colour(rng)
         if rng.random() < 0.65:
-            corners = cv2.boxPoints((centre.tolist(), (2 * half).tolist(), rng.choice([0.0, rng.uniform(-20, 20)])))
+            corners = cv2.boxPoints(
+                (centre.tolist(), (2 * half).tolist(), rng.choice([0.0, rng.uniform(-20, 20)]))
+            )
             copies = rng.choice([1, 1, 1, 6])
             boxes = [_fixed(corners + [row * 2.2 * half[0], 0]) for row in range(copies)]
             for plane, value in zip(scene, colour, strict=True):
@@ -325,7 +338,9 @@ def _cloth(rng: Generator) -> Array:
         _mix(cloth, second, band.astype(np.float32))
     elif kind == 3:
         _mix(cloth, second, (_noise(rng, int(rng.integers(10, 30)), 2) > 0.5).astype(np.float32))
-    cloth *= 1 + _noise(rng, int(rng.integers(4, 10)), 3, stretch=2.5) * np.float32(rng.uniform(0.04, 0.13))
+    cloth *= 1 + _noise(rng, int(rng.integers(4, 10)), 3, stretch=2.5) * np.float32(
+        rng.uniform(0.04, 0.13)
+    )
     return cloth
 
 
@@ -367,18 +382,26 @@ def _paint_body(rng: Generator, canvas: Canvas, figure: Figure, cloth: Array) ->
             neck + [0.1 * w, 3.2 * h],
             neck + [-0.1 * w, 3.2 * h],
         ]
-        opening = _polygon(inner, roundness=3) * (canvas.alpha > 0.98) * (1 - _polygon(throat, roundness=0.15 * w))
+        opening = (
+            _polygon(inner, roundness=3)
+            * (canvas.alpha > 0.98)
+            * (1 - _polygon(throat, roundness=0.15 * w))
+        )
         canvas.paint(opening, _any_colour(rng))
 
 
 def _paint_head(rng: Generator, canvas: Canvas, figure: Figure) -> None:
     skin = figure.skin
     for side in (-1, 1):
-        canvas.paint(_ellipse(figure, side * 0.98, 0.08, 0.16, 0.22), np.asarray(skin * 0.9, np.float32))
+        canvas.paint(
+            _ellipse(figure, side * 0.98, 0.08, 0.16, 0.22), np.asarray(skin * 0.9, np.float32)
+        )
     jaw = rng.uniform(0.72, 1.0)
     angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     narrow = np.where(np.sin(angles) > 0, 1 - (1 - jaw) * np.sin(angles) ** 2, 1)
-    outline = np.array([figure.at(np.cos(a) * n, np.sin(a)) for a, n in zip(angles, narrow, strict=True)])
+    outline = np.array(
+        [figure.at(np.cos(a) * n, np.sin(a)) for a, n in zip(angles, narrow, strict=True)]
+    )
     face = _polygon(outline, roundness=2.0)
     canvas.paint(face, skin)
     # Darker towards the rim, as a round thing is.
@@ -391,7 +414,9 @@ def _paint_head(rng: Generator, canvas: Canvas, figure: Figure) -> None:
     dark = np.asarray(figure.hair * 0.7, np.float32)
     for side in (-1, 1):
         x = turn + side * 0.42
-        canvas.paint(_ellipse(figure, x, -0.08, 0.17, 0.065), np.array([0.92, 0.9, 0.88], np.float32))
+        canvas.paint(
+            _ellipse(figure, x, -0.08, 0.17, 0.065), np.array([0.92, 0.9, 0.88], np.float32)
+        )
         canvas.paint(_ellipse(figure, x, -0.08, 0.075, 0.065), _pick(rng, HAIR))
         canvas.paint(_ellipse(figure, x, -0.25, 0.24, 0.035), dark)
     canvas.paint(
@@ -404,7 +429,9 @@ def _paint_head(rng: Generator, canvas: Canvas, figure: Figure) -> None:
         lips,
     )
     if rng.random() < 0.2:  # beard
-        beard = _ellipse(figure, turn * 0.5, 0.62, 0.72, 0.42, edge=7) * (1 - _ellipse(figure, turn, 0.5, 0.3, 0.12))
+        beard = _ellipse(figure, turn * 0.5, 0.62, 0.72, 0.42, edge=7) * (
+            1 - _ellipse(figure, turn, 0.5, 0.3, 0.12)
+        )
         canvas.paint(np.asarray(beard * face * 0.8, np.float32), dark)
 
 
@@ -428,12 +455,16 @@ def _hair_style(rng: Generator) -> HairStyle:
     )
 
 
-def _paint_hair(rng: Generator, canvas: Canvas, figure: Figure, style: HairStyle, front: bool) -> None:
+def _paint_hair(
+    rng: Generator, canvas: Canvas, figure: Figure, style: HairStyle, front: bool
+) -> None:
     """The hair behind the head and neck, or the cap over the forehead, each with single strands at its edge."""
     if style.length == 0:
         return
     if front:
-        cap = _ellipse(figure, 0, -0.12, 1.06 + style.volume * 0.4, 1.0 + style.volume * 0.35, edge=3)
+        cap = _ellipse(
+            figure, 0, -0.12, 1.06 + style.volume * 0.4, 1.0 + style.volume * 0.35, edge=3
+        )
         bare = _ellipse(figure, rng.uniform(-0.15, 0.15), style.hairline + 1.0, 0.86, 1.0, edge=4)
         below = _polygon(
             [figure.at(-3, 0.15), figure.at(3, 0.15), figure.at(3, 4), figure.at(-3, 4)],
@@ -466,15 +497,25 @@ def _strands(rng: Generator, figure: Figure, style: HairStyle, count: int, lengt
     reach = length * rng.uniform(0.5, 1.15, count)[:, None]
     t = np.linspace(0, 1, 9)[None]
     stray = np.where(rng.random((count, 1)) < 0.25, 2.5, 1.0)
-    sideways = outward[:, :1] * (1 + style.volume * (np.sqrt(t) * 0.8 + rng.normal(0, 0.2, (count, 1)) * stray * t))
-    weight = reach * t * (0.35 + 0.65 * min(1.0, length)) * np.clip(0.25 + np.abs(root)[:, None] * 0.6, 0, 1)
+    sideways = outward[:, :1] * (
+        1 + style.volume * (np.sqrt(t) * 0.8 + rng.normal(0, 0.2, (count, 1)) * stray * t)
+    )
+    weight = (
+        reach
+        * t
+        * (0.35 + 0.65 * min(1.0, length))
+        * np.clip(0.25 + np.abs(root)[:, None] * 0.6, 0, 1)
+    )
     down = start[:, 1:] - style.volume * 0.3 * np.sin(np.pi * t) + weight
-    wave = style.curl * np.sin(t * rng.uniform(4, 12, (count, 1)) + rng.uniform(0, 6, (count, 1))) * t
+    wave = (
+        style.curl * np.sin(t * rng.uniform(4, 12, (count, 1)) + rng.uniform(0, 6, (count, 1))) * t
+    )
     across = sideways + wave + rng.normal(0, 0.03, (count, 1))
     angle = np.deg2rad(figure.tilt)
     x, y = across * figure.width, down * figure.height
     return np.asarray(
-        np.stack([x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], -1) + figure.head,
+        np.stack([x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], -1)
+        + figure.head,
         np.float32,
     )
 
@@ -483,12 +524,16 @@ def _draw_strands(rng: Generator, paths: Array) -> tuple[Array, Array]:
     """Coverage and factor of brightness, [H, W] each, of strands in five shades and widths."""
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     shade = np.full((HEIGHT, WIDTH), 100, np.uint8)  # per cent
-    for part, width in zip(np.array_split(_fixed(paths), 5), rng.permutation([1, 1, 1, 2, 3]).tolist(), strict=True):
+    for part, width in zip(
+        np.array_split(_fixed(paths), 5), rng.permutation([1, 1, 1, 2, 3]).tolist(), strict=True
+    ):
         opacity = int(rng.uniform(70, 220)) if width == 1 else 255
         layer = np.zeros_like(mask)
         cv2.polylines(layer, list(part), False, opacity, width, cv2.LINE_AA, SUBPIXEL)
         np.maximum(mask, layer, out=mask)
-        cv2.polylines(shade, list(part), False, int(rng.uniform(65, 145)), width + 2, cv2.LINE_8, SUBPIXEL)
+        cv2.polylines(
+            shade, list(part), False, int(rng.uniform(65, 145)), width + 2, cv2.LINE_8, SUBPIXEL
+        )
     soft = cv2.GaussianBlur(mask, (0, 0), 0.7)
     return soft * np.float32(1 / 255), shade * np.float32(0.01)
 
@@ -497,9 +542,13 @@ def _paint_accessories(rng: Generator, canvas: Canvas, figure: Figure) -> None:
     if rng.random() < 0.2:  # glasses
         frame = _pick(rng, HAIR)
         for side in (-1, 1):
-            ring = _ellipse(figure, side * 0.42, -0.06, 0.3, 0.2) - _ellipse(figure, side * 0.42, -0.06, 0.26, 0.165)
+            ring = _ellipse(figure, side * 0.42, -0.06, 0.3, 0.2) - _ellipse(
+                figure, side * 0.42, -0.06, 0.26, 0.165
+            )
             canvas.paint(np.clip(ring, 0, 1), frame)
-        canvas.paint(_limb([figure.at(-0.14, -0.1), figure.at(0.14, -0.1)], figure.width * 0.06), frame)
+        canvas.paint(
+            _limb([figure.at(-0.14, -0.1), figure.at(0.14, -0.1)], figure.width * 0.06), frame
+        )
     if rng.random() < 0.14:  # hat: a crown and a brim
         colour = _any_colour(rng)
         crown = [
@@ -537,7 +586,12 @@ def _paint_arms(rng: Generator, canvas: Canvas, figure: Figure, cloth: Array) ->
         short = rng.random() < 0.4
         canvas.paint(_limb([shoulder, elbow], thick), sleeve)
         canvas.paint(_limb([elbow, wrist], thick * 0.8), bare if short else sleeve)
-        hand = np.array([wrist + thick * 0.55 * np.array([np.cos(a), 1.25 * np.sin(a)]) for a in np.linspace(0, 6.28, 16)])
+        hand = np.array(
+            [
+                wrist + thick * 0.55 * np.array([np.cos(a), 1.25 * np.sin(a)])
+                for a in np.linspace(0, 6.28, 16)
+            ]
+        )
         canvas.paint(_polygon(hand, roundness=3), bare)
 
 
@@ -557,7 +611,9 @@ def _camera(rng: Generator, image: Array) -> NDArray[np.uint8]:
             rng.standard_normal((HEIGHT // 2, WIDTH // 2), np.float32) * np.float32(0.006),
             (WIDTH, HEIGHT),
         )
-    return np.asarray(cv2.convertScaleAbs(cv2.merge(list(np.maximum(image, 0, out=image))), alpha=255))
+    return np.asarray(
+        cv2.convertScaleAbs(cv2.merge(list(np.maximum(image, 0, out=image))), alpha=255)
+    )
 
 
 def draw_portrait(rng: Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

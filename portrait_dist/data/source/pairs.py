@@ -39,7 +39,9 @@ class PairReport:
     pairs: list[Pair]  # sorted by key
     images_without_matte: list[Path]
     mattes_without_image: list[Path]
-    identical: list[tuple[Path, Path]]  # (the file that is taken, another of the same stem and content)
+    identical: list[
+        tuple[Path, Path]
+    ]  # (the file that is taken, another of the same stem and content)
 
 
 def find_pairs(raw: Path) -> PairReport:
@@ -66,7 +68,10 @@ def find_pairs(raw: Path) -> PairReport:
     for key in keys:
         _check_key(key, images[key])
     return PairReport(
-        pairs=[Pair(key, images[key], mattes[key], group=images[key].parent.parent.name) for key in keys],
+        pairs=[
+            Pair(key, images[key], mattes[key], group=images[key].parent.parent.name)
+            for key in keys
+        ],
         images_without_matte=[images[key] for key in sorted(images.keys() - mattes.keys())],
         mattes_without_image=[mattes[key] for key in sorted(mattes.keys() - images.keys())],
         identical=identical,
@@ -78,8 +83,14 @@ def _not_a_raw_tree(raw: Path, missing: str) -> str:
         return f"{raw}: there is no such folder; give the folder that holds {IMAGES} and {MATTES} as --raw"
     if not raw.is_dir():
         return f"{raw}: is a file; give the folder that holds {IMAGES} and {MATTES} as --raw"
-    inside = sorted(path.parent for path in raw.glob(f"*/{IMAGES}") if (path.parent / MATTES).is_dir())
-    hint = f" Did you mean '{inside[0]}'?" if inside else f" Give the folder that holds {IMAGES} and {MATTES} as --raw"
+    inside = sorted(
+        path.parent for path in raw.glob(f"*/{IMAGES}") if (path.parent / MATTES).is_dir()
+    )
+    hint = (
+        f" Did you mean '{inside[0]}'?"
+        if inside
+        else f" Give the folder that holds {IMAGES} and {MATTES} as --raw"
+    )
     return f"{raw}: no AISegment tree, it has no folder '{missing}'.{hint}"
 
 
@@ -96,7 +107,9 @@ def _files(top: Path, prefix: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
 
 def _folders(parent: Path, prefix: str) -> list[Path]:
     with os.scandir(parent) as entries:
-        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+        names = [
+            entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+        ]
     return [parent / name for name in sorted(names) if name.startswith(prefix)]
 
 
@@ -106,7 +119,9 @@ def _by_stem(files: Iterator[Path], identical: list[tuple[Path, Path]]) -> dict[
         first = found.setdefault(path.stem, path)
         if first is not path:
             if not filecmp.cmp(first, path, shallow=False):
-                raise InputError(f"{path}: differs from {first}, which has the same name; remove or rename one of them")
+                raise InputError(
+                    f"{path}: differs from {first}, which has the same name; remove or rename one of them"
+                )
             identical.append((first, path))
     return found
 
@@ -127,7 +142,11 @@ def check_pairs(pairs: Sequence[Pair], threads: int = 4) -> None:
         DamagedDataError: a file is truncated or unreadable.
     """
     with ThreadPoolExecutor(threads) as pool:
-        problems = [problem for problem in track(pool.map(_problem, pairs), total=len(pairs), what="pairs checked") if problem]
+        problems = [
+            problem
+            for problem in track(pool.map(_problem, pairs), total=len(pairs), what="pairs checked")
+            if problem
+        ]
     if not problems:
         return
     first = next((problem for problem in problems if isinstance(problem, InputError)), problems[0])
@@ -149,7 +168,9 @@ def _problem(pair: Pair) -> PortraitDistError | None:
     )
 
 
-def _header(path: Path, formats: tuple[str, ...], modes: tuple[str, ...]) -> tuple[tuple[int, int], str]:
+def _header(
+    path: Path, formats: tuple[str, ...], modes: tuple[str, ...]
+) -> tuple[tuple[int, int], str]:
     """(width, height) and mode of a picture."""
     from PIL import Image, UnidentifiedImageError
 
@@ -157,21 +178,33 @@ def _header(path: Path, formats: tuple[str, ...], modes: tuple[str, ...]) -> tup
         with Image.open(path) as picture:
             kind, mode, size = picture.format, picture.mode, picture.size
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DamagedDataError(f"{path}: {_reason(path, error)}; get the file again, or remove it and its partner") from error
+        raise DamagedDataError(
+            f"{path}: {_reason(path, error)}; get the file again, or remove it and its partner"
+        ) from error
     if kind not in formats:
-        raise InputError(f"{path}: is a {kind} file under another name; convert it to {formats[0]}, or remove it and its partner")
+        raise InputError(
+            f"{path}: is a {kind} file under another name; convert it to {formats[0]}, or remove it and its partner"
+        )
     if mode not in modes:
         what = "has no alpha channel" if formats == ("PNG",) else "is not an RGB picture"
-        raise InputError(f"{path}: {what} (mode {mode}); convert it to {modes[0]}, or remove it and its partner")
+        raise InputError(
+            f"{path}: {what} (mode {mode}); convert it to {modes[0]}, or remove it and its partner"
+        )
     if not _is_whole(path, kind):
-        raise DamagedDataError(f"{path}: the file is cut off; get it again, or remove it and its partner")
+        raise DamagedDataError(
+            f"{path}: the file is cut off; get it again, or remove it and its partner"
+        )
     return size, mode
 
 
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
-    return "the file is empty" if path.stat().st_size == 0 else "the file is damaged, its header cannot be read"
+    return (
+        "the file is empty"
+        if path.stat().st_size == 0
+        else "the file is damaged, its header cannot be read"
+    )
 
 
 def _is_whole(path: Path, kind: str) -> bool:

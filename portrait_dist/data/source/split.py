@@ -63,12 +63,17 @@ def assign(
         }
     else:
         split_of = _deal_groups(Counter(groups), seed, sizes)
-        dealt = {name: [key for key, group in zip(keys, groups, strict=True) if split_of[group] == name] for name in SPLITS}
+        dealt = {
+            name: [key for key, group in zip(keys, groups, strict=True) if split_of[group] == name]
+            for name in SPLITS
+        }
     return {name: sorted(dealt[name]) for name in SPLITS}
 
 
 def _ranked(names: Sequence[str], seed: int) -> list[str]:
-    return sorted(names, key=lambda name: (hashlib.sha256(f"{seed}:{name}".encode()).digest(), name))
+    return sorted(
+        names, key=lambda name: (hashlib.sha256(f"{seed}:{name}".encode()).digest(), name)
+    )
 
 
 def _deal_groups(counts: Counter[str], seed: int, sizes: dict[str, int]) -> dict[str, str]:
@@ -79,7 +84,9 @@ def _deal_groups(counts: Counter[str], seed: int, sizes: dict[str, int]) -> dict
     """
     wanted = [name for name in ("val", "test") if sizes[name]]
     if len(counts) <= len(wanted):
-        raise InputError(f"--split-by group: there are {len(counts)} groups for {len(wanted) + 1} splits; use --split-by sample")
+        raise InputError(
+            f"--split-by group: there are {len(counts)} groups for {len(wanted) + 1} splits; use --split-by sample"
+        )
     ranked = _ranked(list(counts), seed)
     largest = max(ranked, key=lambda group: counts[group])
     split_of = {largest: "train"}
@@ -92,7 +99,9 @@ def _deal_groups(counts: Counter[str], seed: int, sizes: dict[str, int]) -> dict
     for name in wanted:
         groups_in = Counter(split_of.values())
         if not groups_in[name]:
-            spare = [group for group in ranked if groups_in[split_of[group]] > 1 and group != largest]
+            spare = [
+                group for group in ranked if groups_in[split_of[group]] > 1 and group != largest
+            ]
             split_of[min(spare, key=lambda group: counts[group])] = name
     return split_of
 
@@ -112,13 +121,18 @@ class Split:
     def keys(self, split: str) -> list[str]:
         """Sorted keys of ``train``, ``val`` or ``test``."""
         if split not in SPLITS:
-            raise InputError(f"no split '{split}'.{nearest(split, list(SPLITS))} There are {', '.join(SPLITS)}")
+            raise InputError(
+                f"no split '{split}'.{nearest(split, list(SPLITS))} There are {', '.join(SPLITS)}"
+            )
         keys: list[str] = self.manifest["splits"][split]
         return keys
 
     def pairs(self, split: str) -> list[Pair]:
         """Pairs of a split in key order. The group is the part of the key before its first dash, as AISegment names files."""
-        return [Pair(key, *pair_paths(self.data, split, key), group=key.partition("-")[0]) for key in self.keys(split)]
+        return [
+            Pair(key, *pair_paths(self.data, split, key), group=key.partition("-")[0])
+            for key in self.keys(split)
+        ]
 
 
 def pair_paths(data: Path, split: str, key: str) -> tuple[Path, Path]:
@@ -144,9 +158,13 @@ def read_split(data: str | Path) -> Split:
     except (ValueError, KeyError, TypeError, OSError):
         complete, known = False, 1
     if not complete:
-        raise DamagedDataError(f"{path}: damaged; remove {data} and run 'portrait-dist prepare' again")
+        raise DamagedDataError(
+            f"{path}: damaged; remove {data} and run 'portrait-dist prepare' again"
+        )
     if known != 1:
-        raise InputError(f"{path}: format {known} is newer than this program knows; update portrait-dist")
+        raise InputError(
+            f"{path}: format {known} is newer than this program knows; update portrait-dist"
+        )
     return Split(data, manifest)
 
 
@@ -221,7 +239,9 @@ def _is_same(out: Path, manifest: dict[str, Any]) -> bool:
                 f"{out}: was prepared with --{option} {before.get(name)}, not {manifest[name]}; use that, or another --out"
             )
     if before["splits"] != manifest["splits"]:
-        raise InputError(f"{out}: was prepared from other pairs (source {before.get('source')}); give another --out")
+        raise InputError(
+            f"{out}: was prepared from other pairs (source {before.get('source')}); give another --out"
+        )
     return True
 
 
@@ -239,7 +259,9 @@ def _build(pairs: Sequence[Pair], out: Path, manifest: dict[str, Any], mode: str
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); give a folder of yours, with room, as --out") from error
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror}); give a folder of yours, with room, as --out"
+        ) from error
 
 
 def _arrange(pairs: Sequence[Pair], data: Path, splits: dict[str, list[str]], mode: str) -> None:

@@ -63,10 +63,14 @@ def generate(out: Path, pairs: int, seed: int = 0, workers: int | None = None) -
         InputError: a number out of range, or a folder that holds something else.
     """
     if pairs < 1 or seed < 0:
-        raise InputError(f"--pairs {pairs} --seed {seed}: --pairs is at least 1 and --seed at least 0")
+        raise InputError(
+            f"--pairs {pairs} --seed {seed}: --pairs is at least 1 and --seed at least 0"
+        )
     begin = time.monotonic()
     _claim(out, pairs, seed)
-    missing = [index for index in range(pairs) if not all(path.is_file() for path in paths(out, index))]
+    missing = [
+        index for index in range(pairs) if not all(path.is_file() for path in paths(out, index))
+    ]
     for _ in track(_make(out, missing, seed, workers), total=len(missing), what="pairs"):
         pass
     seconds = time.monotonic() - begin
@@ -88,18 +92,26 @@ def _claim(out: Path, pairs: int, seed: int) -> None:
             made = json.loads(marker.read_text())
             same_seed, more = int(made["seed"]) == seed, int(made["pairs"]) > pairs
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{marker}: not written by 'portrait-dist synth'; give another --out") from None
+            raise InputError(
+                f"{marker}: not written by 'portrait-dist synth'; give another --out"
+            ) from None
         if not same_seed:
-            raise InputError(f"{out}: made with --seed {made['seed']}; use that seed or another --out")
+            raise InputError(
+                f"{out}: made with --seed {made['seed']}; use that seed or another --out"
+            )
         if more:
-            raise InputError(f"{out}: holds {made['pairs']} pairs, not {pairs}; ask for as many or more, or give another --out")
+            raise InputError(
+                f"{out}: holds {made['pairs']} pairs, not {pairs}; ask for as many or more, or give another --out"
+            )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: already holds something else; give a new folder as --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write(marker, json.dumps({"format": 1, "pairs": pairs, "seed": seed}).encode())
     except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); give a folder of yours as --out") from error
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror}); give a folder of yours as --out"
+        ) from error
 
 
 def _make(out: Path, indices: list[int], seed: int, workers: int | None) -> Iterator[int]:
@@ -110,7 +122,9 @@ def _make(out: Path, indices: list[int], seed: int, workers: int | None) -> Iter
         yield from map(make, indices)
         return
     # Not forked: this process may hold threads of libraries that a fork would leave locked.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    ) as pool:
         try:
             yield from pool.map(make, indices, chunksize=4)
         finally:
@@ -154,7 +168,9 @@ def encode_jpeg(image: NDArray[np.uint8]) -> bytes:
 
     low, high, quality = 50, 98, 90
     while True:
-        data: bytes = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+        data: bytes = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[
+            1
+        ].tobytes()
         if len(data) > JPEG_BYTES[1]:
             high = quality - 1
         elif len(data) < JPEG_BYTES[0]:

@@ -93,7 +93,9 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
         self.drop_last = train if drop_last is None else drop_last
         kind = order if (train if shuffle is None else shuffle) else "sequential"
         sizes = self.shards.shard_sizes
-        self.order = Order(self.shards.samples, seed, kind, block_samples=block_samples, shard_sizes=sizes)
+        self.order = Order(
+            self.shards.samples, seed, kind, block_samples=block_samples, shard_sizes=sizes
+        )
         self.damaged: dict[str, str] = {}
         # epoch and positions done, in shared memory: the copies of this dataset in DataLoader workers see changes
         self._progress = torch.zeros(2, dtype=torch.int64).share_memory_()
@@ -151,15 +153,22 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
 
     def plan(self, start: int) -> Plan:
         """Batches of this rank for the rest of an epoch after ``start`` positions."""
-        return Plan(self.samples, self.batch_size, self.rank, self.world_size, self.drop_last, start)
+        return Plan(
+            self.samples, self.batch_size, self.rank, self.world_size, self.drop_last, start
+        )
 
-    def batches(self, epoch: int, start: int, *, first: int = 0, step: int = 1) -> Iterator[tuple[Ints, Ints]]:
+    def batches(
+        self, epoch: int, start: int, *, first: int = 0, step: int = 1
+    ) -> Iterator[tuple[Ints, Ints]]:
         """(positions, samples) of this rank's batches ``first``, ``first + step``, …, int64 arrays; nothing is read."""
         plan = self.plan(start)
         at_once = max(1, POSITIONS_PLANNED_AT_ONCE // self.batch_size)
         mine = range(first, plan.steps, step)
         for begin in range(0, len(mine), at_once):
-            positions = [np.arange(*plan.span(batch), dtype=np.int64) for batch in mine[begin : begin + at_once]]
+            positions = [
+                np.arange(*plan.span(batch), dtype=np.int64)
+                for batch in mine[begin : begin + at_once]
+            ]
             samples = self.order.samples_at(epoch, np.concatenate(positions))
             yield from zip(
                 positions,
@@ -243,7 +252,9 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return distributed.rank(), distributed.world_size()
 
 
-def _batch_size_in_pixels(packed: tuple[int, int] | None, asked: tuple[int, int] | None, where: str) -> tuple[int, int]:
+def _batch_size_in_pixels(
+    packed: tuple[int, int] | None, asked: tuple[int, int] | None, where: str
+) -> tuple[int, int]:
     """(H, W) of the batches."""
     if packed is None:
         return asked or DEFAULT_SIZE

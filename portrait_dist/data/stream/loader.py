@@ -94,8 +94,12 @@ def build_loader(
         InputError: no shards there, no such split, or an option is wrong.
     """
     given = rank is not None
-    dataset = AISegmentIterableDataset(shards, split, batch_size, seed, rank=rank, world_size=world_size, **options)
-    return StreamLoader(dataset, workers=workers, prefetch=prefetch, pin_memory=pin_memory, check=not given)
+    dataset = AISegmentIterableDataset(
+        shards, split, batch_size, seed, rank=rank, world_size=world_size, **options
+    )
+    return StreamLoader(
+        dataset, workers=workers, prefetch=prefetch, pin_memory=pin_memory, check=not given
+    )
 
 
 class StreamLoader:
@@ -263,7 +267,9 @@ class _Job:
         "tasks_left",
     )
 
-    def __init__(self, positions: Ints, samples: list[int], size: tuple[int, int], pin: bool, tasks: int) -> None:
+    def __init__(
+        self, positions: Ints, samples: list[int], size: tuple[int, int], pin: bool, tasks: int
+    ) -> None:
         self.positions, self.samples, self.tasks_left = positions, samples, tasks
         self.image = torch.empty((len(samples), *size, 3), dtype=torch.uint8, pin_memory=pin)
         self.alpha = torch.empty((len(samples), *size), dtype=torch.uint8, pin_memory=pin)
@@ -337,17 +343,23 @@ class _Batches:
         self._jobs: deque[_Job] = deque()
         self._tasks: queue.SimpleQueue[tuple[_Job, int, int] | None] = queue.SimpleQueue()
         ahead = loader.prefetch * loader.batch_size
-        self._rows_per_task = max(1, min(MAX_SAMPLES_PER_TASK, ahead // (2 * max(1, loader.num_workers))))
+        self._rows_per_task = max(
+            1, min(MAX_SAMPLES_PER_TASK, ahead // (2 * max(1, loader.num_workers)))
+        )
         self._stop = threading.Event()
         self._fetches: FetchAhead | None = None
         self._threads: list[threading.Thread] = []
         for number in range(min(loader.num_workers, self._plan.steps)):
             arguments = (self._tasks, loader.dataset, self._stop)
-            self._threads.append(threading.Thread(target=_work, args=arguments, name=f"decode-{number}", daemon=True))
+            self._threads.append(
+                threading.Thread(target=_work, args=arguments, name=f"decode-{number}", daemon=True)
+            )
             self._threads[-1].start()
         if self._threads:
             if loader.dataset.shards.remote:
-                self._fetches = FetchAhead(loader.dataset.shards, loader.dataset.batches(epoch, start))
+                self._fetches = FetchAhead(
+                    loader.dataset.shards, loader.dataset.batches(epoch, start)
+                )
             self._plan_ahead()
 
     def __iter__(self) -> _Batches:
@@ -374,7 +386,9 @@ class _Batches:
         self._handed += 1
         if self._fetches:
             self._fetches.handed_out(self._handed)
-        self._loader._handed_out(self, self._plan.seen_after(self._handed), time.perf_counter() - begin)
+        self._loader._handed_out(
+            self, self._plan.seen_after(self._handed), time.perf_counter() - begin
+        )
         return batch
 
     def _longest(self) -> int:
@@ -384,13 +398,17 @@ class _Batches:
     def _plan_ahead(self) -> None:
         """Put batches in the making until there are ``prefetch``; without threads, decode one here."""
         dataset = self._loader.dataset
-        while not self._stop.is_set() and len(self._jobs) < (self._loader.prefetch if self._threads else 1):
+        while not self._stop.is_set() and len(self._jobs) < (
+            self._loader.prefetch if self._threads else 1
+        ):
             planned = next(self._planned, None)
             if planned is None:
                 return
             positions, samples = planned
             starts = range(0, len(samples), self._rows_per_task)
-            job = _Job(positions, samples.tolist(), dataset.size, self._loader.pin_memory, len(starts))
+            job = _Job(
+                positions, samples.tolist(), dataset.size, self._loader.pin_memory, len(starts)
+            )
             self._jobs.append(job)
             for first in starts:
                 task = (job, first, min(first + self._rows_per_task, len(samples)))

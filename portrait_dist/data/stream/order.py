@@ -130,7 +130,9 @@ class Order:
         self.block_samples = block_samples
         self._sizes = np.asarray([samples] if shard_sizes is None else shard_sizes, dtype=np.int64)
         if int(self._sizes.sum()) != samples:
-            raise InputError(f"the shards hold {int(self._sizes.sum())} samples, not {samples}; pack them again")
+            raise InputError(
+                f"the shards hold {int(self._sizes.sum())} samples, not {samples}; pack them again"
+            )
         self._firsts = np.cumsum(self._sizes) - self._sizes
         self._shuffled: tuple[int, Ints, Ints] | None = None
 
@@ -202,9 +204,13 @@ class Plan:
         if self.batch_size < 1:
             raise InputError(f"batch_size={self.batch_size}: a batch holds at least 1 sample")
         if not 0 <= self.rank < self.world_size:
-            raise InputError(f"rank={self.rank}, world_size={self.world_size}: ranks run from 0 to world_size-1")
+            raise InputError(
+                f"rank={self.rank}, world_size={self.world_size}: ranks run from 0 to world_size-1"
+            )
         if not 0 <= self.start <= self.samples:
-            raise InputError(f"samples_seen={self.start}: the split has {self.samples} samples; that state is of other data")
+            raise InputError(
+                f"samples_seen={self.start}: the split has {self.samples} samples; that state is of other data"
+            )
 
     @property
     def global_batch(self) -> int:
@@ -239,11 +245,16 @@ class Plan:
             return begin + self.rank * self.batch_size, begin + (self.rank + 1) * self.batch_size
         if batch > self.whole_batches or self.drop_last:
             return self.samples, self.samples
-        return begin + self.tail * self.rank // self.world_size, begin + self.tail * (self.rank + 1) // self.world_size
+        return begin + self.tail * self.rank // self.world_size, begin + self.tail * (
+            self.rank + 1
+        ) // self.world_size
 
     def positions(self, first_batch: int, last_batch: int) -> list[Ints]:
         """Positions of this rank's batches ``first_batch`` to ``last_batch`` - 1, an int64 array each."""
-        return [np.arange(*self.span(batch), dtype=np.int64) for batch in range(first_batch, min(last_batch, self.steps))]
+        return [
+            np.arange(*self.span(batch), dtype=np.int64)
+            for batch in range(first_batch, min(last_batch, self.steps))
+        ]
 
     def seen_after(self, batches: int) -> int:
         """Positions that all ranks together have done when each has done so many batches of this plan (or all it has)."""

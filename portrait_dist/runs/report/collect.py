@@ -144,14 +144,19 @@ def read_run(folder: Path) -> Run:
     try:
         config = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML; restore it, or move it away to report without it") from error
+        raise InputError(
+            f"{path}: not YAML; restore it, or move it away to report without it"
+        ) from error
     events = read_events(folder)
     checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).exists()), None)
     run = Run(folder, status, events, config if isinstance(config, dict) else {}, text, checkpoint)
     if checkpoint:
         from portrait_dist.checkpoints import read
 
-        run.versions = {str(name): str(version) for name, version in (read(checkpoint).get("packages") or {}).items()}
+        run.versions = {
+            str(name): str(version)
+            for name, version in (read(checkpoint).get("packages") or {}).items()
+        }
     run.machine = next(
         (event["machine"] for event in reversed(events) if isinstance(event.get("machine"), dict)),
         {},
@@ -206,7 +211,11 @@ def score(
     gallery: list[Sample] = []
     total, batches = _batches(shards, size, at_most)
     scored = min(total, at_most or total)
-    shown = {place * scored // pictures for place in range(min(pictures, scored))} if pictures <= scored else set(range(scored))
+    shown = (
+        {place * scored // pictures for place in range(min(pictures, scored))}
+        if pictures <= scored
+        else set(range(scored))
+    )
     for sample in _predictions(model, batches, scored, pooled, device):
         number = len(rows)
         rows.append(sample.figures)
@@ -217,7 +226,9 @@ def score(
             heapq.heappop(worst)
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     ranked = [sample for _, _, sample in sorted(worst, key=lambda item: (-item[0], item[1]))]
-    return Scores(total, float(pooled.compute()), means, [row["iou"] for row in rows], gallery, ranked)
+    return Scores(
+        total, float(pooled.compute()), means, [row["iou"] for row in rows], gallery, ranked
+    )
 
 
 def _batches(shards: str, size: tuple[int, int], at_most: int) -> tuple[int, Iterator[Any]]:
@@ -225,7 +236,9 @@ def _batches(shards: str, size: tuple[int, int], at_most: int) -> tuple[int, Ite
     from portrait_dist.data import build_loader
     from portrait_dist.system.progress import track
 
-    loader = build_loader(shards, "val", 8, shuffle=False, size=size, drop_last=False, rank=0, world_size=1)
+    loader = build_loader(
+        shards, "val", 8, shuffle=False, size=size, drop_last=False, rank=0, world_size=1
+    )
     total = loader.dataset.samples
     if not at_most or at_most >= total:
         return total, iter(track(loader, len(loader), "batches"))
@@ -250,7 +263,9 @@ def _only(loader: Any, wanted: set[int]) -> Iterator[Any]:
             )
 
 
-def _predictions(model: Any, batches: Iterator[Any], scored: int, pooled: Any, device: str) -> Iterator[Sample]:
+def _predictions(
+    model: Any, batches: Iterator[Any], scored: int, pooled: Any, device: str
+) -> Iterator[Sample]:
     import torch
 
     from portrait_dist import distributed
@@ -265,7 +280,9 @@ def _predictions(model: Any, batches: Iterator[Any], scored: int, pooled: Any, d
             images, mattes = normalise(batch.image.to(chosen), batch.alpha.to(chosen))
             probabilities = model(images)
             pooled.update(probabilities, mattes)
-            figures = {name: values.tolist() for name, values in per_sample(probabilities, mattes).items()}
+            figures = {
+                name: values.tolist() for name, values in per_sample(probabilities, mattes).items()
+            }
         predictions = probabilities[:, 0].float().cpu().numpy()
         for i, key in enumerate(batch.keys):
             values = {name: figures[name][i] for name in figures}
@@ -282,10 +299,14 @@ def _write(out: Path, text: str) -> None:
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         if not out.parent.is_dir():
-            raise InputError(f"{out}: there is no folder {out.parent}; make it, or give another --out")
+            raise InputError(
+                f"{out}: there is no folder {out.parent}; make it, or give another --out"
+            )
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, out)
     except OSError as error:
-        raise PortraitDistError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
+        raise PortraitDistError(
+            f"{out}: cannot be written ({error.strerror}); give another --out"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -60,7 +60,9 @@ def page(run: Run) -> str:
 
 def _head(run: Run, name: str) -> str:
     status, epochs = run.status, _epochs(run.events)
-    best = max((e for e in epochs if _real(e.get("val_iou"))), key=lambda e: e["val_iou"], default=None)
+    best = max(
+        (e for e in epochs if _real(e.get("val_iou"))), key=lambda e: e["val_iou"], default=None
+    )
     seconds = _training_seconds(run.events)
     speeds = [e["images_per_second"] for e in epochs if _real(e.get("images_per_second"))]
     waits = [e["data_wait_share"] for e in epochs if _real(e.get("data_wait_share"))]
@@ -78,9 +80,14 @@ def _head(run: Run, name: str) -> str:
             f"on {status['world_size'] or '?'} rank{'' if status['world_size'] == 1 else 's'}",
         ),
     ]
-    boxes = "".join(f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles)
+    boxes = "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>'
+        for value, what in tiles
+    )
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    state = {"silent": "silent: no line for a long time", "failed": "failed"}.get(status["state"], status["state"])
+    state = {"silent": "silent: no line for a long time", "failed": "failed"}.get(
+        status["state"], status["state"]
+    )
     bad = ' class="bad"' if status["state"] in ("failed", "silent") else ""
     return (
         f'<h1>{escape(name)}</h1><p class="soft"><span{bad}>{escape(state)}</span> · recipe '
@@ -93,7 +100,9 @@ def _curves(run: Run) -> str:
     if not events:
         return "<h2>Curves</h2><p>The run has written no figures yet.</p>"
     first = min(event["epoch"] for event in run.events if "epoch" in event)
-    restarts = [_place(event) for event in run.events if event.get("kind") == "start" and event["step"] > 0]
+    restarts = [
+        _place(event) for event in run.events if event.get("kind") == "start" and event["step"] > 0
+    ]
     best = max(_points(epochs, "val_iou"), key=lambda point: point[1], default=None)
     loss = _points(epochs, "loss") if len(epochs) > 1 else _points(events, "loss")
     waits = [(x, 100 * y) for x, y in _points(events, "data_wait_share")]
@@ -128,7 +137,9 @@ def _curves(run: Run) -> str:
             ceiling=5,
             lines=restarts,
         ),
-        line_chart("Learning rate", [Series("rate", _points(events, "lr"))], floor=0, lines=restarts),
+        line_chart(
+            "Learning rate", [Series("rate", _points(events, "lr"))], floor=0, lines=restarts
+        ),
         line_chart("GPU memory", [Series("largest", memory)], unit="GB", floor=0, lines=restarts),
     ]
     notes = ["The ring marks the best validation IoU."] if best else []
@@ -136,9 +147,7 @@ def _curves(run: Run) -> str:
         notes.append(f"Dashed lines: the run went on after a stop ({len(restarts)}).")
     if first:
         notes.append(f"The lines begin with epoch {first + 1}.")
-    return (
-        f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div><p class="soft">{" ".join(notes)}</p>{_epoch_table(epochs)}'
-    )
+    return f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div><p class="soft">{" ".join(notes)}</p>{_epoch_table(epochs)}'
 
 
 def _epoch_table(epochs: Sequence[dict[str, Any]]) -> str:
@@ -161,14 +170,22 @@ def _epoch_table(epochs: Sequence[dict[str, Any]]) -> str:
         for event in epochs
     )
     table = f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
-    return f"<details><summary>All {len(epochs)} epochs as a table</summary>{table}</details>" if epochs else ""
+    return (
+        f"<details><summary>All {len(epochs)} epochs as a table</summary>{table}</details>"
+        if epochs
+        else ""
+    )
 
 
 def _scores(run: Run) -> str:
     scores = run.scores
     if scores is None:
         return f"<h2>Pictures</h2><p>{escape(run.no_scores)}</p>"
-    part = "" if scores.samples == scores.split_samples else f" of {scores.split_samples:,}, spread evenly over the split"
+    part = (
+        ""
+        if scores.samples == scores.split_samples
+        else f" of {scores.split_samples:,}, spread evenly over the split"
+    )
     rows = [
         ("IoU, all pixels pooled", scores.iou),
         *((NAMES.get(name, name), value) for name, value in scores.means.items()),
@@ -229,7 +246,9 @@ def _happened(run: Run) -> str:
         if event["kind"] == "start":
             message = f"at epoch {event['epoch'] + 1}, {event.get('world_size', '?')} rank(s)"
         rows.append((when, words[event["kind"]], message))
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
     return f'<h2>What happened</h2><div class="wide"><table class="events">{body}</table></div>'
 
 
@@ -278,15 +297,24 @@ def _circumstances(run: Run) -> str:
         if machine
         else "<p>The run did not record its machine.</p>"
     )
-    versions = _table(list(run.versions.items())) if run.versions else "<p>The run did not record versions.</p>"
-    about = [(name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in run.shards_about.items()]
+    versions = (
+        _table(list(run.versions.items()))
+        if run.versions
+        else "<p>The run did not record versions.</p>"
+    )
+    about = [
+        (name, f"{value:,}" if isinstance(value, int) else str(value))
+        for name, value in run.shards_about.items()
+    ]
     data = _table([("shards", run.shards or "not named"), *about])
     return f"<h2>Data</h2>{data}<h2>Machine of rank 0</h2>{hardware}<h2>Versions</h2>{versions}"
 
 
 def _again(run: Run) -> str:
     ranks = run.status["world_size"] or 1
-    launch = "portrait-dist" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m portrait_dist"
+    launch = (
+        "portrait-dist" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m portrait_dist"
+    )
     train = (run.config.get("train") or {}) if isinstance(run.config.get("train"), dict) else {}
     batch = ranks * int(train.get("batch_size") or 0) * int(train.get("accumulate") or 1)
     words = _words(run)
@@ -296,13 +324,17 @@ def _again(run: Run) -> str:
     )
     lines = [
         f"{launch} train {words} run.name=again" if words else "",
-        f"portrait-dist evaluate --checkpoint {_quoted(run.checkpoint)} --data {_quoted(run.shards)}" if run.checkpoint else "",
+        f"portrait-dist evaluate --checkpoint {_quoted(run.checkpoint)} --data {_quoted(run.shards)}"
+        if run.checkpoint
+        else "",
     ]
     commands = "\n\n".join(line for line in lines if line)
-    whole = f"<details><summary>config.yaml</summary><pre>{escape(run.config_text)}</pre></details>" if run.config_text else ""
-    same = (
-        "<p>Or, with the configuration below in a file: <code>portrait-dist train --recipe config.yaml run.name=again</code></p>"
+    whole = (
+        f"<details><summary>config.yaml</summary><pre>{escape(run.config_text)}</pre></details>"
+        if run.config_text
+        else ""
     )
+    same = "<p>Or, with the configuration below in a file: <code>portrait-dist train --recipe config.yaml run.name=again</code></p>"
     return f"<h2>Do it again</h2><pre>{escape(commands)}</pre><p>{escape(note)}</p>{same if whole else ''}{whole}"
 
 
@@ -317,7 +349,11 @@ def _words(run: Run) -> str:
     words = [f"--recipe {recipe}"] if known else [f"--recipe {_quoted(run.folder / 'config.yaml')}"]
     if known:
         skipped = ("recipe", "run.name", "run.resume")
-        words += [_quoted(f"{k}={_plain(v)}") for k, v in values.items() if k not in skipped and k in base and base[k] != v]
+        words += [
+            _quoted(f"{k}={_plain(v)}")
+            for k, v in values.items()
+            if k not in skipped and k in base and base[k] != v
+        ]
     return " ".join(words)
 
 
@@ -342,7 +378,11 @@ def _plain(value: object) -> str:
 
 def _progress(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of intervals and epochs in the order of steps; of what was run twice after a crash, the later one."""
-    found = {(event["step"], event["kind"]): event for event in events if event.get("kind") in ("interval", "epoch")}
+    found = {
+        (event["step"], event["kind"]): event
+        for event in events
+        if event.get("kind") in ("interval", "epoch")
+    }
     return [found[place] for place in sorted(found)]
 
 
@@ -392,5 +432,8 @@ def _figure(value: object) -> str:
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
-    body = "".join(f"<tr><td>{escape(str(name))}</td><td>{escape(str(value))}</td></tr>" for name, value in rows)
+    body = "".join(
+        f"<tr><td>{escape(str(name))}</td><td>{escape(str(value))}</td></tr>"
+        for name, value in rows
+    )
     return f'<div class="wide"><table>{body}</table></div>'

@@ -49,17 +49,24 @@ def line_chart(
         lines: x values of vertical dashed lines.
         floor, ceiling: the axis reaches at least so far; the values' own range where None.
     """
-    drawn = [Series(each.name, thin([p for p in each.points if math.isfinite(p[1])])) for each in series]
+    drawn = [
+        Series(each.name, thin([p for p in each.points if math.isfinite(p[1])])) for each in series
+    ]
     drawn = [each for each in drawn if each.points]
     if not drawn:
         return ""
     xs = [x for each in drawn for x, _ in each.points]
-    ys = [y for each in drawn for _, y in each.points] + [bound for bound in (floor, ceiling) if bound is not None]
+    ys = [y for each in drawn for _, y in each.points] + [
+        bound for bound in (floor, ceiling) if bound is not None
+    ]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     x_at = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     y_at = _scale(min(y_ticks[0], *ys), max(y_ticks[-1], *ys), HEIGHT - BOTTOM, TOP)
     body = _axes(x_ticks, y_ticks, x_at, y_at, x_label)
-    body += [f'<line class="restart" x1="{x_at(x):.1f}" x2="{x_at(x):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>' for x in lines]
+    body += [
+        f'<line class="restart" x1="{x_at(x):.1f}" x2="{x_at(x):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        for x in lines
+    ]
     for number, each in enumerate(drawn, start=1):
         path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in each.points)
         if len(each.points) == 1:
@@ -68,12 +75,16 @@ def line_chart(
             )
         else:
             body.append(f'<polyline class="line s{number}" points="{path}"/>')
-    body += [f'<circle class="mark" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="4.5"/>' for x, y in marks]
+    body += [
+        f'<circle class="mark" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="4.5"/>' for x, y in marks
+    ]
     body += _tooltips(drawn, x_at, x_label)
     return _figure(title, unit, [each.name for each in drawn], body, _summary(title, drawn))
 
 
-def histogram(title: str, values: Sequence[float], bins: int = 20, x_label: str = "", y_label: str = "samples") -> str:
+def histogram(
+    title: str, values: Sequence[float], bins: int = 20, x_label: str = "", y_label: str = "samples"
+) -> str:
     """A ``<figure>`` with the number of values in each bin between the lowest and the highest."""
     if not values:
         return ""
@@ -94,7 +105,9 @@ def histogram(title: str, values: Sequence[float], bins: int = 20, x_label: str 
     body = _axes(ticks(start, end), y_ticks, x_at, y_at, x_label)
     for number, samples in enumerate(held):
         left, right = x_at(start + number * step) + 1, x_at(start + (number + 1) * step) - 1
-        says = f"{start + number * step:.4g} to {start + (number + 1) * step:.4g}: {samples} {y_label}"
+        says = (
+            f"{start + number * step:.4g} to {start + (number + 1) * step:.4g}: {samples} {y_label}"
+        )
         body.append(
             f'<rect class="bar" x="{left:.1f}" y="{y_at(samples):.1f}" width="{max(1.0, right - left):.1f}" '
             f'height="{max(0.0, HEIGHT - BOTTOM - y_at(samples)):.1f}"><title>{escape(says)}</title></rect>'
@@ -107,8 +120,14 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     """At most ``most`` points: where there are more, the mean of each group of neighbours."""
     if len(points) <= most:
         return list(points)
-    groups = [points[number * len(points) // most : (number + 1) * len(points) // most] for number in range(most)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+    groups = [
+        points[number * len(points) // most : (number + 1) * len(points) // most]
+        for number in range(most)
+    ]
+    return [
+        (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
+        for group in groups
+    ]
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -140,14 +159,22 @@ def _axes(
 ) -> list[str]:
     body = []
     for tick in y_ticks:
-        body.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" y2="{y_at(tick):.1f}"/>')
-        body.append(f'<text x="{LEFT - 7}" y="{y_at(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
+        body.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" y2="{y_at(tick):.1f}"/>'
+        )
+        body.append(
+            f'<text x="{LEFT - 7}" y="{y_at(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>'
+        )
     base = HEIGHT - BOTTOM
     body.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     for tick in x_ticks:
         if LEFT - 1 <= x_at(tick) <= WIDTH - RIGHT + 1:
-            body.append(f'<text x="{x_at(tick):.1f}" y="{base + 15}" text-anchor="middle">{_number(tick)}</text>')
-    body.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(label)}</text>')
+            body.append(
+                f'<text x="{x_at(tick):.1f}" y="{base + 15}" text-anchor="middle">{_number(tick)}</text>'
+            )
+    body.append(
+        f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(label)}</text>'
+    )
     return body
 
 
@@ -158,7 +185,9 @@ def _tooltips(series: Sequence[Series], x_at: Callable[[float], float], x_label:
     strips = []
     for number, x in enumerate(places):
         left = LEFT if number == 0 else (x_at(places[number - 1]) + x_at(x)) / 2
-        right = WIDTH - RIGHT if number == len(places) - 1 else (x_at(x) + x_at(places[number + 1])) / 2
+        right = (
+            WIDTH - RIGHT if number == len(places) - 1 else (x_at(x) + x_at(places[number + 1])) / 2
+        )
         says = [f"{x_label} {_number(round(x, 3))}"]
         for each, (xs, ys) in zip(series, values, strict=True):
             found = bisect.bisect_left(xs, x)
@@ -174,12 +203,17 @@ def _tooltips(series: Sequence[Series], x_at: Callable[[float], float], x_label:
 
 
 def _summary(title: str, series: Sequence[Series]) -> str:
-    parts = [f"{each.name} from {each.points[0][1]:.4g} to {each.points[-1][1]:.4g}" for each in series]
+    parts = [
+        f"{each.name} from {each.points[0][1]:.4g} to {each.points[-1][1]:.4g}" for each in series
+    ]
     return f"{title}: {', '.join(parts)}"
 
 
 def _figure(title: str, unit: str, names: Sequence[str], body: Sequence[str], summary: str) -> str:
-    keys = "".join(f'<span class="key k{number}">{escape(name)}</span>' for number, name in enumerate(names, start=1))
+    keys = "".join(
+        f'<span class="key k{number}">{escape(name)}</span>'
+        for number, name in enumerate(names, start=1)
+    )
     legend = f'<span class="keys">{keys}</span>' if len(names) > 1 else ""
     heading = f"<strong>{escape(title)}</strong>{f' <small>{escape(unit)}</small>' if unit else ''}"
     return (
