@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as torchvision_ops
 
+from portrait_dist import preprocessing
 from portrait_dist.config import AugmentConfig
 from portrait_dist.data import augment
 from portrait_dist.data.augment import Augment, Parameters
@@ -48,7 +49,7 @@ def by_torchvision(image: np.ndarray, parameters: Parameters, row: int) -> np.nd
 
 def levels(normalised: torch.Tensor) -> np.ndarray:
     """Normalised float [B, 3, H, W] back to levels 0..255, [B, H, W, 3]."""
-    mean, std = torch.tensor(augment.MEAN), torch.tensor(augment.STD)
+    mean, std = torch.tensor(preprocessing.MEAN), torch.tensor(preprocessing.STD)
     return ((normalised.permute(0, 2, 3, 1) * std + mean) * 255).double().numpy()
 
 
@@ -90,9 +91,9 @@ def test_without_opencv_the_same_pictures_come_out(geometry, pictures, monkeypat
 def test_normalisation_is_imagenets(pictures):
     images, alphas = pictures
     expected = torchvision_ops.normalize(
-        images.permute(0, 3, 1, 2) / 255, augment.MEAN, augment.STD
+        images.permute(0, 3, 1, 2) / 255, preprocessing.MEAN, preprocessing.STD
     )
-    got, mattes = augment.normalise(images, alphas)
+    got, mattes = preprocessing.normalise(images, alphas)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
     torch.testing.assert_close(mattes, alphas[:, None] / 255)
     assert got.is_contiguous(memory_format=torch.channels_last)
@@ -103,7 +104,7 @@ def test_the_batch_given_is_left_as_it_was(pictures):
     everything = AugmentConfig(scale=0.2, rotation=10, translation=0.1, background=0.5)
     for config in (AugmentConfig(), everything):
         Augment(config)(images, alphas, epoch=0, positions=np.arange(24))
-    augment.normalise(images, alphas)
+    preprocessing.normalise(images, alphas)
     assert torch.equal(images, pictures[0])
     assert torch.equal(alphas, pictures[1])
 
@@ -177,7 +178,7 @@ def test_zero_strength_changes_nothing(pictures):
     images, alphas = pictures
     off = AugmentConfig(flip=0, brightness=0, contrast=0, saturation=0)
     got = Augment(off)(images, alphas, epoch=0, positions=np.arange(24))
-    expected = augment.normalise(images, alphas)
+    expected = preprocessing.normalise(images, alphas)
     torch.testing.assert_close(got[0], expected[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(got[1], expected[1])
 
@@ -191,7 +192,7 @@ def test_geometry_moves_picture_and_alpha_together(pictures):
     )
     moved, mattes = Augment(config, seed=1)(images, soft, epoch=0, positions=np.arange(24))
     assert np.abs(levels(moved)[..., 0] / 255 - mattes[:, 0].double().numpy()).max() < 1e-4
-    assert (moved - augment.normalise(images, soft)[0]).abs().mean() > 0.05
+    assert (moved - preprocessing.normalise(images, soft)[0]).abs().mean() > 0.05
 
 
 def test_a_shift_by_a_quarter_moves_every_pixel_by_a_quarter():

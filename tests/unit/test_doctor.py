@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from portrait_dist.cli import portrait_dist
 from portrait_dist.commands.completion import SHELLS, script
 from portrait_dist.system import doctor
 
@@ -154,8 +155,8 @@ def test_a_check_that_breaks_is_a_finding_not_a_traceback(
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_completion_prints_the_script_of_each_shell(shell: str) -> None:
-    assert "_PORTRAIT_DIST_COMPLETE" in script(shell)
-    assert "portrait-dist" in script(shell)
+    assert "_PORTRAIT_DIST_COMPLETE" in script(shell, portrait_dist)
+    assert "portrait-dist" in script(shell, portrait_dist)
 
 
 def complete(*words: str) -> list[str]:

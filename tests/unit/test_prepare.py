@@ -18,7 +18,7 @@ from PIL import Image
 from portrait_dist.cli import run
 from portrait_dist.data.source import pairs, split
 from portrait_dist.errors import InputError
-from portrait_dist.files import sole_writer
+from portrait_dist.files import lock_output
 
 
 def add_pair(
@@ -196,7 +196,7 @@ def test_two_prepares_do_not_write_into_one_folder(
     part = tmp_path / ".data.part"
     (part / "train").mkdir(parents=True)
     (part / "train" / "theirs.jpg").write_bytes(b"x")
-    with sole_writer(part, "prepare", tmp_path / "data"):
+    with lock_output(part, "prepare", tmp_path / "data"):
         assert prepare(raw, tmp_path / "data") == 2
         assert "another 'portrait-dist prepare' is writing there" in capfd.readouterr().err
         assert (part / "train" / "theirs.jpg").exists()
