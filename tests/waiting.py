@@ -1,0 +1,26 @@
+"""Wait for an event instead of sleeping."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def wait_for(condition: Callable[[], T], timeout: float = 120, what: str = "") -> T:
+    """Call a condition until it is true and return its value.
+
+    Args:
+        condition: called every 20 ms; exceptions pass through.
+        timeout: seconds after which the test fails.
+        what: what is waited for, for the message.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        if value := condition():
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout} s: {what or condition}")
+        time.sleep(0.02)
