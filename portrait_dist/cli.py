@@ -1,14 +1,17 @@
-"""The command line: finds the command, runs it, and turns errors into one line and an exit code.
+"""The command line: find the command, run it, and turn errors into one line and an exit code.
 
-Exit codes: 0 done, 2 wrong input or options, 3 damaged data, 75 stopped by a signal after saving, 1 anything else.
+Exit codes: 0 done, 2 wrong input or options, 3 damaged data, 75 stopped by a signal after saving, 1
+anything else.
 """
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import importlib
 import os
 import sys
+import traceback
 
 import click
 
@@ -32,14 +35,25 @@ COMMANDS = {
     "completion": "portrait_dist.commands.completion:completion",
 }
 
+DISK_ERRORS = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE", "EFBIG", "EMFILE", "ENFILE"),
+        *("EACCES", "EPERM", "ENOENT", "EEXIST", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP"),
+    )
+)
+"""What the file system says of a disk or a path; other operating system errors may be bugs."""
+
 
 class LazyGroup(click.Group):
     """Imports a command's module only when it is needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the help text."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module."""
         if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name].partition(":")
@@ -49,9 +63,11 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or suggest the one that was meant."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             ctx.fail(
-                f"no command '{args[0]}'.{nearest(args[0], list(COMMANDS))} 'portrait-dist --help' lists them."
+                f"no command '{args[0]}'.{nearest(args[0], list(COMMANDS))} "
+                "'portrait-dist --help' lists them."
             )
         return super().resolve_command(ctx, args)
 
@@ -62,14 +78,18 @@ class LazyGroup(click.Group):
 )
 @click.version_option(package_name="portrait-dist")
 def portrait_dist() -> None:
-    """Portrait background removal at any scale: data, shards, distributed training, masks and cut-outs."""
+    """Portrait background removal at any scale: from photos to masks and cut-outs."""
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code.
 
+    An error becomes one line on stderr and, with ``--json``, one JSON object on stdout: ``error``,
+    ``exit_code``, and the error's ``result``. An error that nobody foresaw keeps its traceback; it
+    leaves as an exception (exit code 1).
+
     Args:
-        arguments: the words after the program's name.
+        arguments: those after the program's name.
     """
     try:
         result = portrait_dist.main(
@@ -79,34 +99,66 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return 2
-    except click.ClickException as error:
-        path = (
-            error.ctx.command_path
-            if isinstance(error, click.UsageError) and error.ctx
-            else "portrait-dist"
-        )
-        complain(f"{path}: {error.format_message()}")
-        return 2
-    except PortraitDistError as error:
-        if "--debug" in arguments:
-            raise
-        if not error.quiet:
-            complain(f"portrait-dist: {error}")
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        complain(
+    except (Exception, KeyboardInterrupt) as error:
+        # click makes an Abort of EOFError too, which a library raises for a file cut short
+        cut_short = isinstance(error, click.Abort) and isinstance(error.__cause__, EOFError)
+        return _report(error.__cause__ if cut_short and error.__cause__ else error, arguments)
+
+
+def _report(error: BaseException, arguments: list[str]) -> int:
+    """Print an error and return its exit code; raise one that nobody foresaw."""
+    expected = _explain(error)
+    code, message = expected or (1, f"{type(error).__name__}: {error}")
+    if isinstance(error, PortraitDistError) and error.quiet:
+        return code
+    if "--json" in arguments:
+        from portrait_dist.commands import to_json
+
+        result = getattr(error, "result", None) or {}
+        plain = message.removeprefix("portrait-dist: ")
+        click.echo(to_json({**result, "error": one_line(plain), "exit_code": code}))
+    if expected is None:
+        raise error
+    if "--debug" in arguments and not isinstance(error, click.ClickException):
+        traceback.print_exception(error)
+    else:
+        complain(message)
+    return code
+
+
+def _explain(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and line for people; None for an error that nobody foresaw."""
+    if isinstance(error, click.ClickException):
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        path = context.command_path if context else "portrait-dist"
+        return 2, f"{path}: {error.format_message()}"
+    if isinstance(error, PortraitDistError):
+        return error.exit_code, f"portrait-dist: {error}"
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return 1, (
             "portrait-dist: interrupted; nothing half-written is left, run the same command again"
         )
-        return 1
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        name = f"{error.filename}: " if error.filename is not None else ""
+        return 1, (
+            f"portrait-dist: {name}{error.strerror}; see the path and the disk, then run again "
+            "(--debug shows where)"
+        )
+    return None
+
+
+def one_line(message: str) -> str:
+    """Join the lines of a message."""
+    return " ".join(message.split())
 
 
 def complain(message: str) -> None:
     """Print a message as one line on stderr."""
-    click.echo(" ".join(message.split()), err=True)
+    click.echo(one_line(message), err=True)
 
 
 def main() -> None:
-    """Entry point of the ``portrait-dist`` script and of ``python -m portrait_dist``."""
+    """Run this process's command line: ``portrait-dist`` or ``python -m portrait_dist``."""
     rank_of_a_job = "TORCHELASTIC_RUN_ID" in os.environ
     if rank_of_a_job:
         faulthandler.enable()  # a native crash of a rank tells where
@@ -117,8 +169,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     if rank_of_a_job:
-        # Everything is written and the process group is left. Native threads (gloo's, decoders') may abort an interpreter
-        # that shuts down under them, and torchrun would take the finished rank for a failed one.
+        # Everything is written and the process group is left. Native threads (gloo's, decoders')
+        # may abort an interpreter that shuts down under them, and torchrun would take the finished
+        # rank for a failed one.
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

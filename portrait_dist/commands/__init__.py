@@ -1,53 +1,50 @@
-"""One module for each group of commands. They import only the standard library and click at the top, so that
-``portrait-dist --help`` answers at once; heavy imports stand inside the functions.
+"""The commands: one module each, named as the command.
 
-A command is a function that takes its options and returns its result, a dict: printed as one JSON object with ``--json``,
-else handed to ``summary``. Everything it prints on the way goes to stderr.
+They import only the standard library and click at the top, so that ``portrait-dist --help`` answers
+at once; heavy imports stand inside the functions.
+
+A command is a function that takes its options and returns its result, a dataclass or a dict:
+printed as one JSON object with ``--json``, else handed to ``summary``. Everything it prints on the
+way goes to stderr.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
-from portrait_dist.errors import PortraitDistError
-
-Result = dict[str, Any] | None
-
 
 def command(
-    name: str, *, summary: Callable[[dict[str, Any]], str], **attributes: Any
-) -> Callable[..., click.Command]:
-    """Decorator: a click command with ``--json`` and ``--debug``.
+    name: str, *, summary: Callable[[Any], str], **attributes: Any
+) -> Callable[[Callable[..., object]], click.Command]:
+    """Make a click command with ``--json`` and ``--debug`` out of a function.
+
+    The function returns its result, a dataclass or a dict, or None where another rank prints it.
+    ``portrait_dist.cli`` prints errors, as JSON too.
 
     Args:
         name: the command's name on the command line.
-        summary: makes the lines a person reads on stdout out of the result.
+        summary: makes the lines that a person reads on stdout out of the result.
         attributes: passed to ``click.command`` (``epilog``, ``short_help``, …).
-
-    The decorated function returns the result, or None where another rank prints it. An error that carries a ``result`` gets it
-    printed with ``--json`` too, before its exit code.
     """
 
-    def decorate(function: Callable[..., Result]) -> click.Command:
+    def decorate(function: Callable[..., object]) -> click.Command:
         @functools.wraps(function)
         def run(*, as_json: bool, debug: bool, **options: Any) -> None:
             with _StdoutForJson(as_json) as write_json:
-                try:
-                    result = function(**options)
-                except PortraitDistError as error:
-                    if as_json and error.result is not None:
-                        write_json(json.dumps(error.result) + "\n")
-                    raise
+                result = function(**options)
                 if result is None:
                     return
                 if as_json:
-                    write_json(json.dumps(result) + "\n")
+                    write_json(to_json(result) + "\n")
                 elif text := summary(result):
                     click.echo(text)
 
@@ -62,8 +59,35 @@ def command(
     return decorate
 
 
+def to_json(result: object) -> str:
+    """Make one line of JSON out of a result.
+
+    Args:
+        result: a dataclass or a dict of plain values; paths become strings, and numbers that JSON
+            does not know (NaN, infinities) become null.
+    """
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        result = dataclasses.asdict(result)
+    return json.dumps(_plain(result), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
 class Size(click.ParamType):
-    """``HEIGHTxWIDTH`` in pixels, or one number for a square: (H, W). ``original``, where allowed: None."""
+    """A size in pixels, ``HEIGHTxWIDTH`` or one number for a square, as (H, W).
+
+    Where ``original`` is allowed it becomes None.
+    """
 
     def __init__(self, original: bool = False) -> None:
         self.original = original
@@ -72,6 +96,7 @@ class Size(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, int] | None:
+        """Parse one argument; click shows the message of what it refuses."""
         if not isinstance(value, str):
             return value
         if self.original and value == "original":
@@ -89,7 +114,7 @@ class Size(click.ParamType):
 
 
 class _StdoutForJson:
-    """While a command runs with ``--json``, file descriptor 1 is stderr, also for libraries and child processes."""
+    """Make file descriptor 1 stderr during a command, also for libraries and child processes."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled

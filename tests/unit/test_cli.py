@@ -1,37 +1,22 @@
-"""The command line: quick to answer, one JSON object, one line and the right exit code for what is wrong."""
+"""The command line: quick to answer, one JSON object, one line and an exit code for each error."""
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import pytest
 
 from portrait_dist import cli
-
-COMMANDS = (
-    "quickstart",
-    "synth",
-    "prepare",
-    "pack",
-    "verify",
-    "show",
-    "train",
-    "evaluate",
-    "predict",
-    "export",
-    "doctor",
-)
-
-
-def call(*words: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command line in this process."""
-    capfd.readouterr()
-    code = cli.run(list(words))
-    out, err = capfd.readouterr()
-    return code, out, err
+from portrait_dist.commands import command
+from portrait_dist.errors import DamagedDataError
+from tests.cli import Result, assert_one_line, call
 
 
 def loaded_after(code: str) -> set[str]:
@@ -51,7 +36,8 @@ def test_help_loads_neither_torch_nor_supergradients() -> None:
 
 def test_the_data_package_loads_neither_supergradients_nor_the_launcher() -> None:
     loaded = loaded_after(
-        "import portrait_dist, portrait_dist.data; from portrait_dist.data import build_loader, AISegmentDataset"
+        "import portrait_dist, portrait_dist.data\n"
+        "from portrait_dist.data import build_loader, AISegmentDataset"
     )
     assert "torch" in loaded
     assert not {
@@ -63,15 +49,15 @@ def test_the_data_package_loads_neither_supergradients_nor_the_launcher() -> Non
     }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself(name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = call(name, "--help", capfd=capfd)
-    assert code == 0
-    assert "--json" in out
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself(name: str) -> None:
+    result = call(name, "--help")
+    assert result.exit_code == 0
+    assert "--json" in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "expected"),
     [
         (("trian",), "Did you mean 'train'"),
         (("train", "train.lrr=1"), "Did you mean 'train.lr'"),
@@ -92,21 +78,20 @@ def test_every_command_explains_itself(name: str, capfd: pytest.CaptureFixture[s
         (("pack", "--nosuch"), "nosuch"),
     ],
 )
-def test_wrong_input_gets_one_line_and_exit_code_2(
-    words: tuple[str, ...],
-    said: str,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+def test_wrong_input_gets_one_line_and_exit_code_2_and_the_same_as_json(
+    arguments: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "something.txt").write_text("not ours")
-    code, out, err = call(*(word.format(tmp=tmp_path) for word in words), capfd=capfd)
-    line = err.strip().splitlines()[-1]
-    assert code == 2, err
-    assert any(part in line for part in said.format(tmp=tmp_path).split("|")), line
-    assert "Traceback" not in err
-    assert out == ""
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    result = call(*given)
+    assert_one_line(result, 2)
+    assert any(part in result.lines[-1] for part in expected.format(tmp=tmp_path).split("|"))
+    assert result.stdout == ""
+    as_json = call(*given, "--json")
+    assert (as_json.exit_code, as_json.lines) == (2, result.lines)
+    assert as_json.json["exit_code"] == 2
+    assert as_json.json["error"] in result.lines[-1]
     left = {path.name for path in tmp_path.iterdir()} - {
         "something.txt",
         "run",
@@ -134,8 +119,82 @@ def test_json_is_the_only_thing_on_stdout(tmp_path: Path) -> None:
     assert done.stdout.count("\n") == 1
 
 
-def test_keys_are_listed_with_default_and_meaning(capfd: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = call("train", "--keys", capfd=capfd)
-    assert code == 0
-    assert "train.batch_size" in out
-    assert "data.shards" in out
+def test_keys_are_listed_with_default_and_meaning() -> None:
+    result = call("train", "--keys")
+    assert result.exit_code == 0
+    assert "train.batch_size" in result.stdout
+    assert "data.shards" in result.stdout
+
+
+@dataclass
+class Pack:
+    """A result as commands return it."""
+
+    folder: Path
+    samples: int
+    iou: float = float("nan")
+
+
+def _command_that(action: Callable[[], object]) -> click.Command:
+    return command("probe", summary=lambda pack: f"{pack.samples} samples")(action)
+
+
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Call the command line with one command, which does what is given."""
+
+    def run(action: Callable[[], object], *options: str) -> Result:
+        monkeypatch.setitem(cli.COMMANDS, "probe", f"{__name__}:chosen")
+        monkeypatch.setitem(globals(), "chosen", _command_that(action))
+        return call("probe", *options)
+
+    return run
+
+
+def test_a_dataclass_is_a_result(probe: Callable[..., Result]) -> None:
+    def action() -> Pack:
+        return Pack(Path("shards"), 3)
+
+    assert probe(action).stdout == "3 samples\n"
+    assert probe(action, "--json").json == {"folder": "shards", "samples": 3, "iou": None}
+
+
+def test_an_error_keeps_its_result_exit_code_and_line(probe: Callable[..., Result]) -> None:
+    def action() -> None:
+        raise DamagedDataError("a.tar: truncated", result={"ok": False})
+
+    result = probe(action, "--json")
+    assert result.json == {"ok": False, "error": "a.tar: truncated", "exit_code": 3}
+    assert (result.exit_code, result.lines) == (3, ["portrait-dist: a.tar: truncated"])
+
+
+def test_a_failed_disk_is_one_line_and_a_bug_keeps_its_traceback(
+    probe: Callable[..., Result],
+) -> None:
+    def disk() -> None:
+        raise OSError(errno.EIO, "Input/output error", "/data/a.tar")
+
+    def bug() -> None:
+        raise KeyError("epoch")
+
+    def cut_short() -> None:
+        raise EOFError("Ran out of input")
+
+    assert_one_line(probe(disk), 1, "/data/a.tar: Input/output error", "--debug")
+    debug = probe(disk, "--debug")
+    assert debug.exit_code == 1
+    assert "Traceback" in debug.stderr
+    assert 'raise OSError(errno.EIO, "Input/output error"' in debug.stderr
+    with pytest.raises(KeyError, match="epoch"):
+        probe(bug)
+    with pytest.raises(EOFError, match="Ran out of input"):
+        probe(cut_short)
+
+
+def test_an_interruption_is_one_line_and_exit_code_1(probe: Callable[..., Result]) -> None:
+    def action() -> None:
+        raise KeyboardInterrupt
+
+    result = probe(action, "--json")
+    assert_one_line(result, 1, "interrupted; nothing half-written is left")
+    assert result.json["exit_code"] == 1
