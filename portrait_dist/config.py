@@ -88,7 +88,16 @@ class DataConfig:
     cache_dir: str = knob(
         "", "folder for shards fetched from a remote address; the user's cache folder when empty"
     )
-    cache_gigabytes: float = knob(50.0, "size limit of that folder, GB", above=0)
+    cache_gigabytes: float = knob(50.0, "size limit of that folder, GB", above=0, maximum=1e9)
+    parallel_downloads: int = knob(
+        8, "remote shards that each rank prefetches at a time; 0 turns prefetching off", minimum=0
+    )
+    wait_for_server_seconds: float = knob(
+        1800.0,
+        "how long a server of remote shards that does not answer is waited for, seconds",
+        minimum=0,
+        maximum=1e9,
+    )
 
 
 @dataclass

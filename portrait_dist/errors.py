@@ -40,6 +40,13 @@ class DamagedDataError(PortraitDistError):
     exit_code = 3
 
 
+class UnreachableError(PortraitDistError):
+    """A server or file system was away for longer than it is waited for (exit code 1).
+
+    Nothing is wrong with the data: the same command resumes later, a SLURM job requeues itself, and nothing is skipped.
+    """
+
+
 class Stopped(PortraitDistError):  # noqa: N818  nothing went wrong
     """Stopped by a signal after saving; the same command goes on (exit code 75, EX_TEMPFAIL).
 

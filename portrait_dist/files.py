@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import socket
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -157,6 +158,34 @@ def remove_temporary_files(folder: Path) -> None:
         if TEMPORARY.fullmatch(leftover.name):
             with contextlib.suppress(OSError):
                 leftover.unlink()
+
+
+def open_regular(path: str | Path) -> int:
+    """Open an existing regular file for reading and return its descriptor.
+
+    A FIFO, device, socket or folder is refused at once, where a plain ``open`` would hang or read without end.
+
+    Raises:
+        OSError: the file is missing or cannot be opened; ``EINVAL`` with "is not a regular file" for anything else.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "is not a regular file", str(path))
+
+
+def read_regular(path: str | Path, limit: int) -> bytes:
+    """Read a whole regular file of at most ``limit`` bytes; see :func:`open_regular`.
+
+    Raises:
+        OSError: it cannot be read, or is none; ``EFBIG`` where it is longer.
+    """
+    with open(open_regular(path), "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"is longer than {limit:,} bytes", str(path))
+    return data
 
 
 def _flush(path: Path) -> None:
