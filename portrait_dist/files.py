@@ -1,6 +1,7 @@
-"""Files and folders: the only atomic writer, the only exclusive lock, the only claim of an output folder.
+"""Files and folders: the only atomic writer, exclusive lock and claim of an output folder.
 
-Every file that the package writes appears under its name whole or not at all, and every failure to write becomes one line.
+Every file that the package writes appears under its name whole or not at all, and every failure to
+write becomes one line.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}-[0-9]+-[0-9]+(\.[a-z0-9]+)?|\..*\.(tm
 """Names of temporary files: those of this module, and those that releases before 0.2 left behind."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-HELD = (errno.EAGAIN, errno.EACCES)  # what lockf and flock set where somebody else holds the lock
+HELD = (errno.EAGAIN, errno.EACCES)
+"""What lockf and flock set where somebody else holds the lock."""
+SECONDS_BETWEEN_TRIES = 0.5
 _numbers = itertools.count()
 
 
 def temporary_path(path: Path, suffix: str = "") -> Path:
     """Return an unused name in the folder of ``path``.
 
-    Its length does not depend on the name of ``path``, so that it fits every file system's limit (255 bytes), and it names host
-    and process, so that two processes never share one.
+    Its length does not depend on the name of ``path``, so that it fits every file system's limit
+    (255 bytes), and it names host and process, so that two processes never share one.
 
     Args:
         path: the file to be written.
@@ -81,7 +84,7 @@ def atomic_path(path: str | Path, *, durable: bool = False, suffix: str = "") ->
 
 @contextlib.contextmanager
 def atomic_open(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
-    """Open a binary file that appears under its name when the block ends without an error; see :func:`atomic_path`."""
+    """Open a binary file that appears under its name when the block ends; see :func:`atomic_path`."""
     with atomic_path(path, durable=durable) as temporary, open(temporary, "wb") as file:
         yield file
 
@@ -136,11 +139,44 @@ def write_error(path: str | Path, error: OSError) -> PortraitDistError:
     )
 
 
+def read_regular(path: str | Path, most: int) -> bytes:
+    """Read a whole file that somebody else may have made.
+
+    A named pipe or a device would block the reader or never end, so that only regular files are
+    read.
+
+    Args:
+        path: the file; a link to it is followed.
+        most: bytes; a larger file is refused.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: no regular file, too large, or it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path}: is no regular file; give a file")
+        if found.st_size > most:
+            raise InputError(f"{path}: has {found.st_size:,} bytes, more than {most:,}")
+        try:
+            return file.read(most)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def check_writable(path: str | Path) -> None:
     """Check before long work that a file can be written, by making and removing one beside it.
 
     Raises:
-        InputError: the folder is missing, is no folder, or may not be written; or ``path`` is a folder.
+        InputError: the folder is missing, is no folder, or may not be written; or ``path`` is a
+            folder.
         PortraitDistError: the disk is full or failed.
     """
     path = Path(path)
@@ -153,7 +189,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove the temporary files of killed processes; only for the process that holds the folder's lock."""
+    """Remove the temporary files of killed processes; only for the holder of the folder's lock."""
     for leftover in folder.iterdir():
         if TEMPORARY.fullmatch(leftover.name):
             with contextlib.suppress(OSError):
@@ -199,55 +235,70 @@ def _flush(path: Path) -> None:
 class ExclusiveLock:
     """An advisory lock; the kernel releases it when the process exits, however it exits.
 
-    A folder is locked by ``flock`` and gets no file; a path that is no folder is opened, locked by ``lockf`` (which NFS carries
-    to other nodes) and holds who has it. Where the file system has no locks a warning says so and the work goes on.
+    A folder is locked by ``flock`` and gets no file; a path that is no folder is opened, locked by
+    ``lockf`` (which NFS carries to other nodes) and holds who has it. Where the file system has no
+    locks a warning says so and the work goes on.
 
     Args:
         path: an existing folder, or a lock file to open or make.
         held: makes the error for the user out of who holds the lock.
-        wait_seconds: how long to try before giving up.
+        note: stands in the lock file behind the process and its host.
+        wait: seconds to try before giving up, from who holds the lock.
 
     Raises:
         InputError: somebody else holds it.
         PortraitDistError: the lock file cannot be made.
     """
 
-    def __init__(self, path: Path, held: Callable[[str], str], wait_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        held: Callable[[str], str],
+        *,
+        note: str = "",
+        wait: Callable[[str], float] = lambda holder: 0.0,
+    ) -> None:
         self.path = path
-        folder = path.is_dir()
-        flags = os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        self._folder = path.is_dir()
+        flags = os.O_RDONLY if self._folder else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         with explained(path):
-            self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-        operation = fcntl.flock if folder else fcntl.lockf
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                operation(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in HELD:
-                    log.warning(
-                        "%s: this file system has no locks (%s); see that no other process writes here",
-                        path,
-                        error,
-                    )
-                    break
-                if time.monotonic() < deadline:
-                    time.sleep(min(1.0, wait_seconds))
-                    continue
-                holder = (
-                    ""
-                    if folder
-                    else os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
-                )
+            self._descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        begin = time.monotonic()
+        while not self._try():
+            holder = self._holder()
+            if time.monotonic() - begin >= wait(holder):
                 self.release()
-                raise InputError(held(holder or "another process")) from None
-        if not folder:
+                raise InputError(held(holder or "another process"))
+            time.sleep(SECONDS_BETWEEN_TRIES)
+        if not self._folder:
+            text = f"process {os.getpid()} on {socket.gethostname()}{note}"
             with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
                 os.ftruncate(self._descriptor, 0)
-                os.pwrite(
-                    self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0
-                )
+                os.pwrite(self._descriptor, text.encode(), 0)
+
+    def _try(self) -> bool:
+        """Take the lock; False where somebody else holds it."""
+        operation = fcntl.flock if self._folder else fcntl.lockf
+        try:
+            operation(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in HELD:
+                return False
+            # ENOSYS (Lustre without -o flock), ENOLCK (NFS without lockd), EOPNOTSUPP
+            log.warning(
+                "%s: this file system has no locks (%s); see that no other process writes here",
+                self.path,
+                error,
+            )
+        return True
+
+    def _holder(self) -> str:
+        """Who holds the lock, as it says itself."""
+        if self._folder:
+            return ""
+        with contextlib.suppress(OSError):
+            return os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
+        return ""
 
     def release(self) -> None:
         """Let another process write."""
@@ -267,7 +318,8 @@ def lock_output(folder: Path, command: str, out: Path) -> ExclusiveLock:
 
     Args:
         folder: an existing folder.
-        command, out: for the message: what else is writing, and where.
+        command: what else is writing, for the message.
+        out: where, for the message.
 
     Raises:
         InputError: another process holds the lock.
@@ -275,7 +327,8 @@ def lock_output(folder: Path, command: str, out: Path) -> ExclusiveLock:
     return ExclusiveLock(
         folder,
         lambda _: (
-            f"{out}: another 'portrait-dist {command}' is writing there; wait for it, or give another --out"
+            f"{out}: another 'portrait-dist {command}' is writing there; "
+            "wait for it, or give another --out"
         ),
     )
 

@@ -1,191 +1,252 @@
-"""How far a run is, from its folder alone: ``metrics.jsonl`` and the checkpoints. Needs neither SLURM nor torch."""
+"""Where a run stands, from its ``metrics.jsonl`` and checkpoints alone.
+
+Needs neither SLURM nor torch.
+"""
 
 from __future__ import annotations
 
 import itertools
-import json
 import time
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from portrait_dist.errors import InputError
+from portrait_dist.runs.folder import Event, Events, RunFolder
 
-METRICS = "metrics.jsonl"
-SILENT_SECONDS = (
-    900.0  # longer without a line than this, and than ten usual gaps: nobody seems to be training
-)
-
-
-def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """Lines of the run's ``metrics.jsonl``, oldest first; a last line cut short by a crash is left out."""
-    try:
-        lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    events = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
+SILENT_SECONDS = 900.0
+"""Longer without a line than this, and than ten usual gaps: nobody seems to be training."""
 
 
-def checkpoint_time(run_dir: Path) -> float | None:
-    """When the newest checkpoint was written, in seconds since 1970; None without one."""
-    times = [path.stat().st_mtime for path in run_dir.glob("ckpt_*.pth")]
-    return max(times, default=None)
+ENDS = ("start", "interval", "epoch", "stop", "error", "end")
+"""Kinds of lines that say what a run is doing."""
 
 
-def run_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
-    """Where a run stands.
+class State(StrEnum):
+    """What a run is doing."""
+
+    EMPTY = "empty"
+    RUNNING = "running"
+    SILENT = "silent"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a run stands; what is not known is None.
+
+    Args:
+        run_dir: the run's folder.
+        state: what it is doing.
+        epoch: complete epochs.
+        max_epochs: epochs of the whole run.
+        step: optimiser steps done.
+        total_steps: optimiser steps of the whole run.
+        batch: batches of each rank done.
+        total_batches: batches of each rank in the whole run.
+        samples_seen: training samples, over all ranks.
+        iou, best_iou: last and best validation IoU.
+        loss: last training loss.
+        images_per_second: over all ranks.
+        seconds_left: at the speed of the last epoch.
+        checkpoint_age_seconds: since the newest checkpoint was written.
+        seconds_since_last_line: of metrics.jsonl.
+        last_error, last_error_age_seconds: message of the last error, and its age.
+        world_size: number of ranks.
+        skipped_lines: lines of metrics.jsonl that could not be read.
+    """
+
+    run_dir: str
+    state: State
+    epoch: int | None
+    max_epochs: int | None
+    step: int | None
+    total_steps: int | None
+    batch: int | None
+    total_batches: int | None
+    samples_seen: int | None
+    iou: float | None
+    best_iou: float | None
+    loss: float | None
+    images_per_second: float | None
+    seconds_left: float | None
+    checkpoint_age_seconds: float | None
+    seconds_since_last_line: float | None
+    last_error: str | None
+    last_error_age_seconds: float | None
+    world_size: int | None
+    skipped_lines: int
+
+    def table(self) -> str:
+        """Return the lines that a person reads."""
+        step = f"{_known(self.step)} of {_known(self.total_steps)}"
+        if self.batch != self.step:
+            step += f" ({_known(self.batch)} of {_known(self.total_batches)} batches)"
+        rows = {
+            "state": f"{self.state}, last line {duration(self.seconds_since_last_line)} ago",
+            "epoch": f"{_known(self.epoch)} of {_known(self.max_epochs)} complete",
+            "step": step,
+            "validation IoU": f"{_number(self.iou)} (best {_number(self.best_iou)})",
+            "speed": (
+                f"{_number(self.images_per_second, 1)} images/s on "
+                f"{_known(self.world_size)} rank(s)"
+            ),
+            "time left": duration(self.seconds_left),
+            "last checkpoint": f"{duration(self.checkpoint_age_seconds)} ago",
+        }
+        if self.last_error:
+            rows["last error"] = f"{duration(self.last_error_age_seconds)} ago: {self.last_error}"
+        if self.skipped_lines:
+            rows["not readable"] = f"{self.skipped_lines} line(s) of metrics.jsonl, skipped"
+        return "\n".join([self.run_dir, *(f"  {name:16s} {row}" for name, row in rows.items())])
+
+
+def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
+    """Read where a run stands.
 
     Args:
         run_dir: the run's folder.
         now: seconds since 1970; the clock's when None.
 
-    Returns:
-        ``run_dir``; ``state`` (running, silent, stopped, failed, finished, empty); ``epoch`` (complete ones), ``max_epochs``,
-        ``step`` (optimiser steps), ``total_steps``, ``samples_seen``; ``iou`` and ``best_iou`` (validation), ``loss``;
-        ``images_per_second``, ``seconds_left``, ``checkpoint_age_seconds``, ``seconds_since_last_line``; ``last_error``,
-        ``last_error_age_seconds``, ``world_size``. What is not known is None.
-
     Raises:
         InputError: there is no such folder, or no run in it.
     """
-    now = time.time() if now is None else now
-    if not run_dir.is_dir():
+    folder = RunFolder(run_dir)
+    if not folder.path.is_dir():
         raise InputError(f"{run_dir}: there is no such run folder; give <run.root>/<run.name>")
-    events, newest = read_events(run_dir), checkpoint_time(run_dir)
-    if not events and newest is None and not (run_dir / "config.yaml").exists():
+    history = History(folder.events(), time.time() if now is None else now)
+    newest = folder.checkpoint_time()
+    if not history.events and newest is None and not folder.config.exists():
         raise InputError(
-            f"{run_dir}: no metrics.jsonl, no checkpoint: not a run folder; give <run.root>/<run.name>"
+            f"{run_dir}: no metrics.jsonl, no checkpoint: not a run folder; "
+            "give <run.root>/<run.name>"
         )
-    state = _state(events, now)
-    step, total = _latest(events, "step"), _total_steps(events)
-    scores = [float(event["val_iou"]) for event in events if event.get("val_iou") is not None]
-    error = next((event for event in reversed(events) if event.get("kind") == "error"), None)
-    return {
-        "run_dir": str(run_dir),
-        "state": state,
-        "epoch": _epochs_done(events),
-        "max_epochs": _latest(events, "max_epochs"),
-        "step": step,
-        "total_steps": total,
-        "samples_seen": _latest(events, "samples_seen"),
-        "iou": scores[-1] if scores else None,
-        "best_iou": max(scores, default=None),
-        "loss": _latest(events, "loss"),
-        "images_per_second": _latest(events, "images_per_second"),
-        "seconds_left": 0.0 if state == "finished" else _seconds_left(events),
-        "checkpoint_age_seconds": None if newest is None else round(now - newest, 1),
-        "seconds_since_last_line": round(now - events[-1]["time"], 1) if events else None,
-        "last_error": error.get("message") if error else None,
-        "last_error_age_seconds": round(now - error["time"], 1) if error else None,
-        "world_size": _latest(events, "world_size"),
-    }
+    return history.status(run_dir, newest)
 
 
-def _latest(events: Sequence[Mapping[str, Any]], key: str) -> Any:
-    return next((event[key] for event in reversed(events) if event.get(key) is not None), None)
+class History:
+    """What the lines of a run say at one moment.
 
+    Args:
+        events: the lines, oldest first.
+        now: seconds since 1970.
+    """
 
-def _total_steps(events: Sequence[Mapping[str, Any]]) -> int | None:
-    epochs, steps = _latest(events, "max_epochs"), _latest(events, "steps_per_epoch")
-    return None if epochs is None or steps is None else int(epochs) * int(steps)
+    def __init__(self, events: Events, now: float) -> None:
+        self.events = events
+        self.attempt = events.this_attempt()
+        self.now = now
 
+    def status(self, run_dir: Path, checkpoint_time: float | None) -> RunStatus:
+        """Return all fields at once."""
+        events, error = self.events, self.last_error
+        scores = [event.val_iou for event in events if event.val_iou is not None]
+        return RunStatus(
+            run_dir=str(run_dir),
+            state=self.state,
+            epoch=self.epochs_done,
+            max_epochs=events.latest("max_epochs"),
+            step=self.step,
+            total_steps=self._total(self.steps_per_epoch),
+            batch=events.latest("batches_done"),
+            total_batches=self._total(events.latest("batches_in_epoch")),
+            samples_seen=events.latest("samples_seen"),
+            iou=scores[-1] if scores else None,
+            best_iou=max(scores, default=None),
+            loss=events.latest("loss"),
+            images_per_second=events.latest("images_per_second"),
+            seconds_left=self.seconds_left,
+            checkpoint_age_seconds=self._age(checkpoint_time),
+            seconds_since_last_line=self._age(events[-1].time if events else None),
+            last_error=error.message if error else None,
+            last_error_age_seconds=self._age(error.time) if error else None,
+            world_size=events.latest("world_size"),
+            skipped_lines=events.skipped,
+        )
 
-def _epochs_done(events: Sequence[Mapping[str, Any]]) -> int | None:
-    """Complete epochs: one more than the last whose line is there, or where the run started from."""
-    for event in reversed(events):
-        if event.get("kind") == "epoch":
-            return int(event["epoch"]) + 1
-        if event.get("kind") == "start":
-            return int(event["epoch"])
-    return None
+    @property
+    def state(self) -> State:
+        """What the run is doing, from its last line and that line's age."""
+        last = next((event for event in reversed(self.events) if event.kind in ENDS), None)
+        if last is None:
+            return State.EMPTY
+        epochs, total = self.epochs_done, self.events.latest("max_epochs")
+        complete = epochs is not None and total is not None and epochs >= total
+        if last.kind == "end" or (last.kind == "epoch" and complete):
+            return State.FINISHED
+        if last.kind in ("stop", "error"):
+            return State.STOPPED if last.kind == "stop" else State.FAILED
+        times = [event.time for event in self.attempt]
+        gaps = sorted(after - before for before, after in itertools.pairwise(times))
+        usual = gaps[len(gaps) // 2] if gaps else 0.0
+        silent = self.now - times[-1] > max(SILENT_SECONDS, 10 * usual)
+        return State.SILENT if silent else State.RUNNING
 
-
-def _state(events: Sequence[Mapping[str, Any]], now: float) -> str:
-    if not events:
-        return "empty"
-    kind = events[-1].get("kind")
-    epochs, total = _epochs_done(events), _latest(events, "max_epochs")
-    if kind == "end" or (
-        kind == "epoch" and epochs is not None and total is not None and epochs >= total
-    ):
-        return "finished"
-    if kind in ("stop", "error"):
-        return "stopped" if kind == "stop" else "failed"
-    times = [float(event["time"]) for event in _this_turn(events)]
-    gaps = sorted(after - before for before, after in itertools.pairwise(times))
-    usual = gaps[len(gaps) // 2] if gaps else 0.0
-    return "silent" if now - times[-1] > max(SILENT_SECONDS, 10 * usual) else "running"
-
-
-def _this_turn(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The lines since the run was last started."""
-    starts = [index for index, event in enumerate(events) if event.get("kind") == "start"]
-    return list(events[starts[-1] if starts else 0 :])
-
-
-def _seconds_left(events: Sequence[Mapping[str, Any]]) -> float | None:
-    """Steps that are left at the pace of this turn's last epoch's worth of lines, validation and saving included."""
-    total, steps_per_epoch = _total_steps(events), _latest(events, "steps_per_epoch")
-    marks = [
-        (float(event["time"]), int(event["step"]))
-        for event in _this_turn(events)
-        if event.get("step") is not None
-    ]
-    if total is None or len(marks) < 2:
+    @property
+    def epochs_done(self) -> int | None:
+        """Complete epochs: one more than the last with a line, or where the run started from."""
+        for event in reversed(self.events):
+            if event.epoch is not None and event.kind in ("epoch", "start"):
+                return event.epoch + (event.kind == "epoch")
         return None
-    end, step = marks[-1]
-    window = [mark for mark in marks[:-1] if mark[1] <= step - int(steps_per_epoch)]
-    begin, before = window[-1] if window else marks[0]
-    return (
-        None if step <= before else round(max(0, total - step) * (end - begin) / (step - before), 1)
-    )
+
+    @property
+    def step(self) -> int | None:
+        """Optimiser steps done."""
+        step: int | None = self.events.latest("step")
+        return step
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimiser steps in an epoch."""
+        steps: int | None = self.events.latest("steps_per_epoch")
+        return steps
+
+    @property
+    def last_error(self) -> Event | None:
+        """The newest line of an error."""
+        return next((event for event in reversed(self.events) if event.kind == "error"), None)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Time for the steps that are left, at the speed of this attempt's last epoch."""
+        if self.state == State.FINISHED:
+            return 0.0
+        total, steps_per_epoch = self._total(self.steps_per_epoch), self.steps_per_epoch
+        marks = [(event.time, event.step) for event in self.attempt if event.step is not None]
+        if total is None or steps_per_epoch is None or len(marks) < 2:
+            return None
+        end, step = marks[-1]
+        window = [mark for mark in marks[:-1] if mark[1] <= step - steps_per_epoch]
+        begin, before = window[-1] if window else marks[0]
+        if step <= before or end < begin:
+            return None
+        return round(max(0, total - step) * (end - begin) / (step - before), 1)
+
+    def _total(self, in_epoch: int | None) -> int | None:
+        epochs = self.events.latest("max_epochs")
+        return None if epochs is None or in_epoch is None else epochs * in_epoch
+
+    def _age(self, moment: float | None) -> float | None:
+        return None if moment is None else round(self.now - moment, 1)
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The lines a person reads."""
-    rows = {
-        "state": f"{result['state']}, last line {_duration(result['seconds_since_last_line'])} ago",
-        "epoch": f"{_known(result['epoch'])} of {_known(result['max_epochs'])}",
-        "step": f"{_known(result['step'])} of {_known(result['total_steps'])}",
-        "validation IoU": f"{_number(result['iou'])} (best {_number(result['best_iou'])})",
-        "speed": f"{_number(result['images_per_second'], 1)} images/s on {_known(result['world_size'])} rank(s)",
-        "time left": _duration(result["seconds_left"]),
-        "last checkpoint": f"{_duration(result['checkpoint_age_seconds'])} ago",
-    }
-    if result["last_error"]:
-        rows["last error"] = (
-            f"{_duration(result['last_error_age_seconds'])} ago: {result['last_error']}"
-        )
-    return "\n".join(
-        [str(result["run_dir"]), *(f"  {name:16s} {text}" for name, text in rows.items())]
-    )
+def duration(seconds: float | None) -> str:
+    """Write a duration: ``2 h 05 min``, ``5 min 00 s``, ``12 s``, or ``?`` for None."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _known(value: Any) -> str:
+def _known(value: int | None) -> str:
     return "?" if value is None else f"{value}"
 
 
 def _number(value: float | None, digits: int = 4) -> str:
     return "?" if value is None else f"{value:.{digits}f}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02d} min"
-        if hours
-        else f"{minutes} min {rest:02d} s"
-        if minutes
-        else f"{rest} s"
-    )

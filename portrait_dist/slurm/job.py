@@ -13,6 +13,7 @@ and end; ``run_job`` then asks for ``scontrol requeue``, and the next turn resum
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -28,7 +29,7 @@ from types import FrameType
 
 from portrait_dist import config
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError, Stopped
-from portrait_dist.runs import status
+from portrait_dist.runs.folder import RunFolder
 
 FIRST_PORT, PORTS = 12000, 20000  # below the ports that Linux hands out by itself (32768 and up)
 SECONDS_AFTER_FIRST_EXIT = 30  # a node whose ranks are gone ends the others after so long
@@ -352,7 +353,8 @@ def say(message: str) -> None:
 
 
 def _take_turn(command: list[str], run_dir: Path, allocation: Allocation) -> Turn:
-    begin, newest = time.time(), status.checkpoint_time(run_dir)
+    folder = RunFolder(run_dir)
+    begin, newest = time.time(), folder.checkpoint_time()
     received: list[str] = []
     steps: list[subprocess.Popen[bytes]] = []
 
@@ -369,15 +371,13 @@ def _take_turn(command: list[str], run_dir: Path, allocation: Allocation) -> Tur
         signal.signal(number, note)
     steps.append(subprocess.Popen(command))
     exit_code = steps[0].wait()
-    events = [
-        event for event in status.read_events(run_dir) if float(event.get("time", 0)) >= begin
-    ]
+    events = [dataclasses.asdict(event) for event in folder.events() if event.time >= begin]
     return Turn(
         exit_code=exit_code if exit_code >= 0 else 128 - exit_code,
         signal_name=received[0] if received else "",
         last=events[-1] if events else None,
         cancelled="SIGTERM" in received and _job_state(allocation).startswith("CANCELLED"),
-        progressed=status.checkpoint_time(run_dir) != newest and _went_on(events),
+        progressed=folder.checkpoint_time() != newest and _went_on(events),
     )
 
 
@@ -385,7 +385,7 @@ def _went_on(events: Sequence[Mapping[str, object]]) -> bool:
     """Is what a turn saved further on than where it started? Only a stop saves without having trained a step."""
     start = next((event for event in reversed(events) if event.get("kind") == "start"), None)
     stop = events[-1] if events and events[-1].get("kind") == "stop" else None
-    if start is None or stop is None or "step" not in start or "step" not in stop:
+    if start is None or stop is None or start.get("step") is None or stop.get("step") is None:
         return True
     return float(str(stop["step"])) > float(str(start["step"]))
 
@@ -422,10 +422,7 @@ def note_turn(path: Path, allocation: Allocation, turn: Turn) -> int:
 def _tell_status(run_dir: Path, message: str) -> None:
     """The reason, where ``portrait-dist status`` finds it: all ranks are gone, so nobody else writes."""
     if run_dir.is_dir():
-        with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({"kind": "error", "time": time.time(), "message": message}) + "\n"
-            )
+        RunFolder(run_dir).append("error", message=message)
 
 
 def _requeue(allocation: Allocation) -> int:

@@ -1,13 +1,19 @@
-"""What this machine is, and with which versions: facts that explain a speed or repeat a run. Plain values, fit for JSON."""
+"""What this machine is, and with which versions: facts that explain a speed or repeat a run.
+
+All values are plain ones, fit for JSON.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from portrait_dist.errors import InputError
 
 PACKAGES = (
     "portrait-dist",
@@ -23,10 +29,40 @@ PACKAGES = (
 """Whose versions can change what a run computes."""
 
 
-def machine() -> dict[str, Any]:
-    """Name of the processor, cores and memory that this process may use, GPUs, operating system.
+def environment_number(
+    name: str,
+    default: int = 0,
+    *,
+    minimum: int = 0,
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """Read a whole number from an environment variable; unset and empty mean the default.
 
-    ``cpu`` (str), ``cores`` (int), ``memory_bytes`` (int), ``gpus`` (list of names; empty without torch), ``system`` (str).
+    Args:
+        name: the variable.
+        default: where it is unset or empty.
+        minimum: smaller numbers are refused.
+        environment: variables to read; this process's when None.
+
+    Raises:
+        InputError: the variable holds something else.
+    """
+    text = (os.environ if environment is None else environment).get(name, "").strip()
+    if not text:
+        return default
+    # isdecimal takes digits of all scripts, int() thousands of them
+    if not (text.isascii() and text.isdecimal() and len(text) < 19 and int(text) >= minimum):
+        raise InputError(
+            f"{name}={text[:40]}: write a whole number of at least {minimum}, or leave it unset"
+        )
+    return int(text)
+
+
+def machine() -> dict[str, Any]:
+    """Describe the processor, cores and memory that this process may use, GPUs and system.
+
+    ``cpu`` (str), ``cores`` (int), ``memory_bytes`` (int), ``gpus`` (list of names; empty without
+    torch), ``system`` (str).
     """
     return {
         "cpu": cpu_name(),
@@ -38,7 +74,10 @@ def machine() -> dict[str, Any]:
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Python, the main packages and more → version; ``not installed`` where one is missing; torch's CUDA where it has one."""
+    """Return the versions of Python, the main packages, ``more`` and torch's CUDA.
+
+    ``not installed`` stands for a missing package.
+    """
     found = {"python": platform.python_version()}
     for package in (*PACKAGES, *more):
         try:
@@ -62,7 +101,7 @@ def cpu_name() -> str:
 
 
 def cores() -> int:
-    """Cores that this process may run on; a container's time limit is ``cpu_quota``."""
+    """Count the cores that this process may run on; a container's limit is ``cpu_quota``."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -76,7 +115,7 @@ def cpu_quota() -> float | None:
 
 
 def memory_limit() -> int:
-    """Bytes of memory: the machine's, or the container's limit (cgroup v2) where that is smaller."""
+    """Return bytes of memory: the machine's, or the container's limit (cgroup v2)."""
     import psutil
 
     total = int(psutil.virtual_memory().total)

@@ -23,7 +23,7 @@ from portrait_dist.data import build_loader
 from portrait_dist.data.augment import Augment
 from portrait_dist.errors import InputError, PortraitDistError, Stopped
 from portrait_dist.preprocessing import normalise
-from portrait_dist.runs.folder import RunLock
+from portrait_dist.runs.folder import RunFolder, RunLock
 from portrait_dist.training.device_batches import TensorBatch
 from portrait_dist.training.preemption import StopSignals
 
@@ -137,8 +137,6 @@ def _use_threads(threads: int, device: torch.device) -> None:
 
 def _leave_trace(config: Config, kind: str, message: str, **place: int) -> None:
     """The reason of an end, where `status` and the next run look for it."""
-    from portrait_dist.training.recorder import MetricsFile
-
     if config.run_dir.is_dir() and (kind == "error" or distributed.rank() == 0):
         try:
             line = {
@@ -146,9 +144,9 @@ def _leave_trace(config: Config, kind: str, message: str, **place: int) -> None:
                 "world_size": distributed.world_size(),
                 **place,
             }
-            MetricsFile(config.run_dir).write(kind, **line)
-        except OSError:
-            distributed.print0(f"{config.run_dir}: cannot write metrics.jsonl")
+            RunFolder(config.run_dir).append(kind, **line)
+        except PortraitDistError as error:
+            distributed.print0(str(error))
 
 
 def _train(config: Config, device: torch.device, signals: StopSignals) -> dict[str, Any] | None:

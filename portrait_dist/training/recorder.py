@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from portrait_dist import distributed
+from portrait_dist.runs.folder import RunFolder
 from portrait_dist.system.info import machine
 from portrait_dist.training.sg_adapter import Callback, PhaseContext
-
-
-class MetricsFile:
-    """Appends JSON lines to ``metrics.jsonl``; each line is flushed when written.
-
-    Keys: ``kind`` (start, interval, epoch, stop, error, end), ``time`` (seconds since 1970), and what the caller gives.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.jsonl"
-
-    def write(self, kind: str, **values: Any) -> None:
-        """Append one line."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
 
 
 class RunRecorder(Callback):
@@ -43,21 +26,23 @@ class RunRecorder(Callback):
         self.train_values: dict[str, float] = {}
         self.speed: dict[str, float] = {}
         self.grid: Any = None
-        self.file: MetricsFile | None = None
+        self.folder: RunFolder | None = None
 
     def on_training_start(self, context: PhaseContext) -> None:
-        """Open the file."""
+        """Write the line of this start."""
         if distributed.rank() == 0:
-            self.file = MetricsFile(Path(self.trainer.checkpoints_dir_path))
-            self.file.write("start", machine=machine(), **self._place(self.trainer.start_epoch, 0))
+            self.folder = RunFolder(self.trainer.checkpoints_dir_path)
+            self.folder.append(
+                "start", machine=machine(), **self._place(self.trainer.start_epoch, 0)
+            )
 
     def on_interval(
         self, trainer: Any, context: PhaseContext, batch_idx: int, losses: dict[str, float]
     ) -> None:
         """A line within the epoch: this rank's mean loss so far and the speed."""
-        if self.file:
+        if self.folder:
             loss = next(iter(losses.values()), None)
-            self.file.write(
+            self.folder.append(
                 "interval",
                 **self._place(context.epoch, batch_idx + 1),
                 loss=loss,
@@ -93,12 +78,12 @@ class RunRecorder(Callback):
 
     def on_validation_loader_end(self, context: PhaseContext) -> None:
         """Write the epoch's line, TensorBoard scalars and picture grid."""
-        if not self.file:
+        if not self.folder:
             return
         trainer, epoch = self.trainer, context.epoch
         values = dict(context.metrics_dict)
         loss = trainer.loss_logging_items_names[0]
-        self.file.write(
+        self.folder.append(
             "epoch",
             **self._place(epoch, trainer.steps_per_epoch),
             loss=self.train_values.get(loss),
@@ -128,10 +113,13 @@ class RunRecorder(Callback):
 
     def _place(self, epoch: int, step: int) -> dict[str, Any]:
         trainer = self.trainer
+        batches, accumulate = trainer.steps_per_epoch, trainer.batch_accumulate
         return {
             "epoch": epoch,
-            "step": epoch * trainer.steps_per_epoch + step,
-            "steps_per_epoch": trainer.steps_per_epoch,
+            "batch": epoch * batches + step,
+            "batches_per_epoch": batches,
+            "step": epoch * -(-batches // accumulate) + -(-step // accumulate),
+            "steps_per_epoch": -(-batches // accumulate),
             "max_epochs": trainer.max_epochs,
             "samples_seen": trainer.samples_seen,
             "world_size": distributed.world_size(),

@@ -342,14 +342,16 @@ class PortraitTrainer(AdaptedTrainer):
         distributed.barrier()  # nobody leaves, and makes torchrun end the others, before rank 0 has saved
         context.update_context(stop_training=True)
         name = self.signals.received or "a signal to another rank"
-        step = self._last_position["batches"] + self.steps_per_epoch * context.epoch
+        batches, accumulate = self._last_position["batches"], self.batch_accumulate
+        steps_per_epoch = -(-self.steps_per_epoch // accumulate)
         saved = f"saved in {self.checkpoints_dir_path}; the same command goes on from there"
         if not self._can_save(self._last_position):
             saved = "not saved within the epoch, which needs a loader with state_dict (portrait_dist.data.build_loader)"
         raise Stopped(
             f"stopped by {name} at {where}, {saved}",
             epoch=context.epoch,
-            step=step,
+            batch=context.epoch * self.steps_per_epoch + batches,
+            step=context.epoch * steps_per_epoch + -(-batches // accumulate),
             samples_seen=self.samples_seen,
         )
 

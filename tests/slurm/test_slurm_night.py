@@ -222,11 +222,11 @@ def test_status_reads_the_run_without_slurm(night: Night) -> None:
     from portrait_dist.runs.status import run_status
 
     result = run_status(night.folder / "runs" / "disturbed")
-    assert (result["state"], result["epoch"], result["step"], result["total_steps"]) == (
+    assert (result.state, result.epoch, result.step, result.total_steps) == (
         "finished",
         30,
         210,
         210,
     )
-    assert result["seconds_left"] == 0.0
-    assert result["world_size"] == 2
+    assert result.seconds_left == 0.0
+    assert result.world_size == 2

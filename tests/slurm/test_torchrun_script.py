@@ -59,7 +59,5 @@ def test_two_nodes_train_one_model_and_a_signal_to_one_script_saves_and_stops_bo
             node.kill()
     assert 0 not in codes
     state = run_status(tmp_path / "run")
-    assert (state["state"], state["world_size"]) == ("stopped", 2), (tmp_path / "log").read_text()[
-        -4000:
-    ]
+    assert (state.state, state.world_size) == ("stopped", 2), (tmp_path / "log").read_text()[-4000:]
     assert checkpoint(tmp_path / "run")["epoch"] >= 1

@@ -16,7 +16,6 @@ import torch
 from portrait_dist import checkpoints
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
 from portrait_dist.models import UNet
-from portrait_dist.runs.folder import RunLock
 from portrait_dist.training.averaging import AverageOfBest
 
 WRITER = """
@@ -125,23 +124,6 @@ def test_weights_are_saved_in_nchw_without_prefixes_whatever_the_model_is_wrappe
     state = torch.load(tmp_path / "a.pth", weights_only=True)["net"]
     assert list(state) == list(UNet(init_features=2).state_dict())
     assert all(tensor.is_contiguous() for tensor in state.values())
-
-
-def test_one_writer_per_run(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from portrait_dist.runs.folder import RunLock\n"
-        "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(InputError, match=f"process {holder.pid}"):
-        RunLock(tmp_path)
-    holder.kill()
-    holder.wait()
-    RunLock(tmp_path).release()
 
 
 def test_the_average_of_the_best_is_their_mean_and_survives_a_restart(tmp_path: Path) -> None:

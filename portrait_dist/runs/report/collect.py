@@ -8,6 +8,7 @@ sample is scored anew with the best checkpoint, which gives the gallery, the wor
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import os
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ import yaml
 from numpy.typing import NDArray
 
 from portrait_dist.errors import InputError, PortraitDistError
-from portrait_dist.runs.status import read_events, run_status
+from portrait_dist.runs.folder import RunFolder
+from portrait_dist.runs.status import run_status
 
 CHECKPOINTS = ("ckpt_best.pth", "ckpt_latest.pth")
 
@@ -138,7 +140,7 @@ def read_run(folder: Path) -> Run:
         InputError: there is no run, or its config.yaml is not YAML.
         DamagedDataError: the checkpoint is damaged.
     """
-    status = run_status(folder)
+    status = dataclasses.asdict(run_status(folder))
     path = folder / "config.yaml"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     try:
@@ -147,7 +149,10 @@ def read_run(folder: Path) -> Run:
         raise InputError(
             f"{path}: not YAML; restore it, or move it away to report without it"
         ) from error
-    events = read_events(folder)
+    events = [
+        {name: value for name, value in dataclasses.asdict(event).items() if value is not None}
+        for event in RunFolder(folder).events()
+    ]
     checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).exists()), None)
     run = Run(folder, status, events, config if isinstance(config, dict) else {}, text, checkpoint)
     if checkpoint:

@@ -1,8 +1,7 @@
-"""`submit` says before anything is queued what would fail later; `status` needs nothing but the run's folder."""
+"""`submit` checks before it queues anything what would fail later."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 
 from portrait_dist.errors import InputError
-from portrait_dist.runs.status import run_status, table
 from portrait_dist.slurm.submit import Request, submit
 
 
@@ -128,111 +126,3 @@ def test_without_slurm_submit_says_where_to_go(tiny_shards: Path, tmp_path: Path
     assert done.returncode == 2
     assert "sbatch is not here" in done.stderr
     assert not (tmp_path / "runs").exists()
-
-
-def _line(kind: str, time: float, **values: Any) -> str:
-    return json.dumps({"kind": kind, "time": time, **values}) + "\n"
-
-
-def _run(folder: Path, *more: str) -> Path:
-    folder.mkdir()
-    place = {"steps_per_epoch": 10, "max_epochs": 5, "world_size": 2}
-    lines = [
-        _line("start", 1000, epoch=0, step=0, **place),
-        _line("interval", 1050, epoch=0, step=5, loss=0.9, images_per_second=40.0, **place),
-        _line(
-            "epoch",
-            1100,
-            epoch=0,
-            step=10,
-            val_iou=0.8,
-            samples_seen=80,
-            loss=0.5,
-            images_per_second=41.0,
-            **place,
-        ),
-        _line(
-            "epoch",
-            1200,
-            epoch=1,
-            step=20,
-            val_iou=0.7,
-            samples_seen=160,
-            loss=0.4,
-            images_per_second=42.0,
-            **place,
-        ),
-    ]
-    (folder / "metrics.jsonl").write_text("".join([*lines, *more]))
-    return folder
-
-
-def test_status_of_a_running_run_gives_place_score_speed_time_left_and_checkpoint_age(
-    tmp_path: Path,
-) -> None:
-    run = _run(tmp_path / "run")
-    (run / "ckpt_latest.pth").touch()
-    os.utime(run / "ckpt_latest.pth", (1190, 1190))
-    result = run_status(run, now=1210)
-    assert result["state"] == "running"
-    assert (result["epoch"], result["max_epochs"], result["step"], result["total_steps"]) == (
-        2,
-        5,
-        20,
-        50,
-    )
-    assert (result["iou"], result["best_iou"], result["loss"]) == (0.7, 0.8, 0.4)
-    assert (result["images_per_second"], result["samples_seen"], result["world_size"]) == (
-        42.0,
-        160,
-        2,
-    )
-    assert result["seconds_left"] == 300.0  # 30 steps at 10 s each
-    assert (result["checkpoint_age_seconds"], result["seconds_since_last_line"]) == (20.0, 10.0)
-    assert result["last_error"] is None
-    assert "5 min 00 s" in table(result)
-
-
-def test_status_tells_failed_stopped_silent_and_finished_runs_apart(tmp_path: Path) -> None:
-    error = _line("error", 1300, message="rank 1: ValueError: x")
-    again = _line("start", 1400, epoch=2, step=20, steps_per_epoch=10, max_epochs=5)
-    last = _line("epoch", 1500, epoch=4, step=50, val_iou=0.9, steps_per_epoch=10, max_epochs=5)
-    failed = run_status(_run(tmp_path / "failed", error), now=1310)
-    assert (failed["state"], failed["last_error"], failed["last_error_age_seconds"]) == (
-        "failed",
-        "rank 1: ValueError: x",
-        10.0,
-    )
-    assert (
-        run_status(
-            _run(tmp_path / "stopped", _line("stop", 1300, message="stopped by SIGUSR2")), now=1310
-        )["state"]
-        == "stopped"
-    )
-    assert run_status(_run(tmp_path / "silent"), now=1200 + 3600)["state"] == "silent"
-    resumed = run_status(_run(tmp_path / "resumed", error, again), now=1410)
-    assert (resumed["state"], resumed["last_error"]) == ("running", "rank 1: ValueError: x")
-    finished = run_status(_run(tmp_path / "finished", error, again, last), now=9999)
-    assert (finished["state"], finished["seconds_left"], finished["epoch"]) == ("finished", 0.0, 5)
-
-
-def test_status_reads_past_a_line_cut_short_by_a_crash(tmp_path: Path) -> None:
-    assert run_status(_run(tmp_path / "run", '{"kind": "epoch", "ti'), now=1210)["epoch"] == 2
-
-
-def test_status_of_something_else_says_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no such run folder"):
-        run_status(tmp_path / "none")
-    with pytest.raises(InputError, match="not a run folder"):
-        run_status(tmp_path)
-
-
-def test_status_starts_without_torch(tmp_path: Path) -> None:
-    code = "import sys; from portrait_dist import cli; code = cli.run(sys.argv[1:]); print('torch' in sys.modules, code)"
-    words = ["status", str(_run(tmp_path / "run")), "--json"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
-    )
-    first, second = done.stdout.splitlines()
-    assert json.loads(first)["epoch"] == 2
-    assert second == "False 0"
