@@ -139,38 +139,6 @@ def write_error(path: str | Path, error: OSError) -> PortraitDistError:
     )
 
 
-def read_regular(path: str | Path, most: int) -> bytes:
-    """Read a whole file that somebody else may have made.
-
-    A named pipe or a device would block the reader or never end, so that only regular files are
-    read.
-
-    Args:
-        path: the file; a link to it is followed.
-        most: bytes; a larger file is refused.
-
-    Raises:
-        FileNotFoundError: there is none.
-        InputError: no regular file, too large, or it cannot be read.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError(f"{path}: is no regular file; give a file")
-        if found.st_size > most:
-            raise InputError(f"{path}: has {found.st_size:,} bytes, more than {most:,}")
-        try:
-            return file.read(most)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-
-
 def check_writable(path: str | Path) -> None:
     """Check before long work that a file can be written, by making and removing one beside it.
 

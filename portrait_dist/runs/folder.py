@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from portrait_dist import files
+from portrait_dist.errors import InputError
 from portrait_dist.system.info import environment_number
 
 LATEST = "ckpt_latest.pth"
@@ -192,6 +193,10 @@ class RunFolder:
             data = files.read_regular(self.metrics, MOST_BYTES)
         except FileNotFoundError:
             return Events()
+        except OSError as error:
+            raise InputError(
+                f"{self.metrics}: cannot be read ({error.strerror}); restore it, or move it away"
+            ) from error
         found, skipped = [], 0
         for line in data.split(b"\n"):
             if not line.strip():
