@@ -1,25 +1,199 @@
-"""``portrait-dist evaluate``: every sample of a split once, alone or under torchrun, with figures that add up exactly.
+"""Score a checkpoint on a split: every sample once, on one rank or on many, with sums that add up exactly.
 
-portrait-dist evaluate --checkpoint runs/NAME/ckpt_best.pth --data shards --split test
-torchrun --nproc-per-node 2 -m portrait_dist evaluate --checkpoint runs/NAME/ckpt_best.pth --data shards
+There is one scoring loop, :class:`Scorer`; ``portrait-dist evaluate`` and ``portrait-dist report`` both run it.
 """
 
 from __future__ import annotations
 
-import csv
-import os
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from portrait_dist import distributed
+from portrait_dist import distributed, files
 from portrait_dist.checkpoints import load_model
 from portrait_dist.data import build_loader
+from portrait_dist.errors import InputError
 from portrait_dist.losses import SoftIoULoss
 from portrait_dist.metrics import PrecisionRecall, SoftIoU, per_sample
-from portrait_dist.preprocessing import normalise
+from portrait_dist.preprocessing import DEFAULT_SIZE, Alpha, ImageArray, normalise
 from portrait_dist.system.malloc import keep_freed_memory
+
+if TYPE_CHECKING:
+    from portrait_dist.data.stream.dataset import AISegmentIterableDataset
+    from portrait_dist.data.stream.loader import Batch
+    from portrait_dist.models import UNet
+
+EXAMPLES = 4
+"""Samples in each of the two pictures of examples."""
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """Scores of one sample, as :func:`portrait_dist.metrics.per_sample` defines them; ``iou`` cuts both masks at 0.5."""
+
+    iou: float
+    mae: float
+    mse: float
+    boundary_iou: float
+    gradient_error: float
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """What is kept of every sample: ``key``, ``position`` in the split and ``scores``."""
+
+    key: str
+    position: int
+    scores: SampleScores
+
+
+@dataclass(frozen=True)
+class ScoredSample(SampleRow):
+    """A sample with its scores and its images.
+
+    Attributes:
+        image: uint8 [H, W, 3], RGB.
+        alpha: uint8 [H, W], the true matte.
+        prediction: float32 [H, W] in [0, 1].
+    """
+
+    image: ImageArray
+    alpha: ImageArray
+    prediction: Alpha
+
+    def row(self) -> SampleRow:
+        """Return the sample without its images."""
+        return SampleRow(self.key, self.position, self.scores)
+
+    def copy(self) -> ScoredSample:
+        """Return a copy that does not keep the whole batch in memory."""
+        images = (self.image.copy(), self.alpha.copy(), self.prediction.copy())
+        return ScoredSample(self.key, self.position, self.scores, *images)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Precision, recall and IoU with the foreground above one threshold, pixels pooled over the split."""
+
+    thresholds: float
+    precision: float
+    recall: float
+    iou: float
+
+
+@dataclass(frozen=True)
+class SplitScores:
+    """Scores of a split.
+
+    ``iou``, ``precision`` and ``recall`` pool the pixels of all samples and cut at 0.5; ``mean_iou`` to ``gradient_error`` are
+    means over the samples; ``best_threshold`` is the one with the largest pooled IoU.
+    """
+
+    split: str
+    samples: int
+    iou: float
+    loss: float
+    mean_iou: float
+    mae: float
+    mse: float
+    boundary_iou: float
+    gradient_error: float
+    precision: float
+    recall: float
+    best_threshold: float
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of :func:`evaluate`.
+
+    Attributes:
+        scores: of the whole split.
+        rows: of every sample, ordered by key.
+        curve: at 101 thresholds from 0 to 1.
+    """
+
+    scores: SplitScores
+    rows: list[SampleRow]
+    curve: list[CurvePoint]
+
+
+class Scorer:
+    """Score batches sample by sample and add up what is pooled over samples.
+
+    Args:
+        model: a U-Net in evaluation mode; it is moved to ``device``.
+        device: where to compute.
+
+    Attributes:
+        pooled: IoU over all pixels seen so far; its ``compute`` sums over the ranks.
+        thresholds: precision and recall likewise.
+        loss_sum: float64 scalar, the losses of the samples seen so far, of this rank.
+        samples: how many samples were seen, of this rank.
+    """
+
+    def __init__(self, model: UNet, device: torch.device) -> None:
+        self.model, self.device = model.to(device), device
+        self.pooled = SoftIoU().to(device)
+        self.thresholds = PrecisionRecall().to(device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.samples = 0
+        self._criterion = SoftIoULoss(0.5, 0.5)
+
+    def score(self, batches: Iterable[Batch]) -> Iterator[ScoredSample]:
+        """Yield every sample of the batches in order; its images are views of its batch, see ``copy``."""
+        for batch in batches:
+            predictions, columns = self._score_batch(batch)
+            images, alphas = batch.image.numpy(), batch.alpha.numpy()
+            for i, key in enumerate(batch.keys):
+                scores = SampleScores(**{name: values[i] for name, values in columns.items()})
+                position = int(batch.positions[i])
+                yield ScoredSample(key, position, scores, images[i], alphas[i], predictions[i])
+
+    @torch.inference_mode()
+    def _score_batch(self, batch: Batch) -> tuple[Alpha, dict[str, list[float]]]:
+        """Predictions, float32 [B, H, W], and the scores of the batch's samples by name."""
+        with exact_float32():
+            images, mattes = normalise(batch.image.to(self.device), batch.alpha.to(self.device))
+            logits = self.model(images, return_logits=True)
+            probabilities = torch.sigmoid(logits)
+            self.pooled.update(probabilities, mattes)
+            self.thresholds.update(probabilities, mattes)
+            self.loss_sum += self._criterion(logits, mattes).double() * len(images)
+            self.samples += len(images)
+            found = per_sample(probabilities, mattes)
+        # One copy from the device for all scores: each `tolist` of its own would wait for it again.
+        rows = torch.stack(list(found.values())).tolist()
+        return probabilities[:, 0].float().cpu().numpy(), dict(zip(found, rows, strict=True))
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Multiply float32 numbers as float32: without TF32 on GPUs and without bfloat16 on CPUs, whatever the caller has set.
+
+    TF32 keeps 10 bits of the mantissa; a score would depend on the machine. The caller's settings come back afterwards.
+    """
+    backends = torch.backends
+    switches = (
+        backends.cuda.matmul,
+        backends.cudnn.conv,  # type: ignore[attr-defined]
+        backends.mkldnn.matmul,  # type: ignore[attr-defined]
+        backends.mkldnn.conv,  # type: ignore[attr-defined]
+    )
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
 
 
 def evaluate(
@@ -30,38 +204,28 @@ def evaluate(
     batch_size: int = 16,
     workers: int = 2,
     device: str = "auto",
-    table: str | Path | None = None,
-    curve: str | Path | None = None,
-    pictures: str | Path | None = None,
-) -> dict[str, Any] | None:
-    """Score a checkpoint on a split.
+) -> Evaluation | None:
+    """Score a checkpoint on a split; under torchrun every rank calls it.
 
     Args:
         checkpoint: a .pth file of a run.
         shards: folder or address of the shards.
         split: ``train``, ``val`` or ``test``.
-        batch_size: samples per rank and step; no figure depends on it.
+        batch_size: samples per rank and batch; no score depends on it.
         workers: decoding threads.
         device: ``auto``, ``cpu`` or ``cuda``.
-        table: a CSV file for every sample's figures.
-        curve: a CSV file for precision, recall and IoU at 101 thresholds.
-        pictures: a folder for pictures of the worst and the median samples.
 
     Returns:
-        On rank 0 ``split, samples, iou`` (pixels pooled), ``loss, mean_iou, mae, mse, boundary_iou, gradient_error``, at the
-        threshold 0.5 ``precision`` and ``recall`` (pixels pooled), ``best_threshold`` (of the largest IoU) and
-        ``world_size``; None on the others.
+        The evaluation on rank 0, None on the other ranks.
 
     Raises:
-        InputError: no such checkpoint or shards.
+        InputError: no such checkpoint or shards, or shards of another size than the checkpoint's.
         DamagedDataError: one of them is damaged.
     """
     keep_freed_memory()
     chosen = distributed.pick_device(device)
     distributed.start(chosen)
-    model, about = distributed.on_every_rank(lambda: load_model(checkpoint))
-    model.to(chosen)
-    size = about.get("size") or [256, 256]
+    model, size = distributed.on_every_rank(lambda: load_scored_model(checkpoint))
     loader = distributed.on_every_rank(
         lambda: build_loader(
             shards,
@@ -69,169 +233,200 @@ def evaluate(
             batch_size,
             workers=workers,
             shuffle=False,
-            size=(size[0], size[1]),
+            size=size_of_shards(shards, split, size, checkpoint),
             drop_last=False,
         )
     )
-    rows, pooled, thresholds, loss = _score(model, loader, chosen)
-    sums = torch.tensor([loss, float(len(rows))], dtype=torch.float64, device=chosen)
+    scorer = Scorer(model, chosen)
+    rows = [sample.row() for sample in scorer.score(loader)]
+    return _gathered(scorer, split, rows)
+
+
+def _gathered(scorer: Scorer, split: str, rows: list[SampleRow]) -> Evaluation | None:
+    """Sum over the ranks; None on all ranks but 0."""
+    sums = torch.stack([scorer.loss_sum, scorer.loss_sum.new_tensor(scorer.samples)])
     distributed.sum_over_ranks([sums])
-    iou, at = (
-        float(pooled.compute()),
-        {name: values.tolist() for name, values in thresholds.compute().items()},
-    )
+    iou = float(scorer.pooled.compute())
+    columns = {name: values.tolist() for name, values in scorer.thresholds.compute().items()}
+    columns["thresholds"] = [round(value, 6) for value in columns["thresholds"]]  # 0.01, in float32
     every = [row for part in distributed.gather_objects(rows) for row in part]
     if distributed.rank() != 0:
         return None
-    every.sort(key=lambda row: row["key"])
-    if table:
-        write_table(every, Path(table))
-    if curve:
-        write_table(
-            [dict(zip(at, values, strict=True)) for values in zip(*at.values(), strict=True)],
-            Path(curve),
+    every.sort(key=lambda row: row.key)
+    curve = [
+        CurvePoint(**dict(zip(columns, values, strict=True)))
+        for values in zip(*columns.values(), strict=True)
+    ]
+    half = next(point for point in curve if point.thresholds == 0.5)
+    means = mean_scores([row.scores for row in every])
+    scores = SplitScores(
+        split=split,
+        samples=len(every),
+        iou=iou,
+        loss=float(sums[0] / sums[1].clamp(min=1)),
+        mean_iou=means.iou,
+        mae=means.mae,
+        mse=means.mse,
+        boundary_iou=means.boundary_iou,
+        gradient_error=means.gradient_error,
+        precision=half.precision,
+        recall=half.recall,
+        best_threshold=max(curve, key=lambda point: point.iou).thresholds,
+        world_size=distributed.world_size(),
+    )
+    return Evaluation(scores, every, curve)
+
+
+def mean_scores(scores: Sequence[SampleScores]) -> SampleScores:
+    """Mean of each score over the samples; 0 without samples."""
+    count = max(len(scores), 1)
+    names = [field.name for field in fields(SampleScores)]
+    return SampleScores(**{name: sum(getattr(s, name) for s in scores) / count for name in names})
+
+
+def load_scored_model(checkpoint: str | Path) -> tuple[UNet, tuple[int, int]]:
+    """Load a checkpoint's network and the (H, W) of its training images.
+
+    Raises:
+        InputError: no such file, or a checkpoint of another model.
+        DamagedDataError: the file is damaged.
+    """
+    model, about = load_model(checkpoint)
+    height, width = about.get("size") or DEFAULT_SIZE
+    return model, (height, width)
+
+
+def size_of_shards(
+    shards: str, split: str, size: tuple[int, int], checkpoint: str | Path
+) -> tuple[int, int]:
+    """Return ``size`` where the shards can be read at it.
+
+    Raises:
+        InputError: no shards there, or they were packed at another size than the checkpoint was trained at.
+    """
+    from portrait_dist.data.shards.reader import ShardSet
+
+    packed = ShardSet(shards, split).size
+    if packed is not None and tuple(packed) != size:
+        raise InputError(
+            f"{checkpoint}: the checkpoint was trained at {size[0]}x{size[1]}, but {shards} was "
+            f"packed at {packed[0]}x{packed[1]}; pack again with --size {size[0]}x{size[1]}, or "
+            "with --size original for any size"
         )
-    result = {
-        "split": split,
-        "samples": len(every),
-        "iou": iou,
-        "loss": float(sums[0] / sums[1].clamp(min=1)),
-    }
-    result |= {**_means(every), **_at_thresholds(at), "world_size": distributed.world_size()}
-    if pictures:
-        result["pictures"] = _draw(model, shards, split, size, every, Path(pictures), chosen)
-    return result
+    return size
 
 
-def _score(
-    model: torch.nn.Module, loader: Any, device: torch.device
-) -> tuple[list[dict[str, Any]], SoftIoU, PrecisionRecall, float]:
-    """This rank's rows (key and figures), its pooled IoU, the same over thresholds, and the sum of its losses."""
-    pooled, thresholds = SoftIoU().to(device), PrecisionRecall().to(device)
-    criterion, loss = SoftIoULoss(0.5, 0.5), 0.0
-    rows: list[dict[str, Any]] = []
-    with torch.inference_mode():
-        for batch in loader:
-            images, mattes = normalise(batch.image.to(device), batch.alpha.to(device))
-            logits = model(images, return_logits=True)
-            probabilities = torch.sigmoid(logits)
-            pooled.update(probabilities, mattes)
-            thresholds.update(probabilities, mattes)
-            loss += float(criterion(logits, mattes)) * len(images)
-            figures = {
-                name: values.tolist() for name, values in per_sample(probabilities, mattes).items()
-            }
-            rows += [
-                {"key": key, **{name: figures[name][i] for name in figures}}
-                for i, key in enumerate(batch.keys)
-            ]
-    return rows, pooled, thresholds, loss
-
-
-def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Means of the samples' figures."""
-    names = {
-        "mean_iou": "iou",
-        "mae": "mae",
-        "mse": "mse",
-        "boundary_iou": "boundary_iou",
-        "gradient_error": "gradient_error",
-    }
-    return {
-        name: sum(row[figure] for row in rows) / max(len(rows), 1) for name, figure in names.items()
-    }
-
-
-def _at_thresholds(at: dict[str, list[float]]) -> dict[str, float]:
-    """Precision and recall at 0.5, and the threshold of the largest IoU."""
-    half = at["thresholds"].index(0.5)
-    best = at["thresholds"][at["iou"].index(max(at["iou"]))]
-    return {
-        "precision": at["precision"][half],
-        "recall": at["recall"][half],
-        "best_threshold": best,
-    }
-
-
-def baseline_iou(shards: str, size: tuple[int, int], split: str = "test") -> float:
-    """IoU on a split of one constant mask: the mean matte of the training split, cut at 0.5.
+def write_examples(
+    found: Evaluation, checkpoint: str | Path, shards: str, folder: Path, *, device: str = "auto"
+) -> list[str]:
+    """Draw the worst and the median samples by IoU: image, matte, prediction, cut-out, errors.
 
     Args:
-        shards: folder or address of the shards.
-        size: (H, W) at which both are compared.
+        found: what :func:`evaluate` returned for this checkpoint and these shards.
+        checkpoint, shards, device: as for :func:`evaluate`.
+        folder: for ``SPLIT-worst.png`` and ``SPLIT-median.png``; made where it does not exist.
+
+    Returns:
+        The written files; none without samples.
     """
-    total, count = torch.zeros(size, dtype=torch.float64), 0
-    for batch in build_loader(
-        shards, "train", 16, shuffle=False, size=size, drop_last=False, rank=0, world_size=1
-    ):
-        total += batch.alpha.to(torch.float64).sum(0) / 255
-        count += len(batch.alpha)
-    mean = (total / max(count, 1)).to(torch.float32)
-    pooled = SoftIoU()
-    for batch in build_loader(
-        shards, split, 16, shuffle=False, size=size, drop_last=False, rank=0, world_size=1
-    ):
-        pooled.update(mean.expand(len(batch.alpha), *size), batch.alpha.to(torch.float32) / 255)
-    return float(pooled.compute())
-
-
-def write_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write one CSV line for each sample, atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["key"])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
-
-
-def _draw(
-    model: torch.nn.Module,
-    shards: str,
-    split: str,
-    size: list[int],
-    rows: list[dict[str, Any]],
-    folder: Path,
-    device: torch.device,
-) -> list[str]:
-    """Pictures of the four worst and four median samples by IoU: image, matte, prediction."""
     from portrait_dist.visualize import picture_grid
 
-    ranked = sorted(rows, key=lambda row: row["iou"])
-    middle = len(ranked) // 2
-    wanted = {"worst": ranked[:4], "median": ranked[max(0, middle - 2) : middle + 2]}
-    folder.mkdir(parents=True, exist_ok=True)
+    split = found.scores.split
+    ranked = sorted(found.rows, key=lambda row: row.scores.iou)
+    middle = max(0, (len(ranked) - EXAMPLES) // 2)
+    groups = {"worst": ranked[:EXAMPLES], "median": ranked[middle : middle + EXAMPLES]}
     paths = []
-    loader = build_loader(
-        shards,
-        split,
-        16,
-        shuffle=False,
-        size=(size[0], size[1]),
-        drop_last=False,
-        rank=0,
-        world_size=1,
-    )
-    found = _find(loader, {row["key"] for group in wanted.values() for row in group})
-    for name, group in wanted.items():
-        if not group:
+    for name, rows in groups.items():
+        if not rows:
             continue
-        images = torch.stack([found[row["key"]][0] for row in group])
-        alphas = torch.stack([found[row["key"]][1] for row in group])
-        with torch.inference_mode():
-            predictions = (
-                model(normalise(images.to(device), alphas.to(device))[0])[:, 0].cpu().numpy()
-            )
+        positions = [row.position for row in rows]
+        samples = score_positions(checkpoint, shards, split, positions, device=device)
+        grid = picture_grid(
+            [sample.image for sample in samples],
+            [sample.alpha for sample in samples],
+            [sample.prediction for sample in samples],
+            [sample.scores.iou for sample in samples],
+        )
         path = folder / f"{split}-{name}.png"
-        picture_grid(list(images.numpy()), list(alphas.numpy()), list(predictions)).save(path)
+        with files.explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with files.atomic_path(path, suffix=".png") as temporary:
+            grid.save(temporary)
         paths.append(str(path))
     return paths
 
 
-def _find(loader: Any, keys: set[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    found = {}
-    for batch in loader:
-        for i, key in enumerate(batch.keys):
-            if key in keys:
-                found[key] = (batch.image[i].clone(), batch.alpha[i].clone())
-    return found
+def score_positions(
+    checkpoint: str | Path,
+    shards: str,
+    split: str,
+    positions: Sequence[int],
+    *,
+    device: str = "auto",
+) -> list[ScoredSample]:
+    """Score a few samples of a split, such as the worst ones; only these are read and decoded.
+
+    Args:
+        checkpoint, shards, split, device: as for :func:`evaluate`.
+        positions: numbers of the samples in the split.
+    """
+    model, size = load_scored_model(checkpoint)
+    size_of_shards(shards, split, size, checkpoint)
+    loader = build_loader(
+        shards, split, 1, shuffle=False, size=size, drop_last=False, rank=0, world_size=1
+    )
+    scorer = Scorer(model, distributed.pick_device(device))
+    return list(scorer.score(read_positions(loader.dataset, positions)))
+
+
+def read_positions(
+    dataset: AISegmentIterableDataset, positions: Sequence[int], batch_size: int = 8
+) -> Iterator[Batch]:
+    """Read and decode chosen samples of a split, in the order given.
+
+    Args:
+        dataset: the split, not shuffled.
+        positions: numbers of the samples in the split.
+        batch_size: samples in a batch; the last one may be shorter.
+
+    Raises:
+        DamagedDataError: names shard and sample.
+    """
+    from portrait_dist.data.stream.loader import Batch
+
+    for first in range(0, len(positions), batch_size):
+        chosen = np.asarray(positions[first : first + batch_size], np.int64)
+        images = np.empty((len(chosen), *dataset.size, 3), np.uint8)
+        alphas = np.empty((len(chosen), *dataset.size), np.uint8)
+        keys = [
+            dataset.read(int(position), images[i], alphas[i]) for i, position in enumerate(chosen)
+        ]
+        yield Batch(torch.from_numpy(images), torch.from_numpy(alphas), keys, 0, chosen)
+
+
+def baseline_iou(shards: str, size: tuple[int, int], split: str = "test") -> float:
+    """Score one constant mask on a split: the mean matte of the training split, cut at 0.5.
+
+    Args:
+        shards: folder or address of the shards.
+        size: (H, W) at which both are compared.
+        split: the split to score.
+
+    Returns:
+        IoU, pixels pooled.
+    """
+
+    def batches(name: str) -> Iterable[Batch]:
+        return build_loader(
+            shards, name, 16, shuffle=False, size=size, drop_last=False, rank=0, world_size=1
+        )
+
+    total, count = torch.zeros(size, dtype=torch.float64), 0
+    for batch in batches("train"):
+        total += batch.alpha.to(torch.float64).sum(0) / 255
+        count += len(batch.alpha)
+    mean = (total / max(count, 1)).to(torch.float32)
+    pooled = SoftIoU()
+    for batch in batches(split):
+        pooled.update(mean.expand(len(batch.alpha), *size), batch.alpha.to(torch.float32) / 255)
+    return float(pooled.compute())

@@ -156,6 +156,26 @@ def check_writable(path: str | Path) -> None:
         temporary.unlink()
 
 
+def check_folder_writable(folder: str | Path) -> None:
+    """Check before long work that files can be written into a folder, which may not exist yet.
+
+    Nothing is made: the nearest folder above that exists is tried.
+
+    Raises:
+        InputError: ``folder`` or one above it is a file, or may not be written.
+        PortraitDistError: the disk is full or failed.
+    """
+    folder = Path(folder)
+    with explained(folder):
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{folder}: {nearest} is a file; give the path of a folder")
+    with explained(folder):
+        temporary = temporary_path(nearest / "any")
+        temporary.touch()
+        temporary.unlink()
+
+
 def remove_temporary_files(folder: Path) -> None:
     """Remove the temporary files of killed processes; only for the holder of the folder's lock."""
     for leftover in folder.iterdir():

@@ -1,4 +1,4 @@
-"""What every network input has in common: default size, mean and standard deviation, normalisation.
+"""What every network input has in common: types, default size, mean and standard deviation, normalisation.
 
 Training, evaluation, prediction and export read these facts here, so that a photo reaches the network as the training images
 did.
@@ -10,9 +10,15 @@ import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
+
+ImageArray = NDArray[np.uint8]
+"""uint8 [H, W, 3], RGB; grey ones and mattes are uint8 [H, W]."""
+Alpha = NDArray[np.float32]
+"""float32 [H, W] from 0 (background) to 1 (person)."""
 
 DEFAULT_SIZE = (256, 256)
 """(H, W) in pixels of the network's input, as in the SuperGradients tutorial."""

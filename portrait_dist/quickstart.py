@@ -43,15 +43,16 @@ def quickstart(raw: str | None, out: str, nproc: int | None) -> dict[str, Any]:
     _say("4/5 test score")
     from portrait_dist import evaluation
 
-    scored = evaluation.evaluate(
-        trained["checkpoint"], str(shards), "test", pictures=folder / "pictures" / "test"
-    )
+    scored = evaluation.evaluate(trained["checkpoint"], str(shards), "test")
     assert scored is not None
+    examples = evaluation.write_examples(
+        scored, trained["checkpoint"], str(shards), folder / "pictures" / "test"
+    )
     baseline = evaluation.baseline_iou(str(shards), SIZE)
     _say("5/5 cut-outs")
-    pictures = [*_cut_out(trained["checkpoint"], folder), *scored["pictures"]]
+    pictures = [*_cut_out(trained["checkpoint"], folder), *examples]
     return {
-        "test_iou": scored["iou"],
+        "test_iou": scored.scores.iou,
         "baseline_iou": baseline,
         "images_per_second": trained["images_per_second"],
         "world_size": trained["world_size"],

@@ -1,6 +1,6 @@
-"""Pictures to look at: a contact sheet of a split, and grids of predictions. Pure functions from arrays to PIL pictures.
+"""Images to look at: a contact sheet of a split, and grids of predictions. Pure functions from arrays to PIL images.
 
-Images are uint8 [H, W, 3], alphas uint8 [H, W] or float [H, W] in 0..1.
+Images are uint8 [H, W, 3], alphas uint8 [H, W] or float [H, W] in [0, 1].
 """
 
 from __future__ import annotations
@@ -12,102 +12,98 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-Picture = NDArray[np.uint8]
-Alpha = NDArray[Any]
+from portrait_dist.preprocessing import Alpha, ImageArray
+
+AnyAlpha = NDArray[Any]
+"""uint8 [H, W], or float [H, W] in [0, 1]."""
 
 PAPER, INK, FAINT = (250, 250, 250), (30, 30, 30), (110, 110, 110)
-FIGURE, EDGE = (0, 200, 120), (255, 255, 0)
-MISSED, WRONG = (
-    (255, 140, 0),
-    (230, 0, 90),
-)  # a person taken for background, and the other way round
-GAP, TEXT = 6, 13  # pixels
+PERSON, EDGE = (0, 200, 120), (255, 255, 0)
+MISSED, WRONG = (255, 140, 0), (230, 0, 90)
+"""Colours of a person taken for background, and of background taken for a person."""
+GAP, TEXT = 6, 13
+"""Pixels between the cells of a sheet, and height of its text."""
 
 
-def overlay(image: Picture, alpha: Alpha) -> Picture:
-    """The image with the background faded to grey, the figure tinted green and the 0.5 level of alpha drawn in yellow."""
-    share = _share(alpha)[..., None]
-    grey: Alpha = image.mean(axis=2, keepdims=True) * 0.45 + 110
-    tinted = image * 0.78 + np.array(FIGURE) * 0.22
-    picture = (share * tinted + (1 - share) * grey).astype(np.uint8)
-    picture[_edge(share[..., 0] >= 0.5)] = EDGE
-    return picture
+def overlay(image: ImageArray, alpha: AnyAlpha) -> ImageArray:
+    """Fade the background to grey, tint the person green and draw the 0.5 level of alpha in yellow."""
+    opacity = as_fraction(alpha)[..., None]
+    grey = image.mean(axis=2, keepdims=True) * 0.45 + 110
+    tinted = image * 0.78 + np.array(PERSON) * 0.22
+    result = (opacity * tinted + (1 - opacity) * grey).astype(np.uint8)
+    result[_edge(opacity[..., 0] >= 0.5)] = EDGE
+    return result
 
 
-def cut_out(image: Picture, alpha: Alpha, square: int = 8) -> Picture:
-    """The figure before a checkerboard."""
-    share = _share(alpha)[..., None]
-    return (
-        share * image + (1 - share) * checkerboard(image.shape[0], image.shape[1], square)
-    ).astype(np.uint8)
+def over_checkerboard(image: ImageArray, alpha: AnyAlpha, square: int = 8) -> ImageArray:
+    """Put the image over a checkerboard, as opaque as alpha says."""
+    opacity = as_fraction(alpha)[..., None]
+    board = checkerboard(image.shape[0], image.shape[1], square)
+    return (opacity * image + (1 - opacity) * board).astype(np.uint8)
 
 
-def checkerboard(height: int, width: int, square: int = 8) -> Picture:
-    """White and light grey squares, [height, width, 3]."""
+def checkerboard(height: int, width: int, square: int = 8) -> ImageArray:
+    """Return white and light grey squares, uint8 [height, width, 3]."""
     rows, columns = np.arange(height)[:, None] // square, np.arange(width)[None] // square
     board = np.where((rows + columns) % 2, 255, 205).astype(np.uint8)
     return np.repeat(board[..., None], 3, axis=2)
 
 
-def errors(image: Picture, alpha: Alpha, prediction: Alpha) -> Picture:
-    """The image, dim, with missed figure in orange and wrongly taken background in red, as strong as the error is."""
-    difference = _share(prediction) - _share(alpha)
-    picture = image * 0.35 + 60
+def errors(image: ImageArray, alpha: AnyAlpha, prediction: AnyAlpha) -> ImageArray:
+    """Dim the image and mark missed person in orange and wrong background in red, as strong as the error is."""
+    difference = as_fraction(prediction) - as_fraction(alpha)
+    result = image * 0.35 + 60
     for colour, size in ((MISSED, -difference), (WRONG, difference)):
         strength = np.clip(size, 0, 1)[..., None]
-        picture = picture * (1 - strength) + np.array(colour) * strength
-    return picture.astype(np.uint8)
-
-
-def iou(alpha: Alpha, prediction: Alpha) -> float:
-    """Foreground IoU, both binarised at 0.5; 1 where both are empty."""
-    truth, guess = _share(alpha) >= 0.5, _share(prediction) >= 0.5
-    union = int((truth | guess).sum())
-    return int((truth & guess).sum()) / union if union else 1.0
+        result = result * (1 - strength) + np.array(colour) * strength
+    return result.astype(np.uint8)
 
 
 def picture_grid(
-    images: Sequence[Picture], alphas: Sequence[Alpha], predictions: Sequence[Alpha]
+    images: Sequence[ImageArray],
+    alphas: Sequence[AnyAlpha],
+    predictions: Sequence[AnyAlpha],
+    ious: Sequence[float],
 ) -> Image.Image:
-    """One row for each sample: image, matte, prediction, cut-out by the prediction, errors; with the sample's IoU.
+    """Draw one row for each sample: image, matte, prediction, cut-out by the prediction, errors.
 
     Args:
         images: uint8, each [H, W, 3], or one array [B, H, W, 3].
-        alphas: the true mattes, uint8 or float in 0..1.
+        alphas: the true mattes.
         predictions: likewise.
+        ious: of each sample, for the captions.
     """
-    rows, captions = [], []
-    for image, alpha, prediction in zip(images, alphas, predictions, strict=True):
-        rows.append(
-            [
-                image,
-                _grey(alpha),
-                _grey(prediction),
-                cut_out(image, prediction),
-                errors(image, alpha, prediction),
-            ]
-        )
-        captions.append(f"IoU {iou(alpha, prediction):.4f}")
-    headings = ["image", "matte", "prediction", "cut-out", "missed: orange, wrong: red"]
+    rows = [
+        [
+            image,
+            _grey(alpha),
+            _grey(prediction),
+            over_checkerboard(image, prediction),
+            errors(image, alpha, prediction),
+        ]
+        for image, alpha, prediction in zip(images, alphas, predictions, strict=True)
+    ]
+    headings = ["image", "matte", "prediction", "cut-out", "errors"]
+    captions = [f"IoU {iou:.4f}; missed person orange, wrong background red" for iou in ious]
     return sheet(rows, headings, captions)
 
 
 def contact_sheet(
-    images: Sequence[Picture],
-    alphas: Sequence[Alpha],
+    images: Sequence[ImageArray],
+    alphas: Sequence[AnyAlpha],
     captions: Sequence[str],
-    augmented: Sequence[Sequence[Picture]] = (),
+    augmented: Sequence[Sequence[ImageArray]] = (),
 ) -> Image.Image:
-    """One row for each sample: image, matte, overlay, cut-out, then what augmentation makes of it.
+    """Draw one row for each sample: image, matte, overlay, cut-out, then what augmentation makes of it.
 
     Args:
         images: uint8, each [H, W, 3].
         alphas: their mattes.
         captions: a line under each row.
-        augmented: for each sample its augmented pictures, the same number each; none by default.
+        augmented: for each sample its augmented images, the same number each; none by default.
     """
     rows = [
-        [image, _grey(alpha), overlay(image, alpha), cut_out(image, alpha)]
+        [image, _grey(alpha), overlay(image, alpha), over_checkerboard(image, alpha)]
         for image, alpha in zip(images, alphas, strict=True)
     ]
     headings = ["image", "matte", "overlay", "cut-out"]
@@ -118,11 +114,11 @@ def contact_sheet(
 
 
 def sheet(
-    rows: Sequence[Sequence[Picture]], headings: Sequence[str], captions: Sequence[str]
+    rows: Sequence[Sequence[ImageArray]], headings: Sequence[str], captions: Sequence[str]
 ) -> Image.Image:
-    """Pictures in rows, with a heading over each column and a caption under each row.
+    """Lay images out in rows, with a heading over each column and a caption under each row.
 
-    All pictures have the size of the first; others are brought to it.
+    All images get the size of the first one.
     """
     font = ImageFont.load_default(TEXT)
     height, width = rows[0][0].shape[:2]
@@ -131,28 +127,22 @@ def sheet(
     paper = Image.new("RGB", total, PAPER)
     pen = ImageDraw.Draw(paper)
     for column, heading in enumerate(headings):
-        pen.text(
-            (GAP + column * (width + GAP), GAP), _fitting(heading, width, font), fill=INK, font=font
-        )
+        corner = (GAP + column * (width + GAP), GAP)
+        pen.text(corner, _fitting(heading, width, font), fill=INK, font=font)
     for number, (row, caption) in enumerate(zip(rows, captions, strict=True)):
         top = line + number * (height + line)
-        for column, picture in enumerate(row):
-            cell = Image.fromarray(np.ascontiguousarray(picture))
-            paper.paste(
-                cell if cell.size == (width, height) else cell.resize((width, height)),
-                (GAP + column * (width + GAP), top),
-            )
-        pen.text(
-            (GAP, top + height + GAP // 2),
-            _fitting(caption, total[0] - 2 * GAP, font),
-            fill=FAINT,
-            font=font,
-        )
+        for column, image in enumerate(row):
+            cell = Image.fromarray(np.ascontiguousarray(image))
+            if cell.size != (width, height):
+                cell = cell.resize((width, height))
+            paper.paste(cell, (GAP + column * (width + GAP), top))
+        text = _fitting(caption, total[0] - 2 * GAP, font)
+        pen.text((GAP, top + height + GAP // 2), text, fill=FAINT, font=font)
     return paper
 
 
 def _fitting(text: str, width: int, font: Any) -> str:
-    """The text, or as much of it as fits with an ellipsis."""
+    """Return the text, or as much of it as fits with an ellipsis."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}…") > width:
@@ -160,19 +150,20 @@ def _fitting(text: str, width: int, font: Any) -> str:
     return f"{text}…"
 
 
-def _share(alpha: Alpha) -> Alpha:
-    """Alpha as float32 in 0..1."""
-    alpha = np.asarray(alpha)
-    return alpha.astype(np.float32) / 255 if alpha.dtype == np.uint8 else alpha.astype(np.float32)
+def as_fraction(alpha: AnyAlpha) -> Alpha:
+    """Return alpha as float32 in [0, 1]."""
+    if alpha.dtype == np.uint8:
+        return alpha.astype(np.float32) / np.float32(255)
+    return alpha.astype(np.float32)
 
 
-def _grey(alpha: Alpha) -> Picture:
-    levels = (np.clip(_share(alpha), 0, 1) * 255 + 0.5).astype(np.uint8)
+def _grey(alpha: AnyAlpha) -> ImageArray:
+    levels = (np.clip(as_fraction(alpha), 0, 1) * 255 + 0.5).astype(np.uint8)
     return np.repeat(levels[..., None], 3, axis=2)
 
 
 def _edge(inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pixels of a region that touch its outside, the border of the picture not counted."""
+    """Find the pixels of a region that touch its outside; the border of the image does not count."""
     padded = np.pad(inside, 1, mode="edge")
     core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return inside & ~core

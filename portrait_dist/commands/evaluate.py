@@ -1,29 +1,42 @@
-"""``evaluate``."""
+"""``evaluate``: score a checkpoint on a split.
+
+portrait-dist evaluate --checkpoint runs/NAME/ckpt_best.pth --data shards --split test
+torchrun --nproc-per-node 2 -m portrait_dist evaluate --checkpoint runs/NAME/ckpt_best.pth --data shards
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from portrait_dist.commands import command
 
+if TYPE_CHECKING:
+    from portrait_dist.evaluation import Evaluation
 
-def _evaluate_summary(result: dict[str, Any]) -> str:
+EXAMPLES = """\b
+Examples:
+  portrait-dist evaluate --checkpoint runs/first/ckpt_best.pth --data shards --split test
+  portrait-dist evaluate --checkpoint runs/first/ckpt_best.pth --data shards --per-sample scores.csv --pictures worst
+"""
+
+
+def _summary(result: dict[str, Any]) -> str:
     return (
         f"{result['split']}: {result['samples']} samples\n"
         f"IoU {result['iou']:.4f} (all pixels), {result['mean_iou']:.4f} (mean over images)\n"
-        f"precision {result['precision']:.4f}, recall {result['recall']:.4f}; IoU is largest above {result['best_threshold']:g}\n"
+        f"precision {result['precision']:.4f}, recall {result['recall']:.4f}; "
+        f"IoU is largest above {result['best_threshold']:g}\n"
         f"boundary IoU {result['boundary_iou']:.4f}, gradient error {result['gradient_error']:.3f}\n"
         f"MAE {result['mae']:.5f}, MSE {result['mse']:.5f}, loss {result['loss']:.4f}"
     )
 
 
-@command(
-    "evaluate",
-    summary=_evaluate_summary,
-    epilog="\b\nExample:\n  portrait-dist evaluate --checkpoint runs/first/ckpt_best.pth --data shards --split test\n",
-)
+@command("evaluate", summary=_summary, epilog=EXAMPLES)
 @click.option("--checkpoint", required=True, help="A .pth file of a run.")
 @click.option("--data", "shards", required=True, help="Folder or address of the shards.")
 @click.option(
@@ -34,7 +47,7 @@ def _evaluate_summary(result: dict[str, Any]) -> str:
     default=16,
     show_default=True,
     type=click.IntRange(1),
-    help="Samples per rank and step.",
+    help="Samples per rank and batch.",
 )
 @click.option(
     "--workers", default=2, show_default=True, type=click.IntRange(0), help="Decoding threads."
@@ -45,26 +58,87 @@ def _evaluate_summary(result: dict[str, Any]) -> str:
 @click.option(
     "--per-sample",
     "table",
-    type=click.Path(dir_okay=False),
-    help="CSV file for every sample's figures.",
+    type=click.Path(path_type=Path),
+    help="CSV file for every sample's scores.",
 )
 @click.option(
     "--curve",
-    type=click.Path(dir_okay=False),
+    type=click.Path(path_type=Path),
     help="CSV file for precision, recall and IoU over thresholds.",
 )
 @click.option(
     "--pictures",
-    type=click.Path(file_okay=False),
+    type=click.Path(path_type=Path),
     help="Folder for pictures of the worst and the median samples.",
 )
-def evaluate(**options: Any) -> dict[str, Any] | None:
+def evaluate(
+    checkpoint: str,
+    shards: str,
+    split: str,
+    batch_size: int,
+    workers: int,
+    device: str,
+    table: Path | None,
+    curve: Path | None,
+    pictures: Path | None,
+) -> dict[str, Any] | None:
     """Score a checkpoint on a split, alone or under torchrun; every sample counts exactly once."""
     from portrait_dist import distributed, evaluation
 
     try:
-        return evaluation.evaluate(
-            options.pop("checkpoint"), options.pop("shards"), options.pop("split"), **options
+        distributed.start(distributed.pick_device(device))
+        distributed.on_every_rank(lambda: _check_outputs(table, curve, pictures))
+        found = evaluation.evaluate(
+            checkpoint, shards, split, batch_size=batch_size, workers=workers, device=device
         )
     finally:
         distributed.stop()
+    if found is None:
+        return None
+    _write_tables(found, table, curve)
+    result = dataclasses.asdict(found.scores)
+    if pictures:
+        result["pictures"] = evaluation.write_examples(
+            found, checkpoint, shards, pictures, device=device
+        )
+    return result
+
+
+def _check_outputs(table: Path | None, curve: Path | None, pictures: Path | None) -> None:
+    """Refuse before the long work what could not be written after it."""
+    from portrait_dist import distributed, files
+
+    if distributed.rank() != 0:
+        return
+    for path in (table, curve):
+        if path:
+            files.check_writable(path)
+    if pictures:
+        files.check_folder_writable(pictures)
+
+
+def _write_tables(found: Evaluation, table: Path | None, curve: Path | None) -> None:
+    """Write the CSV files."""
+    if table:
+        scored = ({"key": row.key} | dataclasses.asdict(row.scores) for row in found.rows)
+        _write_csv(table, scored)
+    if curve:
+        _write_csv(curve, map(dataclasses.asdict, found.curve))
+
+
+def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a table, numbers with six significant digits: more are noise of float32."""
+    import csv
+    import io
+
+    from portrait_dist import files
+
+    text = io.StringIO()
+    lines = [
+        {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+        for row in rows
+    ]
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]) if lines else ["key"])
+    writer.writeheader()
+    writer.writerows(lines)
+    files.write_text(path, text.getvalue())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from portrait_dist import distributed
+from portrait_dist.metrics import sample_iou
 from portrait_dist.runs.folder import RunFolder
 from portrait_dist.system.info import machine
 from portrait_dist.training.sg_adapter import Callback, PhaseContext
@@ -74,6 +75,9 @@ class RunRecorder(Callback):
                     batch.image[:count].cpu().numpy(),
                     batch.alpha[:count].cpu().numpy(),
                     context.preds[:count, 0].float().cpu().numpy(),
+                    sample_iou(
+                        context.preds[:count, 0], batch.alpha[:count].float() / 255
+                    ).tolist(),
                 )
 
     def on_validation_loader_end(self, context: PhaseContext) -> None:

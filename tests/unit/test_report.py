@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
-from portrait_dist import cli, config, visualize
+from portrait_dist import cli, config, metrics
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.runs.report import collect, page, svg
 from portrait_dist.system import info
@@ -109,15 +110,17 @@ def test_worst_cases_are_the_lowest_iou_first_and_pictures_are_their_own(
 
     model, about = load_model(finished / "ckpt_best.pth")
     scores = collect.score(model, str(tiny_shards), tuple(about["size"]), pictures=3, device="cpu")
-    assert [sample.figures["iou"] for sample in scores.worst] == sorted(scores.ious)[:3]
+    assert [sample.scores.iou for sample in scores.worst] == sorted(scores.ious)[:3]
     assert len({sample.key for sample in scores.gallery}) == 3
     assert len(scores.ious) == scores.split_samples == 7
     for sample in [*scores.worst, *scores.gallery]:
-        assert visualize.iou(sample.alpha, sample.prediction) == pytest.approx(
-            sample.figures["iou"], abs=1e-6
+        masks = (
+            torch.from_numpy(sample.prediction)[None],
+            torch.from_numpy(sample.alpha)[None] / 255,
         )
+        assert float(metrics.sample_iou(*masks)) == sample.scores.iou
         assert float(abs(sample.alpha / 255 - sample.prediction).mean()) == pytest.approx(
-            sample.figures["mae"], abs=1e-6
+            sample.scores.mae, abs=1e-6
         )
 
 

@@ -14,44 +14,36 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from portrait_dist.errors import InputError, PortraitDistError
 from portrait_dist.runs.folder import RunFolder
 from portrait_dist.runs.status import run_status
 
+if TYPE_CHECKING:
+    from portrait_dist.data.stream.loader import Batch
+    from portrait_dist.evaluation import SampleScores, ScoredSample
+    from portrait_dist.models import UNet
+
 CHECKPOINTS = ("ckpt_best.pth", "ckpt_latest.pth")
-
-
-@dataclass
-class Sample:
-    """A scored picture: ``image`` uint8 [H, W, 3], ``alpha`` uint8 [H, W], ``prediction`` float32 [H, W] in 0..1."""
-
-    key: str
-    figures: dict[str, float]
-    image: NDArray[np.uint8]
-    alpha: NDArray[np.uint8]
-    prediction: NDArray[np.float32]
 
 
 @dataclass
 class Scores:
     """What the checkpoint does on the validation split.
 
-    ``iou`` pools all pixels, as training does; ``means`` are means over the samples of the figures of ``metrics.per_sample``;
-    ``ious`` has every sample's own; ``gallery`` is spread evenly over the split, ``worst`` has the lowest IoU first.
+    ``iou`` pools all pixels, as training does; ``means`` are means over the samples; ``ious`` has every sample's own;
+    ``gallery`` is spread evenly over the split, ``worst`` has the lowest IoU first.
     """
 
     split_samples: int
     iou: float
-    means: dict[str, float]
+    means: SampleScores
     ious: list[float]
-    gallery: list[Sample]
-    worst: list[Sample]
+    gallery: list[ScoredSample]
+    worst: list[ScoredSample]
 
     @property
     def samples(self) -> int:
@@ -191,7 +183,7 @@ def _score_into(run: Run, samples: int, at_most: int, device: str) -> None:
 
 
 def score(
-    model: Any,
+    model: UNet,
     shards: str,
     size: tuple[int, int],
     pictures: int,
@@ -205,40 +197,36 @@ def score(
         shards: folder or address.
         size: (H, W) of the network's input.
         pictures: how many samples to keep for the gallery, and how many of the worst.
-        at_most: samples to score, 0 for all.
+        at_most: samples to score, spread evenly over the split; 0 for all.
         device: ``auto``, ``cpu`` or ``cuda``.
     """
-    from portrait_dist.metrics import SoftIoU
+    from portrait_dist.distributed import pick_device
+    from portrait_dist.evaluation import Scorer, mean_scores
 
-    pooled = SoftIoU()
-    rows: list[dict[str, float]] = []
-    worst: list[tuple[float, int, Sample]] = []  # a heap: the best of the worst is on top
-    gallery: list[Sample] = []
+    scorer = Scorer(model, pick_device(device))
     total, batches = _batches(shards, size, at_most)
     scored = min(total, at_most or total)
-    shown = (
-        {place * scored // pictures for place in range(min(pictures, scored))}
-        if pictures <= scored
-        else set(range(scored))
-    )
-    for sample in _predictions(model, batches, scored, pooled, device):
-        number = len(rows)
-        rows.append(sample.figures)
+    shown = {number * scored // pictures for number in range(pictures)} if pictures else set()
+    rows: list[SampleScores] = []
+    worst: list[tuple[float, int, ScoredSample]] = []  # a heap: the best of the worst is on top
+    gallery: list[ScoredSample] = []
+    for number, sample in enumerate(scorer.score(batches)):
+        rows.append(sample.scores)
         if number in shown:
-            gallery.append(sample)
-        heapq.heappush(worst, (-sample.figures["iou"], number, sample))
-        if len(worst) > pictures:
-            heapq.heappop(worst)
-    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    ranked = [sample for _, _, sample in sorted(worst, key=lambda item: (-item[0], item[1]))]
-    return Scores(
-        total, float(pooled.compute()), means, [row["iou"] for row in rows], gallery, ranked
-    )
+            gallery.append(sample.copy())
+        if len(worst) < pictures or (pictures and -sample.scores.iou > worst[0][0]):
+            heapq.heappush(worst, (-sample.scores.iou, -number, sample.copy()))
+            if len(worst) > pictures:
+                heapq.heappop(worst)
+    ranked = [sample for _, _, sample in sorted(worst, key=lambda item: (-item[0], -item[1]))]
+    ious = [row.iou for row in rows]
+    return Scores(total, float(scorer.pooled.compute()), mean_scores(rows), ious, gallery, ranked)
 
 
-def _batches(shards: str, size: tuple[int, int], at_most: int) -> tuple[int, Iterator[Any]]:
-    """Samples in the validation split, and its batches in order: all, or of ``at_most`` samples spread over it."""
+def _batches(shards: str, size: tuple[int, int], at_most: int) -> tuple[int, Iterator[Batch]]:
+    """Samples in the validation split, and its batches in order: all, or ``at_most`` samples spread over it."""
     from portrait_dist.data import build_loader
+    from portrait_dist.evaluation import read_positions
     from portrait_dist.system.progress import track
 
     loader = build_loader(
@@ -247,57 +235,8 @@ def _batches(shards: str, size: tuple[int, int], at_most: int) -> tuple[int, Ite
     total = loader.dataset.samples
     if not at_most or at_most >= total:
         return total, iter(track(loader, len(loader), "batches"))
-    wanted = {place * total // at_most for place in range(at_most)}
-    return total, _only(loader, wanted)
-
-
-def _only(loader: Any, wanted: set[int]) -> Iterator[Any]:
-    import dataclasses
-
-    for batch in loader:
-        kept = [i for i, place in enumerate(batch.positions) if int(place) in wanted]
-        if kept:
-            keys = [batch.keys[i] for i in kept]
-            positions = batch.positions[kept]
-            yield dataclasses.replace(
-                batch,
-                image=batch.image[kept],
-                alpha=batch.alpha[kept],
-                keys=keys,
-                positions=positions,
-            )
-
-
-def _predictions(
-    model: Any, batches: Iterator[Any], scored: int, pooled: Any, device: str
-) -> Iterator[Sample]:
-    import torch
-
-    from portrait_dist import distributed
-    from portrait_dist.metrics import per_sample
-    from portrait_dist.preprocessing import normalise
-
-    chosen = distributed.pick_device(device)
-    model.to(chosen)
-    pooled.to(chosen)
-    for batch in batches:
-        with torch.inference_mode():
-            images, mattes = normalise(batch.image.to(chosen), batch.alpha.to(chosen))
-            probabilities = model(images)
-            pooled.update(probabilities, mattes)
-            figures = {
-                name: values.tolist() for name, values in per_sample(probabilities, mattes).items()
-            }
-        predictions = probabilities[:, 0].float().cpu().numpy()
-        for i, key in enumerate(batch.keys):
-            values = {name: figures[name][i] for name in figures}
-            yield Sample(
-                key,
-                values,
-                batch.image[i].numpy().copy(),
-                batch.alpha[i].numpy().copy(),
-                predictions[i].copy(),
-            )
+    wanted = [number * total // at_most for number in range(at_most)]
+    return total, read_positions(loader.dataset, wanted)
 
 
 def _write(out: Path, text: str) -> None:

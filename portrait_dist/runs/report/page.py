@@ -11,15 +11,18 @@ import time
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from portrait_dist import config as settings
-from portrait_dist.runs.report.collect import Run, Sample
+from portrait_dist.runs.report.collect import Run
 from portrait_dist.runs.report.svg import Point, Series, histogram, line_chart
 from portrait_dist.visualize import errors
+
+if TYPE_CHECKING:
+    from portrait_dist.evaluation import ScoredSample
 
 LARGEST_PICTURE = 320  # pixels; larger ones are reduced
 NAMES = {
@@ -188,7 +191,10 @@ def _scores(run: Run) -> str:
     )
     rows = [
         ("IoU, all pixels pooled", scores.iou),
-        *((NAMES.get(name, name), value) for name, value in scores.means.items()),
+        *(
+            (NAMES.get(name, name), value)
+            for name, value in dataclasses.asdict(scores.means).items()
+        ),
     ]
     table = _table([(name, _figure(value)) for name, value in rows])
     checkpoint = run.checkpoint.name if run.checkpoint else ""
@@ -201,11 +207,11 @@ def _scores(run: Run) -> str:
     )
 
 
-def _grid(samples: Iterable[Sample]) -> str:
+def _grid(samples: Iterable[ScoredSample]) -> str:
     return f'<div class="samples">{"".join(_sample(sample) for sample in samples)}</div>'
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: ScoredSample) -> str:
     difference = errors(sample.image, sample.alpha, sample.prediction)
     level = (np.clip(sample.prediction, 0, 1) * 255 + 0.5).astype(np.uint8)
     pictures = {
@@ -218,7 +224,7 @@ def _sample(sample: Sample) -> str:
         f'<span><img src="{data_address(picture)}" alt="{name} of {escape(sample.key)}">{name}</span>'
         for name, picture in pictures.items()
     )
-    says = f"IoU {sample.figures['iou']:.4f}, MAE {sample.figures['mae']:.4f}"
+    says = f"IoU {sample.scores.iou:.4f}, MAE {sample.scores.mae:.4f}"
     return (
         f'<figure class="sample"><figcaption><b>{escape(sample.key)}</b><span>{says}</span></figcaption>'
         f'<div class="four">{cells}</div></figure>'
