@@ -1,42 +1,64 @@
-"""Checkpoints: written whole or not at all, readable by plain torch with ``weights_only=True``.
+"""Checkpoint files: written whole or not at all, and one door through which every reader goes.
 
-The files have SuperGradients' names and content. Tensors lie in the usual NCHW order, names carry no prefix of DDP or
-torch.compile, everything else is plain numbers, strings, lists and dicts, so loading one cannot execute code.
+The files have SuperGradients' names and content. Tensors lie in the usual NCHW order, names carry
+no prefix of DDP or torch.compile, everything else is plain numbers, strings, lists and dicts, so
+that loading one cannot execute code. What this package needs beyond SuperGradients' entries stands
+under ``portrait_dist``; :class:`CheckpointInfo` is its typed form.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
-import os
-import socket
+import math
+import stat
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
+from portrait_dist import distributed, files
+from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.runs.folder import BEST, LATEST
 
 if TYPE_CHECKING:
     from portrait_dist.models import UNet
 
-LATEST = "ckpt_latest.pth"
-BEST = "ckpt_best.pth"
-AVERAGE = "average_model.pth"
+MAX_SIDE = 16_384
+"""Pixels; a larger side in a checkpoint is a damaged number (such an image takes 3.2 GB)."""
+FIRST_WEIGHT = "encoder1.enc1conv1.weight"
+LAST_WEIGHT = "conv.weight"
 
 
-def plain(value: Any) -> Any:
-    """A copy made of contiguous CPU tensors, dicts, lists, tuples, strings and Python numbers only."""
+# Writing ------------------------------------------------------------------------------------------
+
+
+def host_copy(value: Any) -> Any:
+    """Copy a state to the CPU as contiguous tensors and plain Python values.
+
+    No tensor of the copy shares memory with the live network, so training may go on while it is
+    written. From a GPU the tensors travel through page-locked memory, all at once, and the host
+    waits for them once.
+    """
+    copied = _copy(value)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return copied
+
+
+def _copy(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu").contiguous()
+        return _copy_tensor(value.detach())
     if isinstance(value, dict):
         return {
-            str(key) if not isinstance(key, (int, str)) else key: plain(item)
+            key if isinstance(key, (int, str)) else str(key): _copy(item)
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return type(value)(plain(item) for item in value)
+        items = [_copy(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
@@ -46,101 +68,488 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def _copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type != "cuda":
+        # copy=True: for a contiguous CPU tensor .to("cpu").contiguous() is the tensor itself.
+        return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor.contiguous(), non_blocking=True)
+
+
 def save_atomically(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint under a temporary name in the same folder, fsync, rename: a reader finds the old or the new one.
+    """Write a checkpoint that appears whole or not at all, on the disk when this returns.
 
     Args:
         path: the checkpoint's file.
-        state: anything :func:`plain` takes.
+        state: anything :func:`host_copy` takes.
 
     Raises:
-        PortraitDistError: the disk is full or the folder cannot be written; the old file stays.
+        InputError: the folder is missing or cannot be written; the old file stays.
+        PortraitDistError: the disk is full or failed; the old file stays.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    write(path, host_copy(state))
+
+
+def write(path: str | Path, state: dict[str, Any]) -> None:
+    """Write a state that is on the host already; see :func:`save_atomically`."""
     buffer = io.BytesIO()  # first in memory: torch.save hides the reason when a disk refuses
-    torch.save(plain(state), buffer)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _fsync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = (
-            "the disk is full; free some space"
-            if full
-            else f"{error.strerror}; make the folder writable"
+    torch.save(state, buffer)
+    files.write_bytes(path, buffer.getbuffer(), durable=True)
+
+
+# What a checkpoint says of itself -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model of the average: ``epoch`` epochs were complete, ``value`` is the watched metric."""
+
+    epoch: int
+    value: float
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says besides its weights; None is what it does not say.
+
+    Attributes:
+        path: the file.
+        model: arguments of ``UNet``; None where the network is another one.
+        network: name of the network's class.
+        size: (H, W) in pixels of the training images as the network saw them.
+        aspect: width / height of the training images before they were resized to ``size``.
+        data: hash of each split's content, by split.
+        config: the run's configuration.
+        epoch: complete epochs.
+        batches: batches of each rank done in the epoch after those; None where the epoch has not
+            begun.
+        samples_seen: training samples over all ranks.
+        best_metric: the best value of the watched metric so far.
+        acc: the watched metric of these weights (SuperGradients' name for it).
+        world_size: ranks of the run that wrote it.
+        global_batch: samples of an optimiser step.
+        packages: versions by package.
+        averaged: the models that the average of the best consists of; None where the run averages
+            nothing.
+    """
+
+    path: str = ""
+    model: Mapping[str, int | str] | None = None
+    network: str | None = None
+    size: tuple[int, int] | None = None
+    aspect: float | None = None
+    data: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    epoch: int | None = None
+    batches: int | None = None
+    samples_seen: int = 0
+    best_metric: float | None = None
+    acc: float | None = None
+    world_size: int | None = None
+    global_batch: int | None = None
+    packages: Mapping[str, str] = field(default_factory=dict)
+    averaged: tuple[Snapshot, ...] | None = None
+
+
+class _Checks:
+    """Checks the entries of one file; every failure is one line that names file and entry."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+
+    def need(self, holds: bool, entry: str) -> None:
+        if not holds:
+            raise DamagedDataError(
+                f"{self.path}: not a whole checkpoint ({entry}); take another one of the run, "
+                f"such as {BEST}"
+            )
+
+    def integer(self, value: Any, entry: str, least: int = 0) -> int:
+        self.need(_is_integer(value) and least <= value < 2**63, f"{entry} is no whole number")
+        return int(value)
+
+    def optional_integer(self, value: Any, entry: str, least: int = 0) -> int | None:
+        return None if value is None else self.integer(value, entry, least)
+
+    def optional_number(self, value: Any, entry: str) -> float | None:
+        if value is None:
+            return None
+        self.need(isinstance(value, (int, float)), f"{entry} is no number")
+        return float(value)
+
+    def mapping(self, value: Any, entry: str) -> dict[Any, Any]:
+        self.need(isinstance(value, dict), f"{entry} is no dictionary")
+        return dict(value)
+
+    def tensors(self, value: Any, entry: str) -> dict[str, torch.Tensor]:
+        found = self.mapping(value, entry)
+        self.need(
+            all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()),
+            f"{entry} holds something else than named tensors",
         )
-        raise PortraitDistError(
-            f"{path}: the checkpoint was not written, the one before it is whole: {reason} and run again"
-        ) from error
+        return found
+
+    def size(self, value: Any) -> tuple[int, int] | None:
+        if value is None:
+            return None
+        self.need(
+            isinstance(value, (list, tuple))
+            and len(value) == 2
+            and all(_is_integer(side) and 1 <= side <= MAX_SIDE for side in value),
+            f"size {_short(value)} is not [height, width] in pixels, 1 to {MAX_SIDE}",
+        )
+        return int(value[0]), int(value[1])
+
+    def aspect(self, value: Any) -> float | None:
+        number = self.optional_number(value, "aspect")
+        self.need(number is None or 0.01 <= number <= 100, f"aspect {_short(value)}")
+        return number
+
+    def averaged(self, value: Any) -> tuple[Snapshot, ...] | None:
+        if value is None:
+            return None
+        self.need(isinstance(value, list), "averaged is no list")
+        found = []
+        for item in value:
+            entry = self.mapping(item, "averaged")
+            number, metric = entry.get("epoch"), entry.get("value")
+            self.need(_is_integer(number) and isinstance(metric, (int, float)), "averaged")
+            assert number is not None
+            assert metric is not None
+            found.append(Snapshot(int(number), float(metric)))
+        return tuple(found)
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def info_of(state: Mapping[str, Any], path: str | Path = "") -> CheckpointInfo:
+    """Check what a checkpoint says besides its weights, and return it typed.
+
+    Args:
+        state: a checkpoint as it was read.
+        path: its file, for messages.
+
+    Raises:
+        DamagedDataError: an entry has the wrong type or an impossible value.
+    """
+    checks = _Checks(path)
+    own = checks.mapping(state.get("portrait_dist") or {}, "portrait_dist")
+    position = checks.mapping(own.get("position") or {}, "position")
+    model, network = own.get("model"), own.get("network")
+    checks.need(network is None or isinstance(network, str), "network is no name")
+    packages = checks.mapping(state.get("packages") or {}, "packages")
+    data = checks.mapping(own.get("data") or {}, "data")
+    return CheckpointInfo(
+        path=str(path),
+        model=checks.mapping(model, "model") if model is not None else None,
+        network=network,
+        size=checks.size(own.get("size")),
+        aspect=checks.aspect(own.get("aspect")),
+        data={str(split): str(identity) for split, identity in data.items()},
+        config=checks.mapping(own.get("config") or {}, "config"),
+        epoch=checks.optional_integer(state.get("epoch"), "epoch"),
+        batches=checks.integer(position.get("batches"), "position") if position else None,
+        samples_seen=checks.integer(own.get("samples_seen", 0), "samples_seen"),
+        best_metric=checks.optional_number(own.get("best_metric"), "best_metric"),
+        acc=checks.optional_number(state.get("acc"), "acc"),
+        world_size=checks.optional_integer(own.get("world_size"), "world_size", 1),
+        global_batch=checks.optional_integer(own.get("global_batch"), "global_batch", 1),
+        packages={str(name): str(version) for name, version in packages.items()},
+        averaged=checks.averaged(own.get("averaged")),
+    )
+
+
+# Reading ------------------------------------------------------------------------------------------
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint without executing anything in it.
+    """Read a checkpoint whole, without executing anything in it, and check every byte and entry.
+
+    Raises:
+        InputError: there is no such file, or it is no checkpoint.
+        DamagedDataError: the file is truncated, has a flipped bit, or entries of the wrong type.
+    """
+    return _parse(_bytes_of(path), path)
+
+
+def read_info(path: str | Path) -> CheckpointInfo:
+    """Read what a checkpoint says besides its weights; the weights stay on the disk.
+
+    Raises:
+        InputError, DamagedDataError: as :func:`read`.
+    """
+    path = _existing(path)
+    with path.open("rb") as file:
+        mapped = zipfile.is_zipfile(file)
+    state = _load(str(path) if mapped else io.BytesIO(path.read_bytes()), path, mmap=mapped)
+    return info_of(_checkpoint(state, path), path)
+
+
+def read_on_every_rank(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint on rank 0 and give it to all ranks. A collective.
+
+    A shared disk serves the file once, whatever the number of ranks.
+
+    Raises:
+        InputError, DamagedDataError: as :func:`read`, on every rank.
+    """
+    own = distributed.on_every_rank(
+        lambda: _checked_bytes(path) if distributed.rank() == 0 else b""
+    )
+    return _parse(distributed.broadcast_bytes(own), path)
+
+
+def _checked_bytes(path: str | Path) -> bytes:
+    data = _bytes_of(path)
+    _parse(data, path)
+    return data
+
+
+def load_foreign(path: str | Path) -> Any:
+    """Load any torch file without executing anything in it; the caller checks what it holds.
 
     Raises:
         InputError: there is no such file.
-        DamagedDataError: the file is not a checkpoint, or truncated.
+        DamagedDataError: it is truncated, damaged, or holds something that would execute.
     """
+    return _load(io.BytesIO(_bytes_of(path)), path)
+
+
+def _existing(path: str | Path) -> Path:
     path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"{path}: there is no such checkpoint; give the path of a .pth file, for example runs/NAME/{BEST}"
-        )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise DamagedDataError(
-            f"{path}: not a checkpoint that can be read safely ({type(error).__name__}); "
-            f"take another one of the run, such as {LATEST}"
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        raise InputError(
+            f"{path}: there is no such checkpoint; give the path of a .pth file, for example "
+            f"runs/NAME/{BEST}"
+        ) from None
+    if not stat.S_ISREG(mode):  # a pipe would be waited for, a device never ends
+        raise InputError(f"{path}: is not a file; give the path of a .pth file")
+    return path
+
+
+def _bytes_of(path: str | Path) -> bytes:
+    """Read a file's bytes; check its CRC-32, which torch.load does not."""
+    path = _existing(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); see its permissions"
         ) from error
+    if not data:
+        raise DamagedDataError(f"{path}: is empty; {_advice()}")
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                damaged = archive.testzip()
+        except Exception as error:
+            raise DamagedDataError(
+                f"{path}: damaged ({type(error).__name__}); {_advice()}"
+            ) from error
+        if damaged:
+            raise DamagedDataError(f"{path}: damaged ({damaged} has a wrong checksum); {_advice()}")
+    return data
+
+
+def _advice() -> str:
+    return f"take another checkpoint of the run, such as {LATEST} or {BEST}"
+
+
+def _load(source: str | io.BytesIO, path: str | Path, *, mmap: bool = False) -> Any:
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a foreign pickle may raise anything
+        raise DamagedDataError(
+            f"{path}: not a file that can be read safely ({type(error).__name__}); {_advice()}"
+        ) from error
+
+
+def _parse(data: bytes, path: str | Path) -> dict[str, Any]:
+    return _checkpoint(_load(io.BytesIO(data), path), path)
+
+
+def _checkpoint(state: Any, path: str | Path) -> dict[str, Any]:
+    """Check that a loaded file is a checkpoint, with the right type for each entry that it has."""
     if not isinstance(state, dict) or "net" not in state:
         raise InputError(
-            f"{path}: a torch file, but no checkpoint of portrait_dist or SuperGradients (it has no 'net')"
+            f"{path}: a torch file, but no checkpoint of portrait_dist or SuperGradients "
+            "(it has no 'net')"
         )
+    checks = _Checks(path)
+    checks.tensors(state["net"], "net")
+    if state.get("ema_net") is not None:
+        checks.tensors(state["ema_net"], "ema_net")
+    info_of(state, path)
     return state
 
 
-def load_model(path: str | Path) -> tuple[UNet, dict[str, Any]]:
-    """The U-Net of a checkpoint, in evaluation mode on the CPU, and what the checkpoint says of it.
+def check_resumable(state: Mapping[str, Any], path: str | Path) -> None:
+    """Check the entries that training goes on from.
+
+    Args:
+        state: a checkpoint from :func:`read`.
+        path: its file, for messages.
+
+    Raises:
+        InputError: only weights; a run cannot go on from them.
+        DamagedDataError: an entry has the wrong type.
+    """
+    missing = [name for name in ("epoch", "optimizer_state_dict") if name not in state]
+    if missing:
+        raise InputError(
+            f"{path}: holds no {' and no '.join(missing)}, so no run can resume from it; "
+            "start a new run with model.weights= and this file"
+        )
+    checks = _Checks(path)
+    checks.integer(state["epoch"], "epoch")
+    _check_optimizer(checks, state["optimizer_state_dict"])
+    for name in ("scaler_state_dict", "torch_scheduler_state_dict"):
+        if state.get(name) is not None:
+            checks.mapping(state[name], name)
+    own = checks.mapping(state.get("portrait_dist") or {}, "portrait_dist")
+    checks.need(isinstance(own.get("ranks", []), list), "ranks is no list")
+    for rank in own.get("ranks", []):
+        if rank is not None:
+            _check_rank(checks, checks.mapping(rank, "ranks"))
+    if own.get("position"):
+        checks.mapping(own["position"].get("loader"), "position of the loader")
+
+
+def _check_optimizer(checks: _Checks, value: Any) -> None:
+    optimizer = checks.mapping(value, "optimizer_state_dict")
+    groups = optimizer.get("param_groups")
+    checks.need(isinstance(groups, list) and bool(groups), "param_groups of the optimizer")
+    assert isinstance(groups, list)
+    for group in groups:
+        numbers = checks.mapping(group, "param_groups").get("params")
+        checks.need(
+            isinstance(numbers, list) and all(map(_is_integer, numbers)), "params of the optimizer"
+        )
+    entries = checks.mapping(optimizer.get("state"), "state of the optimizer")
+    for number, entry in entries.items():
+        checks.need(_is_integer(number), "state of the optimizer")
+        for item in checks.mapping(entry, "state of the optimizer").values():
+            plain = item is None or isinstance(item, (torch.Tensor, int, float))
+            checks.need(plain, "state of the optimizer")
+
+
+def _check_rank(checks: _Checks, rank: dict[Any, Any]) -> None:
+    """Check one rank's random state and sums."""
+    if "python" in rank:
+        python = checks.mapping(rank["python"], "random state")
+        numpy = checks.mapping(rank.get("numpy"), "random state")
+        _check_words(checks, python.get("words"), 625)
+        _check_words(checks, numpy.get("keys"), 624)
+        for value in (python.get("version"), numpy.get("position"), numpy.get("has_gauss")):
+            checks.integer(value, "random state")
+        checks.need(0 <= numpy["position"] <= 624, "random state")
+        checks.optional_number(python.get("gauss"), "random state")
+        checks.need(isinstance(numpy.get("cached"), float), "random state")
+        checks.need(numpy.get("name") == "MT19937", "random state")
+        generator = rank.get("torch")
+        checks.need(
+            isinstance(generator, torch.Tensor)
+            and generator.dtype == torch.uint8
+            and generator.shape == torch.get_rng_state().shape,
+            "random state of torch",
+        )
+    if "sums" in rank:
+        sums = checks.mapping(rank["sums"], "sums")
+        checks.integer(sums.get("count"), "count of the sums")
+        loss = sums.get("loss")
+        checks.need(loss is None or isinstance(loss, torch.Tensor), "loss of the sums")
+        for states in checks.mapping(sums.get("metrics"), "metrics of the sums").values():
+            checks.tensors(states, "metrics of the sums")
+
+
+def _check_words(checks: _Checks, words: Any, count: int) -> None:
+    checks.need(
+        isinstance(words, torch.Tensor)
+        and words.dtype == torch.int64
+        and words.shape == (count,)
+        and bool(((words >= 0) & (words < 2**32)).all()),
+        "random state",
+    )
+
+
+# The U-Net ----------------------------------------------------------------------------------------
+
+
+def load_model(path: str | Path) -> tuple[UNet, CheckpointInfo]:
+    """Build the U-Net of a checkpoint, in evaluation mode on the CPU.
 
     The averaged weights (``ema_net``) are taken where there are some.
 
     Returns:
-        The model, and the checkpoint's ``portrait_dist`` entry: ``model``, ``size`` ([H, W] of training), ``config``.
+        The model, and what the checkpoint says of it.
 
     Raises:
         InputError: no such file, or a checkpoint of another model.
         DamagedDataError: the file is damaged.
     """
-    from portrait_dist.models import UNet
+    return model_of(read(path), path)
 
-    state = read(path)
-    weights = state.get("ema_net") or state["net"]
-    about = state.get("portrait_dist") or {}
+
+def model_of(state: Mapping[str, Any], path: str | Path) -> tuple[UNet, CheckpointInfo]:
+    """Build the U-Net of a checkpoint that was read; see :func:`load_model`."""
+    from portrait_dist.models import UNet
+    from portrait_dist.models.unet import STRIDE
+
+    weights, info = state.get("ema_net") or state["net"], info_of(state, path)
+
+    def refuse(reason: str) -> InputError:
+        network = f"{info.network}, " if info.network else ""
+        return InputError(
+            f"{path}: a checkpoint of another model than the U-Net of this package "
+            f"({network}{' '.join(reason.split())[:200]})"
+        )
+
+    settings = _unet_settings(weights, info, refuse)
+    if info.size and any(side % STRIDE for side in info.size):
+        raise DamagedDataError(
+            f"{path}: not a whole checkpoint (size {list(info.size)}, "
+            f"not multiples of {STRIDE}); {_advice()}"
+        )
     try:
-        settings = about.get("model") or {
-            "init_features": weights["encoder1.enc1conv1.weight"].shape[0]
-        }
         model = UNet(**settings)
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path}: a checkpoint of another model than the U-Net of this package ({reason})"
-        ) from error
-    return model.eval(), about
+    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+        raise refuse(str(error)) from error
+    return model.eval(), info
+
+
+def _unet_settings(
+    weights: Mapping[str, torch.Tensor], info: CheckpointInfo, refuse: Callable[[str], InputError]
+) -> dict[str, Any]:
+    """Derive ``UNet``'s arguments from the weights, and compare them with what the checkpoint says.
+
+    The weights have the last word: a wrong number in the metadata must not make a network of 10^9
+    channels.
+    """
+    first, last = weights.get(FIRST_WEIGHT), weights.get(LAST_WEIGHT)
+    for name, weight in ((FIRST_WEIGHT, first), (LAST_WEIGHT, last)):
+        if weight is None or weight.ndim != 4 or min(weight.shape) < 1:
+            raise refuse(f"it has no 4-dimensional {name}")
+    assert first is not None
+    assert last is not None
+    if math.prod(first.shape) > first.untyped_storage().nbytes():  # a view that repeats one number
+        raise refuse(f"{FIRST_WEIGHT} has {math.prod(first.shape)} elements and fewer bytes")
+    derived: dict[str, Any] = {
+        "in_channels": first.shape[1],
+        "out_channels": last.shape[0],
+        "init_features": first.shape[0],
+        "norm": "batch" if "encoder1.enc1norm1.running_mean" in weights else "group",
+    }
+    for name, value in (info.model or {}).items():
+        if name not in derived or derived[name] != value:
+            raise refuse(f"its {name} is {_short(value)}, its weights say {derived.get(name)}")
+    return derived

@@ -197,6 +197,41 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def gather_to_rank_0(value: T, group: Any = None) -> list[T] | None:
+    """Every rank's value, in rank order, on rank 0; None on the others.
+
+    Args:
+        value: anything that can be pickled.
+        group: a process group with all ranks, such as a gloo group beside NCCL; the default group if None.
+    """
+    if not is_initialized():
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=group)
+    return values
+
+
+def broadcast_bytes(data: bytes) -> bytes:
+    """Return rank 0's bytes on every rank; what the others give is ignored."""
+    if world_size() == 1 or not is_initialized():
+        return data
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    length = torch.tensor([len(data)], dtype=torch.int64, device=device)
+    dist.broadcast(length, src=0)
+    if dist.get_rank() == 0:
+        buffer = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)).to(device)
+    else:
+        buffer = torch.empty(int(length), dtype=torch.uint8, device=device)
+    dist.broadcast(buffer, src=0)
+    return data if dist.get_rank() == 0 else buffer.cpu().numpy().tobytes()
+
+
 def sum_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
     """Add up each tensor over all ranks, in place."""
     if is_initialized():

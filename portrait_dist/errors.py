@@ -5,6 +5,7 @@ Every message is one line that says where (file or option), what is wrong, and w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -17,6 +18,8 @@ class PortraitDistError(Exception):
     """
 
     exit_code = 1
+    requeue = True
+    """Can the same command succeed later, so that a SLURM job that ended with it may come back?"""
 
     def __init__(self, message: str = "", result: dict[str, Any] | None = None) -> None:
         super().__init__(message)
@@ -32,12 +35,40 @@ class InputError(PortraitDistError):
     """The input or the options are wrong (exit code 2)."""
 
     exit_code = 2
+    requeue = False
 
 
 class DamagedDataError(PortraitDistError):
     """The data is damaged: a file is truncated, missing or not what the manifest says (exit code 3)."""
 
     exit_code = 3
+    requeue = False
+
+
+class DivergedError(PortraitDistError):
+    """The loss or the weights are not finite (exit code 1): the same command would end in the same way.
+
+    Args:
+        message: one line with the step, the samples, the learning rate and what to try.
+        keys: keys of all samples of the batch, where they are known.
+        epoch: number of the epoch, from 0.
+        step: number of the batch in the run, from 1.
+        lr: learning rate of that step.
+    """
+
+    requeue = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        keys: Sequence[str] = (),
+        epoch: int = 0,
+        step: int = 0,
+        lr: float = 0.0,
+    ) -> None:
+        super().__init__(message)
+        self.keys, self.epoch, self.step, self.lr = tuple(keys), epoch, step, lr
 
 
 class UnreachableError(PortraitDistError):

@@ -291,8 +291,8 @@ def load_scored_model(checkpoint: str | Path) -> tuple[UNet, tuple[int, int]]:
         InputError: no such file, or a checkpoint of another model.
         DamagedDataError: the file is damaged.
     """
-    model, about = load_model(checkpoint)
-    height, width = about.get("size") or DEFAULT_SIZE
+    model, info = load_model(checkpoint)
+    height, width = info.size or DEFAULT_SIZE
     return model, (height, width)
 
 

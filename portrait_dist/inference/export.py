@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from portrait_dist.errors import InputError, PortraitDistError
 from portrait_dist.models import UNet
-from portrait_dist.preprocessing import MEAN, STD
+from portrait_dist.preprocessing import DEFAULT_SIZE, MEAN, STD
 
 FORMATS = ("onnx", "pt2")
 TOLERANCE = 1e-4
@@ -85,8 +85,8 @@ def export(
         raise InputError(f"--format is one of {', '.join(FORMATS)}, not '{format}'")
     if out.exists() and not force:
         raise InputError(f"{out}: exists; add --force to overwrite it, or choose another --out")
-    network, about = load_model(checkpoint)
-    height, width = about.get("size") or (256, 256)
+    network, info = load_model(checkpoint)
+    height, width = info.size or DEFAULT_SIZE
     model, metadata = Normalised(network).eval(), describe((height, width))
     write, read = (_write_onnx, _read_onnx) if format == "onnx" else (_write_pt2, _read_pt2)
     temporary = out.with_name(f".{os.getpid()}.{out.name}.tmp.{format}")

@@ -32,7 +32,7 @@ from portrait_dist.distributed import pick_device
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.models import fused, int8
 from portrait_dist.models.unet import STRIDE, UNet
-from portrait_dist.preprocessing import MEAN, STD
+from portrait_dist.preprocessing import DEFAULT_SIZE, MEAN, STD
 from portrait_dist.system.info import cores
 from portrait_dist.system.malloc import keep_freed_memory
 
@@ -221,9 +221,8 @@ class PortraitSegmenter:
         """
         from portrait_dist.checkpoints import load_model
 
-        model, about = load_model(path)
-        height, width = about.get("size") or (256, 256)
-        return cls(model, (height, width), **options)
+        model, info = load_model(path)
+        return cls(model, info.size or DEFAULT_SIZE, **options)
 
     def predict(self, pictures: Any, batch_size: int = 8) -> Any:
         """Alpha of one picture, or of a list of them.

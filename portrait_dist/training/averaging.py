@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from portrait_dist.checkpoints import plain, save_atomically
+from portrait_dist.checkpoints import host_copy, save_atomically
 
 
 class AverageOfBest:
@@ -42,7 +42,7 @@ class AverageOfBest:
         ranked = sorted(self.snapshots, key=lambda snapshot: self.sign * snapshot["value"])
         if len(self.snapshots) < self.number or self.sign * value > self.sign * ranked[0]["value"]:
             kept = ranked[1:] if len(ranked) >= self.number else ranked
-            self.snapshots = [*kept, {"value": value, "net": plain(net.state_dict())}]
+            self.snapshots = [*kept, {"value": value, "net": host_copy(net.state_dict())}]
             save_atomically(self.path, {"snapshots": self.snapshots})
         return mean_state([snapshot["net"] for snapshot in self.snapshots])
 

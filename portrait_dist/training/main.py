@@ -23,7 +23,7 @@ from portrait_dist.data import build_loader
 from portrait_dist.data.augment import Augment
 from portrait_dist.errors import InputError, PortraitDistError, Stopped
 from portrait_dist.preprocessing import normalise
-from portrait_dist.runs.folder import RunFolder, RunLock
+from portrait_dist.runs.folder import BEST, LATEST, RunFolder, RunLock
 from portrait_dist.training.device_batches import TensorBatch
 from portrait_dist.training.preemption import StopSignals
 
@@ -173,7 +173,7 @@ def _claim_run_folder(config: Config) -> RunLock | None:
     if distributed.rank() != 0:
         return None
     folder = config.run_dir
-    latest = folder / checkpoints.LATEST
+    latest = folder / LATEST
     if not config.run.resume and latest.exists():
         raise InputError(
             f"{folder}: the run exists and run.resume=false; choose another run.name, or resume it with run.resume=true"
@@ -253,24 +253,23 @@ def _plan(config: Config, train_loader: Any, val_loader: Any, device: torch.devi
 
 def _resume(config: Config, plan: Plan) -> str:
     """``start``, ``go on`` or ``finished``."""
-    latest = config.run_dir / checkpoints.LATEST
+    latest = config.run_dir / LATEST
     if not latest.exists():
         return "start"
-    state = checkpoints.read(latest)
-    about = state.get("portrait_dist", {})
-    if state.get("epoch", 0) >= config.train.max_epochs:
+    info = checkpoints.read_info(latest)
+    if (info.epoch or 0) >= config.train.max_epochs:
         distributed.print0(
-            f"{config.run_dir}: finished already ({state['epoch']} epochs); raise train.max_epochs to train on"
+            f"{config.run_dir}: finished already ({info.epoch} epochs); raise train.max_epochs to train on"
         )
         return "finished"
-    before = about.get("global_batch", plan.global_batch)
-    if about.get("position") and before != plan.global_batch:
+    before = info.global_batch or plan.global_batch
+    if info.batches is not None and before != plan.global_batch:
         raise InputError(
             f"{latest}: stopped in the middle of an epoch with a global batch of {before}, now it is {plan.global_batch}; "
             f"set train.batch_size so that ranks × batch_size × accumulate is {before}"
         )
-    where = "in the middle of" if about.get("position") else "at the start of"
-    distributed.print0(f"{config.run_dir}: going on {where} epoch {state['epoch']}")
+    where = "in the middle of" if info.batches is not None else "at the start of"
+    distributed.print0(f"{config.run_dir}: going on {where} epoch {info.epoch}")
     return "go on"
 
 
@@ -391,15 +390,14 @@ def _make_loss(config: Config) -> torch.nn.Module:
 
 def _result(config: Config, trainer: Any, plan: Plan) -> dict[str, Any]:
     folder = config.run_dir
-    latest = checkpoints.read(folder / checkpoints.LATEST)
-    about = latest["portrait_dist"]
-    best = folder / checkpoints.BEST
+    latest = checkpoints.read_info(folder / LATEST)
+    best = folder / BEST
     return {
-        "epochs": latest["epoch"],
-        "steps": latest["epoch"] * plan.steps_per_epoch,
-        "samples_seen": about["samples_seen"],
-        "best_iou": about["best_metric"],
-        "checkpoint": str(best if best.exists() else Path(folder / checkpoints.LATEST)),
+        "epochs": latest.epoch,
+        "steps": (latest.epoch or 0) * plan.steps_per_epoch,
+        "samples_seen": latest.samples_seen,
+        "best_iou": latest.best_metric,
+        "checkpoint": str(best if best.exists() else Path(folder / LATEST)),
         "run_dir": str(folder),
         "images_per_second": round(trainer.images_per_second, 2),
         "world_size": plan.world_size,

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from portrait_dist import checkpoints, distributed
 from portrait_dist.errors import InputError, Stopped
+from portrait_dist.runs.folder import LATEST
 from portrait_dist.system.info import versions
 from portrait_dist.system.malloc import keep_freed_memory
 from portrait_dist.training.averaging import AverageOfBest
@@ -333,10 +334,10 @@ class PortraitTrainer(AdaptedTrainer):
         if self.agreement.finish() == STOP:
             self._save_within_epoch(context, position)
             self._stop(context, f"the end of epoch {context.epoch}")
-        own = checkpoints.plain(_random_state())
+        own = checkpoints.host_copy(_random_state())
         self._rank_states = distributed.gather_objects(own)
         self._last_position = position
-        self._sums_of_training = checkpoints.plain(self._sums(context))
+        self._sums_of_training = checkpoints.host_copy(self._sums(context))
 
     def _stop(self, context: PhaseContext, where: str) -> None:
         distributed.barrier()  # nobody leaves, and makes torchrun end the others, before rank 0 has saved
@@ -512,7 +513,7 @@ class PortraitTrainer(AdaptedTrainer):
             distributed.print0(
                 f"best so far: {self.metric_to_watch} {value:.4f}, saved as {self.ckpt_best_name}"
             )
-        self.sg_logger.add_checkpoint(tag=checkpoints.LATEST, state_dict=state, global_step=epoch)
+        self.sg_logger.add_checkpoint(tag=LATEST, state_dict=state, global_step=epoch)
         if epoch in self.training_params.save_ckpt_epoch_list:
             self.sg_logger.add_checkpoint(
                 tag=f"ckpt_epoch_{epoch}.pth", state_dict=state, global_step=epoch
@@ -572,7 +573,7 @@ class PortraitTrainer(AdaptedTrainer):
         in_training = context.metrics_compute_fn is self.train_metrics
         sums = self._sums(context) if in_training else self._sums_of_training
         self._rank_states = distributed.gather_objects(
-            checkpoints.plain({**_random_state(), "sums": sums})
+            checkpoints.host_copy({**_random_state(), "sums": sums})
         )
         if distributed.rank() == 0:
             metrics = {"tracked_metric_name": self.metric_to_watch, "valid": {}, "train": {}}
@@ -581,9 +582,7 @@ class PortraitTrainer(AdaptedTrainer):
                 "loader": position["loader"],
                 "batches": position["batches"],
             }
-            self.sg_logger.add_checkpoint(
-                tag=checkpoints.LATEST, state_dict=state, global_step=context.epoch
-            )
+            self.sg_logger.add_checkpoint(tag=LATEST, state_dict=state, global_step=context.epoch)
         self._last_save = time.monotonic()
 
     def _can_save(self, position: dict[str, Any]) -> bool:

@@ -108,8 +108,8 @@ def test_worst_cases_are_the_lowest_iou_first_and_pictures_are_their_own(
 ) -> None:
     from portrait_dist.checkpoints import load_model
 
-    model, about = load_model(finished / "ckpt_best.pth")
-    scores = collect.score(model, str(tiny_shards), tuple(about["size"]), pictures=3, device="cpu")
+    model, info = load_model(finished / "ckpt_best.pth")
+    scores = collect.score(model, str(tiny_shards), info.size, pictures=3, device="cpu")
     assert [sample.scores.iou for sample in scores.worst] == sorted(scores.ious)[:3]
     assert len({sample.key for sample in scores.gallery}) == 3
     assert len(scores.ious) == scores.split_samples == 7
@@ -129,11 +129,9 @@ def test_scoring_some_samples_takes_them_from_all_over_the_split(
 ) -> None:
     from portrait_dist.checkpoints import load_model
 
-    model, about = load_model(finished / "ckpt_best.pth")
-    every = collect.score(model, str(tiny_shards), tuple(about["size"]), pictures=7, device="cpu")
-    some = collect.score(
-        model, str(tiny_shards), tuple(about["size"]), pictures=7, at_most=3, device="cpu"
-    )
+    model, info = load_model(finished / "ckpt_best.pth")
+    every = collect.score(model, str(tiny_shards), info.size, pictures=7, device="cpu")
+    some = collect.score(model, str(tiny_shards), info.size, pictures=7, at_most=3, device="cpu")
     assert [sample.key for sample in some.gallery] == [
         every.gallery[place].key for place in (0, 2, 4)
     ]

@@ -148,12 +148,9 @@ def read_run(folder: Path) -> Run:
     checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).exists()), None)
     run = Run(folder, status, events, config if isinstance(config, dict) else {}, text, checkpoint)
     if checkpoint:
-        from portrait_dist.checkpoints import read
+        from portrait_dist.checkpoints import read_info
 
-        run.versions = {
-            str(name): str(version)
-            for name, version in (read(checkpoint).get("packages") or {}).items()
-        }
+        run.versions = dict(read_info(checkpoint).packages)
     run.machine = next(
         (event["machine"] for event in reversed(events) if isinstance(event.get("machine"), dict)),
         {},
@@ -164,10 +161,11 @@ def read_run(folder: Path) -> Run:
 def _score_into(run: Run, samples: int, at_most: int, device: str) -> None:
     from portrait_dist.checkpoints import load_model
     from portrait_dist.data.shards.reader import ShardSet
+    from portrait_dist.preprocessing import DEFAULT_SIZE
 
     assert run.checkpoint is not None
-    model, about = load_model(run.checkpoint)
-    size = about.get("size") or [256, 256]
+    model, info = load_model(run.checkpoint)
+    size = info.size or DEFAULT_SIZE
     shards = ShardSet(run.shards, "val")
     stored = f"{shards.size[0]}x{shards.size[1]}" if shards.size else "their own size"
     counts = {split: entry.samples for split, entry in shards.manifest.splits.items()}
