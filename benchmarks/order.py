@@ -64,7 +64,7 @@ def measure(kind: str, samples: int, ranks: int) -> dict[str, Any]:
     """Plan one rank's epoch in this process."""
     import numpy as np
 
-    from portrait_dist.data.stream.order import Order, Plan
+    from portrait_dist.data.stream.order import BatchPlan, Order
 
     sizes = np.full(-(-samples // SAMPLES_PER_SHARD), SAMPLES_PER_SHARD)
     sizes[-1] -= sizes.sum() - samples
@@ -77,10 +77,10 @@ def measure(kind: str, samples: int, ranks: int) -> dict[str, Any]:
         block_samples=BLOCK_SAMPLES,
         shard_sizes=sizes if kind == "block" else None,
     )
-    plan = Plan(samples, BATCH_SIZE, ranks - 1, ranks)
+    plan = BatchPlan(samples, BATCH_SIZE, ranks - 1, ranks)
     planned = check = 0
     at_once = 4096 // BATCH_SIZE  # batches, as the loader does
-    for first in range(0, plan.steps, at_once):
+    for first in range(0, plan.batches, at_once):
         chosen = order.samples_at(0, np.concatenate(plan.positions(first, first + at_once)))
         planned += len(chosen)
         check ^= int(chosen[-1])

@@ -20,7 +20,7 @@ from portrait_dist.errors import InputError
 def see(shards: str, options: dict[str, Any]) -> dict[str, Any]:
     """Keys of each batch of two epochs, of a third one resumed, and of the validation split; then the other actions."""
     loader = build_loader(shards, "train", options["batch_size"], seed=3)
-    seen: dict[str, Any] = {"steps": len(loader), "left_out": loader.samples_left_out}
+    seen: dict[str, Any] = {"steps": len(loader), "left_out": loader.samples_dropped}
     for epoch in (0, 1):
         loader.set_epoch(epoch)
         seen[f"epoch {epoch}"] = [batch.keys for batch in loader]

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from portrait_dist.data.stream.order import Ints, key, keys, mix
+from portrait_dist.data.stream.order import Ints, hash64, hash64_each, mix
 from portrait_dist.preprocessing import OFFSET, SCALE, normalise_levels
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Parameters:
 
 def uniform(seed: int, epoch: int, positions: Ints, draws: int) -> NDArray[np.float64]:
     """float64 [B, draws] in [0, 1): counter-based, so a sample's numbers depend on nothing but its position and epoch."""
-    secrets = keys(key(seed, epoch, _SALT), positions)
+    secrets = hash64_each(hash64(seed, epoch, _SALT), positions)
     steps = (np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))[None]
     return (mix(secrets[:, None] + steps) >> np.uint64(11)).astype(np.float64) / 2.0**53
 

@@ -70,7 +70,7 @@ def damaged_shards(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def alone(tiny_shards: Path) -> dict[str, list[list[str]]]:
     """Global batches of 12 samples as one process sees them."""
-    loader = build_loader(tiny_shards, "train", 12, seed=3, workers=0)
+    loader = build_loader(tiny_shards, "train", 12, seed=3, workers=-1)
     seen = {}
     for epoch in (0, 1, 2):
         loader.set_epoch(epoch)

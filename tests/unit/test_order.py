@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portrait_dist.data.stream.order import Order, Plan, key, keys, permute
+from portrait_dist.data.stream.order import BatchPlan, Order, hash64, hash64_each, permute
 from portrait_dist.errors import InputError
 
 seeds = st.integers(0, 2**40)
@@ -22,16 +22,16 @@ samples = st.integers(1, 700)
 shard_lists = st.lists(st.integers(1, 60), min_size=1, max_size=15)
 
 
-def dealt(plan: Plan) -> list[list[int]]:
+def dealt(plan: BatchPlan) -> list[list[int]]:
     """Positions of each batch of a rank."""
-    return [list(range(*plan.span(batch))) for batch in range(plan.steps)]
+    return [list(range(*plan.span(batch))) for batch in range(plan.batches)]
 
 
 def all_ranks(
     count: int, batch_size: int, world_size: int, *, drop_last: bool, start: int = 0
 ) -> list[list[list[int]]]:
     return [
-        dealt(Plan(count, batch_size, rank, world_size, drop_last, start))
+        dealt(BatchPlan(count, batch_size, rank, world_size, drop_last, start))
         for rank in range(world_size)
     ]
 
@@ -136,7 +136,7 @@ def test_the_order_of_today_is_the_order_of_tomorrow():
 def test_all_orders_of_few_samples_are_equally_likely(count):
     """Chi-squared over the count! orders, within 5 standard deviations."""
     orders = int(np.prod(np.arange(1, count + 1)))
-    secrets = keys(key(3), np.arange(orders * 40))
+    secrets = hash64_each(hash64(3), np.arange(orders * 40))
     images = np.stack(
         [permute(np.full(len(secrets), value), count, secrets) for value in range(count)], axis=1
     )
@@ -147,7 +147,7 @@ def test_all_orders_of_few_samples_are_equally_likely(count):
 
 def test_neighbours_are_scattered():
     """Where a sample lands, and how far from its neighbour, is uniform: chi-squared within 5 standard deviations."""
-    secrets = keys(key(9), np.arange(50_000))
+    secrets = hash64_each(hash64(9), np.arange(50_000))
     here, there = (permute(np.full(50_000, value), 500, secrets) for value in (123, 124))
     for values, cells in ((here, 500), ((there - here) % 500 - 1, 499)):
         counts, expected = np.bincount(values, minlength=cells), 50_000 / cells
@@ -207,7 +207,7 @@ def test_resuming_on_any_world_size_yields_exactly_the_rest(
 ):
     global_batch = before * after * per
     uninterrupted = global_batches(all_ranks(count, after * per, before, drop_last=drop_last))
-    plan = Plan(count, after * per, 0, before, drop_last)
+    plan = BatchPlan(count, after * per, 0, before, drop_last)
     stop = min(stop, plan.whole_batches)
     rest = global_batches(
         all_ranks(count, before * per, after, drop_last=drop_last, start=plan.seen_after(stop))
@@ -232,23 +232,23 @@ def test_block_order_bounds_how_many_shards_are_touched(seed, epoch, shards, blo
 
 
 def test_what_is_left_out_changes_with_the_epoch():
-    plan = Plan(1000, 16, 0, 8)
-    assert plan.left_out == 1000 % 128
+    plan = BatchPlan(1000, 16, 0, 8)
+    assert plan.dropped == 1000 % 128
     order = Order(1000, 0)
     tails = [
-        set(order.samples_at(epoch, np.arange(1000 - plan.left_out, 1000)).tolist())
+        set(order.samples_at(epoch, np.arange(1000 - plan.dropped, 1000)).tolist())
         for epoch in range(60)
     ]
-    assert all(len(tail) == plan.left_out for tail in tails)
-    assert all(len(one & other) < plan.left_out / 2 for one, other in itertools.pairwise(tails))
+    assert all(len(tail) == plan.dropped for tail in tails)
+    assert all(len(one & other) < plan.dropped / 2 for one, other in itertools.pairwise(tails))
     assert len(set().union(*tails)) > 990  # everybody's turn comes, so nobody is always left out
 
 
 def test_a_billion_samples_on_4096_ranks_are_planned_without_a_table():
-    plan = Plan(10**9, 64, 4095, 4096)
+    plan = BatchPlan(10**9, 64, 4095, 4096)
     order = Order(10**9, 1)
-    assert plan.steps == 10**9 // (64 * 4096)
-    last = np.arange(*plan.span(plan.steps - 1))
+    assert plan.batches == 10**9 // (64 * 4096)
+    last = np.arange(*plan.span(plan.batches - 1))
     assert len(last) == 64
     chosen = order.samples_at(2, last)
     assert len(np.unique(chosen)) == 64
@@ -258,9 +258,9 @@ def test_a_billion_samples_on_4096_ranks_are_planned_without_a_table():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Plan(10, 0), "batch_size"),
-        (lambda: Plan(10, 1, 2, 2), "rank"),
-        (lambda: Plan(10, 1, start=11), "samples_seen"),
+        (lambda: BatchPlan(10, 0), "batch_size"),
+        (lambda: BatchPlan(10, 1, 2, 2), "rank"),
+        (lambda: BatchPlan(10, 1, start=11), "samples_seen"),
         (lambda: Order(10, 0, "blocks"), "full, block"),
         (lambda: Order(10, 0, "block", block_samples=0), "block"),
         (lambda: Order(10, 0, shard_sizes=[4, 5]), "pack"),

@@ -1,13 +1,15 @@
 """Samples of packed shards in their exact order, read and decoded.
 
-``AISegmentIterableDataset`` is a plain torch ``IterableDataset``; ``portrait_dist.data.stream.loader`` puts decoding threads and whole
-batches on top of it. Both ask the same ``Order`` and ``Plan``, so they give the same samples in the same order.
+``AISegmentIterableDataset`` is a plain torch ``IterableDataset``;
+``portrait_dist.data.stream.loader`` puts decoding threads and whole batches on top of it. Both ask
+the same ``Order`` and ``BatchPlan``, so they give the same samples in the same order.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from portrait_dist import distributed
 from portrait_dist.data.shards.reader import ShardSet
-from portrait_dist.data.stream.order import Ints, Order, Plan
+from portrait_dist.data.stream.order import BatchPlan, Ints, Order, whole_number
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.preprocessing import DEFAULT_SIZE
 
@@ -28,32 +30,73 @@ if TYPE_CHECKING:
 log = logging.getLogger("portrait_dist.data")
 
 POSITIONS_PLANNED_AT_ONCE = 4096
+"""Positions mapped to samples by one call, whose fixed cost is that of a thousand of them."""
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How a split is ordered, read and decoded.
+
+    Args:
+        shuffle: shuffle the split; None: only ``train``.
+        size: (H, W) in pixels of the batches, for shards at original size; None: 256×256 there.
+        exact: decode exactly as the tutorial does. False lets original-size JPEGs be decoded at a
+            reduced scale, which is faster and slightly different. None: exact for all but
+            ``train``.
+        order: ``full`` or ``block``, see :class:`portrait_dist.data.stream.order.Order`.
+        block_samples: samples in a block.
+        on_damage: ``stop`` raises at a damaged sample; ``skip`` drops it, counts it and logs it
+            once.
+        drop_last: drop what does not fill a global batch; None: only for ``train``.
+        cache: where remote shards are kept; None: the user's cache folder.
+
+    Raises:
+        InputError: a value is wrong.
+    """
+
+    shuffle: bool | None = None
+    size: tuple[int, int] | None = None
+    exact: bool | None = None
+    order: str = "full"
+    block_samples: int = 16384
+    on_damage: str = "stop"
+    drop_last: bool | None = None
+    cache: Cache | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_damage not in ("stop", "skip"):
+            raise InputError(f"on_damage={self.on_damage}: it is stop or skip")
+        if self.order not in ("full", "block"):
+            raise InputError(f"order={self.order}: it is full or block")
+        whole_number("block_samples", self.block_samples, 1)
+        if self.size is not None:
+            if len(self.size) != 2:
+                raise InputError(f"size={self.size}: give (height, width) in pixels")
+            for side in self.size:
+                whole_number("size", side, 1)
 
 
 class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
-    """Portraits and their alpha from packed shards: each sample of the split once an epoch, dealt exactly to the ranks.
+    """Portraits and their alpha from packed shards: every sample once an epoch, dealt to the ranks.
 
-    Yields dicts: ``image`` uint8 [H, W, 3] RGB, ``alpha`` uint8 [H, W], ``key`` str, ``position`` and ``epoch`` int.
+    Yields dicts: ``image`` uint8 [H, W, 3] RGB, ``alpha`` uint8 [H, W], ``key`` str, ``position``
+    and ``epoch`` int.
 
-    With ``DataLoader(dataset, batch_size=dataset.batch_size, num_workers=n)`` the batches are those of ``build_loader``, for any
-    n: worker w takes the batches w, w+n, …, and the DataLoader asks its workers in turn. ``set_epoch`` also reaches persistent
-    workers. With another batch size, or where damaged samples are skipped, every sample still comes once, in other batches.
+    With ``DataLoader(dataset, batch_size=dataset.batch_size, num_workers=n)`` the batches are those
+    of ``build_loader``, for any n: worker w takes the batches w, w+n, …, and the DataLoader asks
+    its workers in turn. ``set_epoch`` also reaches persistent workers; without it every iteration
+    repeats the epoch. With another batch size, or where damaged samples are skipped, every sample
+    still comes once, in other batches.
 
     Args:
         shards: folder or address that ``portrait-dist pack`` wrote.
         split: ``train``, ``val`` or ``test``.
-        batch_size: samples of this rank in a whole batch; the order is dealt to the ranks by batches.
+        batch_size: samples of this rank in a whole batch; the order is dealt to the ranks by
+            batches.
         seed: of the shuffle.
-        rank, world_size: this process's place; the process group's by default, else torchrun's, else 0 of 1.
-        shuffle: shuffle the split; by default only ``train``.
-        size: (H, W) in pixels of the batches, for shards at original size; 256×256 by default.
-        exact: decode exactly as the tutorial does; False lets original-size JPEGs be decoded at a reduced scale, which is
-            faster and slightly different. By default exact for all but ``train``.
-        order: ``full`` or ``block``, see :class:`portrait_dist.data.stream.order.Order`.
-        block_samples: samples in a block.
-        on_damage: ``stop`` raises at a damaged sample; ``skip`` leaves it out, counts it and logs it once.
-        drop_last: leave out what does not fill a global batch; by default only for ``train``.
-        cache: where remote shards are kept; the user's cache folder by default.
+        rank: this process's rank; the process group's by default, else torchrun's, else 0.
+        world_size: number of ranks; give both or none.
+        options: see :class:`StreamOptions`.
 
     Raises:
         InputError: no shards there, no such split, or an option is wrong.
@@ -69,40 +112,36 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
         *,
         rank: int | None = None,
         world_size: int | None = None,
-        shuffle: bool | None = None,
-        size: tuple[int, int] | None = None,
-        exact: bool | None = None,
-        order: str = "full",
-        block_samples: int = 16384,
-        on_damage: str = "stop",
-        drop_last: bool | None = None,
-        cache: Cache | None = None,
+        options: StreamOptions | None = None,
     ) -> None:
         super().__init__()
-        if on_damage not in ("stop", "skip"):
-            raise InputError(f"on_damage={on_damage}: it is stop or skip")
+        options = options or StreamOptions()
         train = split == "train"
-        self.location, self.split, self.cache = shards, split, cache
-        self.shards = ShardSet(shards, split, cache=cache)
-        self.size = _batch_size_in_pixels(self.shards.size, size, str(shards))
-        self.exact = not train if exact is None else exact
-        self.on_damage = on_damage
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank, self.world_size = _place(rank, world_size)
-        self.drop_last = train if drop_last is None else drop_last
-        kind = order if (train if shuffle is None else shuffle) else "sequential"
-        sizes = self.shards.shard_sizes
+        self.location, self.split, self.cache = shards, split, options.cache
+        self.shards = ShardSet(shards, split, cache=options.cache)
+        self.size = _batch_size_in_pixels(self.shards.size, options.size, str(shards))
+        self.exact = not train if options.exact is None else options.exact
+        self.on_damage = options.on_damage
+        self.batch_size = whole_number("batch_size", batch_size, 1)
+        self.rank, self.world_size = _rank_and_world_size(rank, world_size)
+        self.drop_last = train if options.drop_last is None else options.drop_last
+        shuffle = train if options.shuffle is None else options.shuffle
         self.order = Order(
-            self.shards.samples, seed, kind, block_samples=block_samples, shard_sizes=sizes
+            self.shards.samples,
+            seed,
+            options.order if shuffle else "sequential",
+            block_samples=options.block_samples,
+            shard_sizes=self.shards.shard_sizes,
         )
+        self.seed = self.order.seed
         self.damaged: dict[str, str] = {}
-        # epoch and positions done, in shared memory: the copies of this dataset in DataLoader workers see changes
+        # Epoch and positions done, in shared memory: copies of this dataset in the processes of a
+        # DataLoader, persistent ones too, see a change.
         self._progress = torch.zeros(2, dtype=torch.int64).share_memory_()
         self.plan(0)  # raises for a wrong batch size or rank, before anything starts
 
     def __len__(self) -> int:
-        """Samples that this rank yields in an epoch; ``samples`` is the whole split."""
+        """Return how many samples this rank yields in an epoch; ``samples`` is the whole split."""
         plan = self.plan(0)
         first, end = plan.span(plan.whole_batches)
         return plan.whole_batches * plan.batch_size + end - first
@@ -114,20 +153,30 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
 
     @property
     def epoch(self) -> int:
+        """Epoch of the next iteration."""
         return int(self._progress[0])
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration yields, from its start unless it is the epoch of a loaded state."""
+        """Choose the epoch of the next iteration.
+
+        It starts at the epoch's beginning, unless it is the epoch of a loaded state.
+        """
+        epoch = whole_number("epoch", epoch, 0)
         if epoch != self.epoch:
             self._progress[0] = epoch
             self._progress[1] = 0
 
     def state_after(self, batches: int) -> dict[str, int]:
-        """State to go on from when each rank has used so many batches of the present iteration."""
+        """Return the state after each rank has used so many batches of the present iteration."""
         return self.state(self.plan(int(self._progress[1])).seen_after(batches))
 
     def state(self, samples_seen: int) -> dict[str, int]:
-        """State, as whole numbers: the present epoch, positions of it that all ranks have done, and what they belong to."""
+        """Return the state as whole numbers.
+
+        It holds the present epoch, the positions of it that all ranks have done, and what they
+        belong
+        to: the number of samples and the seed.
+        """
         return {
             "epoch": self.epoch,
             "samples_seen": samples_seen,
@@ -136,48 +185,63 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Iterate over the rest of the epoch of ``state`` until another epoch is set; any number of ranks may go on.
+        """Iterate over the rest of the epoch of ``state`` until another epoch is set.
+
+        Any number of ranks may continue.
 
         Raises:
-            InputError: the state belongs to other data or another seed, so that its rest is not known.
+            InputError: the state belongs to other data or another seed, so that its rest is not
+                known, or it is no state.
         """
         for name, here in (("samples", self.samples), ("seed", self.seed)):
             if state.get(name, here) != here:
                 raise InputError(
-                    f"{self.location}: the saved position is for {name}={state[name]}, here it is {here}; "
-                    "go on with the shards and seed that it was saved with, or start a new run"
+                    f"{self.location}: the saved position is for {name}={state[name]}, here it is "
+                    f"{here}; resume with the shards and seed that it was saved with, or start a "
+                    "new run"
                 )
+        if not {"epoch", "samples_seen"} <= state.keys():
+            raise InputError(
+                f"{self.location}: the saved position lacks epoch or samples_seen; "
+                "give what state_dict() returned"
+            )
+        epoch = whole_number("epoch", state["epoch"], 0)
         self.plan(state["samples_seen"])
-        self._progress[0] = state["epoch"]
+        self._progress[0] = epoch
         self._progress[1] = state["samples_seen"]
 
-    def plan(self, start: int) -> Plan:
-        """Batches of this rank for the rest of an epoch after ``start`` positions."""
-        return Plan(
+    def plan(self, start: int) -> BatchPlan:
+        """Return the batches of this rank for the rest of an epoch after ``start`` positions."""
+        return BatchPlan(
             self.samples, self.batch_size, self.rank, self.world_size, self.drop_last, start
         )
 
     def batches(
         self, epoch: int, start: int, *, first: int = 0, step: int = 1
     ) -> Iterator[tuple[Ints, Ints]]:
-        """(positions, samples) of this rank's batches ``first``, ``first + step``, …, int64 arrays; nothing is read."""
+        """Yield positions and samples of this rank's batches ``first``, ``first + step`` and so on.
+
+        Both are int64 arrays. Nothing is read.
+        """
         plan = self.plan(start)
         at_once = max(1, POSITIONS_PLANNED_AT_ONCE // self.batch_size)
-        mine = range(first, plan.steps, step)
+        mine = range(first, plan.batches, step)
         for begin in range(0, len(mine), at_once):
             positions = [
                 np.arange(*plan.span(batch), dtype=np.int64)
                 for batch in mine[begin : begin + at_once]
             ]
             samples = self.order.samples_at(epoch, np.concatenate(positions))
-            yield from zip(
-                positions,
-                np.split(samples, np.cumsum([len(part) for part in positions])[:-1]),
-                strict=True,
-            )
+            ends = np.cumsum([len(part) for part in positions])
+            yield from zip(positions, np.split(samples, ends[:-1]), strict=True)
 
     def read(self, sample: int, image: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> str:
-        """Read and decode one sample into uint8 [H, W, 3] and [H, W]; its key.
+        """Read and decode one sample, and return its key.
+
+        Args:
+            sample: number of the sample in the split.
+            image: uint8 [H, W, 3], contiguous; it is filled.
+            alpha: uint8 [H, W]; it is filled.
 
         Raises:
             DamagedDataError: names shard and sample.
@@ -196,9 +260,11 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
                 codec=self.shards.codec,
             )
         except Exception as error:
+            reason = " ".join(str(error).split())
             raise DamagedDataError(
-                f"{self.shards.name(sample)} ({encoded.key}): does not decode ({' '.join(str(error).split())}); "
-                "find all such samples with 'portrait-dist verify', pack them again, or skip them with data.on_damage=skip"
+                f"{self.shards.name(sample)} ({encoded.key}): does not decode ({reason}); find all "
+                "such samples with 'portrait-dist verify', pack them again, or skip them with "
+                "data.on_damage=skip"
             ) from error
         return encoded.key
 
@@ -231,6 +297,7 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
                     "epoch": epoch,
                 }
 
+    # Open shards hold memory maps and locks, which do not pickle: a worker process opens its own.
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "shards"}
 
@@ -239,8 +306,8 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
         self.shards = ShardSet(self.location, self.split, cache=self.cache)
 
 
-def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Rank and world size: as given, else the process group's, else torchrun's, else 0 of 1."""
+def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Return rank and world size: given, else the process group's, else torchrun's, else 0 of 1."""
     if (rank is None) != (world_size is None):
         raise InputError(f"rank={rank}, world_size={world_size}: give both or none")
     if rank is not None and world_size is not None:
@@ -255,7 +322,7 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
 def _batch_size_in_pixels(
     packed: tuple[int, int] | None, asked: tuple[int, int] | None, where: str
 ) -> tuple[int, int]:
-    """(H, W) of the batches."""
+    """Return (H, W) of the batches."""
     if packed is None:
         return asked or DEFAULT_SIZE
     if asked is not None and tuple(asked) != tuple(packed):

@@ -1,4 +1,4 @@
-"""Batches of uint8 portraits, decoded by threads inside the rank, in an order that no number of threads changes.
+"""Batches of uint8 portraits, decoded by threads, in an order that no number of threads changes.
 
     loader = build_loader("shards", "train", batch_size=16, seed=0, workers=2)
     for epoch in range(epochs):
@@ -6,60 +6,37 @@
         for batch in loader:
             ...  # batch.image uint8 [B, H, W, 3], batch.alpha uint8 [B, H, W], batch.keys
 
-Decoders release the interpreter lock, so threads keep the cores busy and nothing is copied between processes: each thread
-decodes straight into its rows of the batch. The consumer takes the batches in the planned order, whoever finishes first.
+Decoders release the interpreter lock, so threads keep the cores busy and nothing is copied between
+processes: each thread decodes straight into its rows of the batch (:mod:`.pipeline`). The consumer
+takes the batches in the planned order, whichever is finished first.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
+import math
+import os
 import time
-import weakref
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from portrait_dist import distributed
-from portrait_dist.data.shards.prefetch import FetchAhead
-from portrait_dist.data.stream.dataset import AISegmentIterableDataset
-from portrait_dist.data.stream.order import Ints, Plan
-from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.data.stream.dataset import AISegmentIterableDataset, StreamOptions
+from portrait_dist.data.stream.order import BatchPlan, whole_number
+from portrait_dist.data.stream.pipeline import Batch, DecodePipeline
+from portrait_dist.errors import InputError
+from portrait_dist.system import info
 
-MAX_SAMPLES_PER_TASK = 8
+if TYPE_CHECKING:
+    from portrait_dist.data.shards.cache import Cache
 
+__all__ = ["Batch", "StreamLoader", "build_loader", "decoding_threads"]
 
-@dataclass(slots=True)
-class Batch:
-    """One batch of a rank.
-
-    Attributes:
-        image: uint8 [B, H, W, 3] RGB.
-        alpha: uint8 [B, H, W], 255 is the person.
-        keys: B keys.
-        epoch: number of the epoch.
-        positions: int64 [B], place of each sample in the epoch's order over all ranks (numpy, always on the host).
-    """
-
-    image: torch.Tensor
-    alpha: torch.Tensor
-    keys: list[str]
-    epoch: int
-    positions: Ints
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The batch with its pictures on a device."""
-        image = self.image.to(device, non_blocking=non_blocking)
-        return replace(self, image=image, alpha=self.alpha.to(device, non_blocking=non_blocking))
+IN_CALLER = -1
+"""``workers`` that decodes in the caller, without threads."""
 
 
 def build_loader(
@@ -72,46 +49,111 @@ def build_loader(
     world_size: int | None = None,
     *,
     prefetch: int = 4,
-    pin_memory: bool | None = None,
-    **options: Any,
+    pin_memory: bool = False,
+    shuffle: bool | None = None,
+    size: tuple[int, int] | None = None,
+    exact: bool | None = None,
+    order: str = "full",
+    block_samples: int = 16384,
+    on_damage: str = "stop",
+    drop_last: bool | None = None,
+    cache: Cache | None = None,
 ) -> StreamLoader:
-    """Loader of one split of packed shards for this rank.
+    """Build the loader of one split of packed shards for this rank.
 
     Args:
         shards: folder or address that ``portrait-dist pack`` wrote.
         split: ``train``, ``val`` or ``test``.
         batch_size: samples per rank and batch.
         seed: of the shuffle.
-        workers: decoding threads; 0 decodes in the caller. Changes the speed, never the batches. With threads, remote shards
-            are fetched before they are needed (:class:`portrait_dist.data.shards.prefetch.FetchAhead`).
-        rank, world_size: this process's place; the process group's by default, else torchrun's, else 0 of 1.
-        prefetch: batches decoded ahead; with them the memory is bounded.
-        pin_memory: batches in page-locked memory, for copies that run beside the GPU's work; by default where a GPU is.
-        options: shuffle, size, exact, order, block_samples, on_damage, drop_last, cache: see
-            :class:`portrait_dist.data.stream.dataset.AISegmentIterableDataset`.
+        workers: decoding threads; 0 chooses by the machine (:func:`decoding_threads`), -1 decodes
+            in the caller. Changes the speed, never the batches. With threads, remote shards are
+            fetched before they are needed.
+        rank: this process's rank; the process group's by default, else torchrun's, else 0.
+        world_size: number of ranks; give both or none.
+        prefetch: batches decoded ahead of the consumer; bounds the memory.
+        pin_memory: batches in page-locked memory, for copies that run beside a GPU's work. For runs
+            on a GPU only: it makes this process a client of the first one. Without a GPU it does
+            nothing.
+        shuffle: see :class:`portrait_dist.data.stream.dataset.StreamOptions`, as for all that
+            follow.
+        size: (H, W) in pixels of the batches.
+        exact: decode exactly as the tutorial does.
+        order: ``full`` or ``block``.
+        block_samples: samples in a block.
+        on_damage: ``stop`` or ``skip``.
+        drop_last: drop what does not fill a global batch.
+        cache: where remote shards are kept.
 
     Raises:
         InputError: no shards there, no such split, or an option is wrong.
     """
-    given = rank is not None
+    options = StreamOptions(shuffle, size, exact, order, block_samples, on_damage, drop_last, cache)
     dataset = AISegmentIterableDataset(
-        shards, split, batch_size, seed, rank=rank, world_size=world_size, **options
+        shards, split, batch_size, seed, rank=rank, world_size=world_size, options=options
     )
     return StreamLoader(
-        dataset, workers=workers, prefetch=prefetch, pin_memory=pin_memory, check=not given
+        dataset, workers=workers, prefetch=prefetch, pin_memory=pin_memory, check=rank is None
     )
+
+
+def decoding_threads(workers: int) -> int:
+    """Return the number of decoding threads for a value of ``data.workers``.
+
+    0 means as many as the node can spare: its cores divided by its ranks, less one for the rank
+    itself; 2 at least, for on one core two threads still overlap reading and decoding, and 16 at
+    most, for 16 threads decode some 30,000 images/s of 256×256, more than a GPU takes.
+
+    Args:
+        workers: 1 or more: as given; 0: automatic; -1: none, decode in the caller.
+
+    Raises:
+        InputError: not a whole number, or less than -1.
+    """
+    workers = whole_number("workers", workers, IN_CALLER, 1024)
+    if workers != 0:
+        return max(0, workers)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = min(info.cores(), info.cpu_quota() or math.inf)
+    return max(2, min(16, int(cores / ranks_here) - 1))
+
+
+@dataclass
+class _Position:
+    """Where the consumer is. An iteration that was replaced writes to one that nobody reads."""
+
+    epoch: int
+    samples_seen: int = 0
 
 
 class StreamLoader:
-    """Iterable of :class:`Batch`: what a trainer expects of a DataLoader, and a state of a few integers.
+    """Iterable of :class:`Batch` with what a trainer expects of a DataLoader, and a small state.
 
-    Iterating starts the epoch set by ``set_epoch`` from its beginning; only the first iteration after ``load_state_dict`` goes
-    on where the state was taken. Without ``set_epoch`` every iteration repeats the same epoch. Where there is a process group
-    (and ``rank`` was not given by hand), the first iteration of a training loader calls ``check_ranks``.
+    Each iteration yields one epoch: the one chosen by ``set_epoch``, else the one after the
+    iteration before. So a loop that never calls ``set_epoch`` sees another shuffle each time, as
+    with a DataLoader, and not the same order for ever, as with a DistributedSampler, where
+    forgetting the call goes unnoticed. Without a shuffle all epochs have the same order. Only the
+    first iteration after ``load_state_dict`` begins where the state was taken.
+
+    From the second iteration on, the threads decode the first batches of the following epoch while
+    the consumer finishes this one, so short epochs are as fast as long ones. They end with
+    ``close``, with the loader, or where an iteration is left early; a single pass ends them itself.
+
+    Where there is a process group (and ``rank`` was not given by hand), the first iteration of a
+    training loader calls ``check_ranks``.
+
+    Args:
+        dataset: what is read.
+        workers: see :func:`decoding_threads`.
+        prefetch: batches decoded ahead.
+        pin_memory: batches in page-locked memory, where there is a GPU.
+        check: compare the ranks at the first iteration.
 
     Attributes:
-        damaged: what was skipped so far under ``on_damage=skip``: place of the sample → what is wrong.
         data_wait_seconds: time that the consumer has waited for batches, in total.
+
+    Raises:
+        InputError: an argument is out of bounds.
     """
 
     sampler = None
@@ -123,23 +165,22 @@ class StreamLoader:
         *,
         workers: int = 2,
         prefetch: int = 4,
-        pin_memory: bool | None = None,
+        pin_memory: bool = False,
         check: bool = False,
     ) -> None:
-        if workers < 0:
-            raise InputError(f"workers={workers}: it is 0 or more")
-        if prefetch < 1:
-            raise InputError(f"prefetch={prefetch}: it is at least 1")
         self.dataset = dataset
-        self.num_workers = workers
-        self.prefetch = prefetch
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.num_workers = decoding_threads(workers)
+        self.prefetch = whole_number("prefetch", prefetch, 1)
+        self.pin_memory = pin_memory and torch.cuda.is_available()
         self.data_wait_seconds = 0.0
-        self._epoch = 0
-        self._seen = 0
-        self._resume_at = 0
+        self._position = _Position(0)
+        self._start = 0
+        self._chosen = (
+            True  # the position's epoch is the next iteration's, not that of one that began
+        )
+        self._iterations = 0
         self._unchecked = check and dataset.drop_last
-        self._live: weakref.ref[_Batches] | None = None
+        self._idle: DecodePipeline | None = None
 
     @property
     def batch_size(self) -> int:
@@ -148,302 +189,156 @@ class StreamLoader:
 
     @property
     def drop_last(self) -> bool:
+        """Whether a tail that does not fill a global batch is dropped."""
         return self.dataset.drop_last
 
     @property
     def epoch(self) -> int:
-        return self._epoch
+        """Epoch that was set, or that the last iteration began."""
+        return self._position.epoch
 
     @property
-    def samples_left_out(self) -> int:
-        """Samples of the split that no rank sees in an epoch, because they do not fill a global batch."""
-        return self.plan.left_out
+    def samples_dropped(self) -> int:
+        """Samples of the split that no rank sees in an epoch: they do not fill a global batch."""
+        return self.plan.dropped
 
     @property
     def damaged(self) -> dict[str, str]:
+        """Skipped under ``on_damage=skip`` so far: where the sample is → what is wrong."""
         return self.dataset.damaged
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> BatchPlan:
         """The whole epoch's batches of this rank."""
         return self.dataset.plan(0)
 
     def __len__(self) -> int:
-        """Batches of this rank in a whole epoch."""
-        return self.plan.steps
+        """Return the batches of this rank in a whole epoch."""
+        return self.plan.batches
 
     @property
     def batches_left(self) -> int:
-        """Batches of this rank that are still to come in this epoch; fewer than ``len`` after ``load_state_dict``."""
-        return self.dataset.plan(self._seen).steps
+        """Batches of this rank still to come in this epoch; fewer than ``len`` after a resume."""
+        return self.dataset.plan(self._position.samples_seen).batches
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration. The epoch of a loaded state keeps its place, any other starts at 0."""
-        if epoch != self._epoch:
-            self._epoch, self._seen, self._resume_at, self._live = epoch, 0, 0, None
+        """Choose the epoch of the next iteration.
+
+        The epoch of a loaded state keeps its position, any other starts at 0.
+        """
+        epoch = whole_number("epoch", epoch, 0)
+        if epoch != self._position.epoch:
+            self._position, self._start = _Position(epoch), 0
+        self._chosen = True
 
     def state_dict(self) -> dict[str, int]:
-        """Where the consumer is, as whole numbers; batches decoded ahead but not handed out do not count."""
-        return {**self.dataset.state(self._seen), "epoch": self._epoch}
+        """Return where the consumer is, as whole numbers.
+
+        Batches that are decoded but not handed out do not count.
+        """
+        state = self.dataset.state(self._position.samples_seen)
+        return {**state, "epoch": self._position.epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration yield the rest of the epoch of ``state``, also with another number of ranks.
+        """Let the next iteration yield the rest of the epoch of ``state``, on any number of ranks.
 
         Raises:
             InputError: the state belongs to other data or another seed.
         """
         self.dataset.load_state_dict(state)
-        self._epoch, self._seen, self._resume_at, self._live = (
-            state["epoch"],
-            state["samples_seen"],
-            state["samples_seen"],
-            None,
-        )
+        self._position = _Position(state["epoch"], state["samples_seen"])
+        self._start, self._chosen = state["samples_seen"], True
+
+    def close(self) -> None:
+        """End the threads that wait for the next iteration; it starts others."""
+        if self._idle is not None:
+            self._idle.close()
+            self._idle = None
 
     def check_ranks(self) -> None:
-        """Compare with all ranks what their batches are computed from. A collective: every rank calls it, or none.
+        """Compare with all ranks what their batches are computed from.
+
+        A collective: every rank calls it, or none.
 
         Raises:
-            InputError: on every rank, when data, seed, batch size or number of steps differ.
+            InputError: on every rank, when data, seed, batch size or number of batches differ.
         """
         self._unchecked = False
-        names = ("samples", "data", "batch_size", "seed", "order", "steps")
         dataset = self.dataset
-        mine = (
-            dataset.samples,
-            dataset.shards.identity,
-            self.batch_size,
-            dataset.seed,
-            dataset.order.kind,
-            len(self),
-        )
+        mine = {
+            "samples": dataset.samples,
+            "data": dataset.shards.identity,
+            "batch_size": self.batch_size,
+            "seed": dataset.seed,
+            "order": dataset.order.kind,
+            "batches": len(self),
+        }
         everyone = distributed.gather_objects(mine)
-        for index, name in enumerate(names):
-            values = [row[index] for row in everyone]
-            odd = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        for name, value in everyone[0].items():
+            odd = next((rank for rank, other in enumerate(everyone) if other[name] != value), None)
             if odd is not None:
                 raise InputError(
-                    f"{dataset.location}, {dataset.split}: {name} is {values[0]} on rank 0 and {values[odd]} on rank {odd}; "
+                    f"{dataset.location}, {dataset.split}: {name} is {value} on rank 0 and "
+                    f"{everyone[odd][name]} on rank {odd}; "
                     "give every rank the same shards and options"
                 )
 
     def describe(self) -> str:
-        """One line of derived numbers: samples, batches, global batch, samples left out."""
+        """Return one line of derived numbers: samples, batches, global batch, samples dropped."""
         plan = self.plan
-        left_out = f"; {plan.left_out} left out, others in each epoch" if plan.left_out else ""
+        dropped = f"; {plan.dropped} dropped per epoch" if plan.dropped else ""
         return (
-            f"{self.dataset.split}: {plan.samples:,} samples, {plan.steps:,} batches on rank {plan.rank}, "
-            f"global batch {plan.global_batch} = {plan.world_size} x {plan.batch_size}{left_out}"
+            f"{self.dataset.split}: {plan.samples:,} samples, {plan.batches:,} batches on rank "
+            f"{plan.rank}, global batch {plan.global_batch} = {plan.world_size} x "
+            f"{plan.batch_size}{dropped}"
         )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         if self._unchecked and distributed.is_initialized():
             self.check_ranks()
-        self._seen, self._resume_at = self._resume_at, 0
-        batches = _Batches(self, self._epoch, self._seen)
-        self._live = weakref.ref(batches)
-        return batches
+        epoch = self._position.epoch + (not self._chosen)
+        position = self._position = _Position(epoch, self._start)
+        self._start, self._chosen = 0, False
+        pipeline, self._idle = self._idle, None
+        if pipeline is None or not pipeline.usable:
+            pipeline = DecodePipeline(
+                self.dataset, self.num_workers, self.prefetch, self.pin_memory
+            )
+        # One pass over the data may be all that is wanted (an evaluation), so nothing is decoded
+        # beyond the end of the first.
+        pipeline.seek(epoch, position.samples_seen, continues=self._iterations > 0)
+        self._iterations += 1
+        return self._batches(pipeline, position)
 
-    def _handed_out(self, batches: _Batches, seen: int, waited: float) -> None:
-        """An iterator gave a batch to the consumer. One that ``set_epoch`` or another iteration replaced no longer counts."""
-        self.data_wait_seconds += waited
-        if self._live is not None and self._live() is batches:
-            self._seen = seen
+    def _batches(
+        self, pipeline: DecodePipeline, position: _Position
+    ) -> Generator[Batch, None, None]:
+        """Hand out the batches of one epoch.
 
-
-class _Job:
-    """One batch in the making: its arrays, the tasks that still fill it, and what went wrong in which row."""
-
-    __slots__ = (
-        "alpha",
-        "done",
-        "errors",
-        "image",
-        "keys",
-        "lock",
-        "positions",
-        "samples",
-        "skipped",
-        "tasks_left",
-    )
-
-    def __init__(
-        self, positions: Ints, samples: list[int], size: tuple[int, int], pin: bool, tasks: int
-    ) -> None:
-        self.positions, self.samples, self.tasks_left = positions, samples, tasks
-        self.image = torch.empty((len(samples), *size, 3), dtype=torch.uint8, pin_memory=pin)
-        self.alpha = torch.empty((len(samples), *size), dtype=torch.uint8, pin_memory=pin)
-        self.keys: list[str] = [""] * len(samples)
-        self.errors: dict[int, Exception] = {}
-        self.skipped: set[int] = set()
-        self.lock = threading.Lock()
-        self.done = threading.Lock()
-        self.done.acquire()
-
-    def run(self, dataset: AISegmentIterableDataset, first: int, end: int) -> None:
-        """Decode rows [first, end). Errors are kept for the consumer, who meets them in the order of the samples."""
-        images: NDArray[np.uint8] = self.image.numpy()
-        alphas: NDArray[np.uint8] = self.alpha.numpy()
-        row = first
-        try:
-            for row in range(first, end):
-                try:
-                    self.keys[row] = dataset.read(self.samples[row], images[row], alphas[row])
-                except DamagedDataError as error:
-                    dataset.skip(self.samples[row], error)
-                    self.skipped.add(row)
-        except Exception as error:
-            self.errors[row] = error
-        self.finish_task()
-
-    def finish_task(self) -> None:
-        with self.lock:
-            self.tasks_left -= 1
-            if self.tasks_left == 0:
-                self.done.release()
-
-    def batch(self, epoch: int) -> Batch:
-        """The finished batch, without the skipped rows.
-
-        Raises:
-            Exception: the error of the first row that has one.
-            DamagedDataError: no row is left, so the ranks could not keep in step.
+        The generator owns the pipeline: leaving it early, by an error, ``close`` or dropping it,
+        ends the threads. At the end of the epoch the loader gets it back.
         """
-        if self.errors:
-            raise self.errors[min(self.errors)]
-        if not self.skipped:
-            return Batch(self.image, self.alpha, self.keys, epoch, self.positions)
-        rows = [row for row in range(len(self.samples)) if row not in self.skipped]
-        if not rows:
-            raise DamagedDataError(
-                f"all {len(self.samples)} samples of a batch are damaged, so it cannot be skipped; "
-                "run 'portrait-dist verify' and pack the shards again"
-            )
-        return Batch(
-            self.image[rows],
-            self.alpha[rows],
-            [self.keys[row] for row in rows],
-            epoch,
-            self.positions[rows],
-        )
-
-
-class _Batches:
-    """One iteration: plans ahead, keeps ``prefetch`` batches in the making, hands them out in order.
-
-    The threads know the queue and the dataset, not this object, so dropping it ends them.
-    """
-
-    def __init__(self, loader: StreamLoader, epoch: int, start: int) -> None:
-        self._loader = loader
-        self._epoch = epoch
-        self._plan = loader.dataset.plan(start)
-        self._planned = loader.dataset.batches(epoch, start)
-        self._handed = 0
-        self._jobs: deque[_Job] = deque()
-        self._tasks: queue.SimpleQueue[tuple[_Job, int, int] | None] = queue.SimpleQueue()
-        ahead = loader.prefetch * loader.batch_size
-        self._rows_per_task = max(
-            1, min(MAX_SAMPLES_PER_TASK, ahead // (2 * max(1, loader.num_workers)))
-        )
-        self._stop = threading.Event()
-        self._fetches: FetchAhead | None = None
-        self._threads: list[threading.Thread] = []
-        for number in range(min(loader.num_workers, self._plan.steps)):
-            arguments = (self._tasks, loader.dataset, self._stop)
-            self._threads.append(
-                threading.Thread(target=_work, args=arguments, name=f"decode-{number}", daemon=True)
-            )
-            self._threads[-1].start()
-        if self._threads:
-            if loader.dataset.shards.remote:
-                self._fetches = FetchAhead(
-                    loader.dataset.shards, loader.dataset.batches(epoch, start)
-                )
-            self._plan_ahead()
-
-    def __iter__(self) -> _Batches:
-        return self
-
-    def __next__(self) -> Batch:
-        begin = time.perf_counter()
-        if not self._jobs:
-            self._plan_ahead()
-        if not self._jobs:
-            if not self._stop.is_set():
-                self._loader._handed_out(self, self._plan.seen_after(self._longest()), 0.0)
-            self.close()
-            raise StopIteration
+        plan = self.dataset.plan(position.samples_seen)
+        handed_out = 0
         try:
-            job = self._jobs.popleft()
-            job.done.acquire()
-            batch = job.batch(self._epoch)
+            while self._timed_wait(pipeline):
+                handed_out += 1
+                batch = pipeline.take()
+                position.samples_seen = plan.seen_after(handed_out)
+                yield batch
+                del batch  # its memory may be used again while the next one is waited for
         except BaseException:
-            self.close()
+            pipeline.close()
             raise
-        if self._threads:
-            self._plan_ahead()
-        self._handed += 1
-        if self._fetches:
-            self._fetches.handed_out(self._handed)
-        self._loader._handed_out(
-            self, self._plan.seen_after(self._handed), time.perf_counter() - begin
-        )
-        return batch
+        # All positions are done now on every rank, also where another one had a batch more.
+        position.samples_seen = plan.seen_after(plan.most_batches)
+        if pipeline.continues and self._idle is None:
+            self._idle = pipeline
+        else:
+            pipeline.close()
 
-    def _longest(self) -> int:
-        """Batches of the rank that has most: at the end of an epoch all positions are done, on every rank."""
-        return self._plan.whole_batches + (not self._plan.drop_last)
-
-    def _plan_ahead(self) -> None:
-        """Put batches in the making until there are ``prefetch``; without threads, decode one here."""
-        dataset = self._loader.dataset
-        while not self._stop.is_set() and len(self._jobs) < (
-            self._loader.prefetch if self._threads else 1
-        ):
-            planned = next(self._planned, None)
-            if planned is None:
-                return
-            positions, samples = planned
-            starts = range(0, len(samples), self._rows_per_task)
-            job = _Job(
-                positions, samples.tolist(), dataset.size, self._loader.pin_memory, len(starts)
-            )
-            self._jobs.append(job)
-            for first in starts:
-                task = (job, first, min(first + self._rows_per_task, len(samples)))
-                if self._threads:
-                    self._tasks.put(task)
-                else:
-                    job.run(dataset, *task[1:])
-
-    def close(self) -> None:
-        """Stop the threads and wait for them: each ends after the few samples of its task."""
-        self._stop.set()
-        if self._fetches:
-            self._fetches.stop()
-        for _ in self._threads:
-            self._tasks.put(None)
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join()
-        self._threads = []
-        self._jobs.clear()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_threads"):
-            self.close()
-
-
-def _work(
-    tasks: queue.SimpleQueue[tuple[_Job, int, int] | None],
-    dataset: AISegmentIterableDataset,
-    stop: threading.Event,
-) -> None:
-    """What a decoding thread does until it is told to stop."""
-    while not stop.is_set():
-        task = tasks.get()
-        if task is None:
-            return
-        job, first, end = task
-        job.run(dataset, first, end)
+    def _timed_wait(self, pipeline: DecodePipeline) -> bool:
+        begin = time.perf_counter()
+        found = pipeline.wait()
+        self.data_wait_seconds += time.perf_counter() - begin
+        return found
