@@ -232,6 +232,7 @@ def evaluate(
             split,
             batch_size,
             workers=workers,
+            pin_memory=chosen.type == "cuda",
             shuffle=False,
             size=size_of_shards(shards, split, size, checkpoint),
             drop_last=False,

@@ -153,7 +153,7 @@ def _train(config: Config, device: torch.device, signals: StopSignals) -> dict[s
     lock = distributed.on_every_rank(lambda: _claim_run_folder(config))
     if distributed.world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         distributed.on_every_rank(lambda: distributed.check_shared_folder(config.run_dir))
-    loaders = distributed.on_every_rank(lambda: _loaders(config))
+    loaders = distributed.on_every_rank(lambda: _loaders(config, device))
     distributed.on_every_rank(loaders[0].check_ranks)
     plan = distributed.on_every_rank(lambda: _plan(config, *loaders, device))
     distributed.print0(plan.table())
@@ -190,7 +190,7 @@ def _claim_run_folder(config: Config) -> RunLock | None:
     return lock
 
 
-def _loaders(config: Config) -> tuple[Any, Any]:
+def _loaders(config: Config, device: torch.device) -> tuple[Any, Any]:
     if not config.data.shards:
         raise InputError(
             "data.shards is not given: add data.shards=DIR, the folder that 'portrait-dist pack' wrote"
@@ -206,6 +206,7 @@ def _loaders(config: Config) -> tuple[Any, Any]:
         "workers": data.workers,
         "prefetch": data.prefetch_batches,
         "cache": cache,
+        "pin_memory": device.type == "cuda",
     }
     common |= {
         "on_damage": data.on_damage,
