@@ -44,9 +44,9 @@ def train(recipe: str | None, keys: bool, settings: tuple[str, ...]) -> dict[str
                 (name, item.default, item.metadata["help"]) for name, item in config.knobs().items()
             ]
         }
-    from portrait_dist.slurm import job
+    from portrait_dist.slurm.launch_checks import check_launch
 
-    job.check_launch()
+    check_launch()
     loaded = config.load(recipe or "aisegment_unet", settings)
     from portrait_dist.training import main
 

@@ -1,7 +1,27 @@
 """``python -m portrait_dist.slurm job …`` and ``… node …``: the inside of a SLURM job."""
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Sequence
 
-from portrait_dist.slurm.job import main
+from portrait_dist.errors import PortraitDistError
 
-sys.exit(main(sys.argv[1:]))
+
+def main(arguments: Sequence[str]) -> int:
+    """Run ``job ARGUMENTS…`` or ``node ADDRESS LOGS ARGUMENTS…`` and return the exit code."""
+    try:
+        if arguments[0] == "node":
+            from portrait_dist.slurm.node import run_node
+
+            return run_node(arguments[1], arguments[2], arguments[3:])
+        from portrait_dist.slurm.job import run_job
+
+        return run_job(arguments[1:])
+    except PortraitDistError as error:
+        print(f"portrait-dist: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

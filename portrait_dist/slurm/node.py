@@ -1,5 +1,9 @@
-"""torchrun on one node of a SLURM job, as ``portrait_dist.slurm.job`` starts it: the same options, entry and signals as on the
-command line, with flat names for the ranks' log files, and an exit code that says why it ended.
+"""One node of a SLURM job: torchrun in this process, with flat log names and a telling exit code.
+
+Plain ``torchrun --log-dir --tee`` would do without the imports from torch below, but it buries each
+rank's log in ``<run id>_<random>/attempt_0/3/stderr.log`` and ends with 1 whatever a rank ended
+with. Launches that are refused before there is a run folder (exit codes 2 and 3) would then be
+requeued, because no metrics.jsonl tells why they ended.
 """
 
 from __future__ import annotations
@@ -11,32 +15,42 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest, Std
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    LogsDest,
+    SignalException,
+    Std,
+)
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import elastic_launch
-from torch.distributed.run import config_from_args, parse_args
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from portrait_dist.errors import DamagedDataError, InputError, Stopped
+from portrait_dist.slurm.allocation import Allocation
+from portrait_dist.system.info import environment_number
 
+SECONDS_TO_SAVE = 100
+"""Seconds between the signal and the kill; SLURM gives 120 by launch/slurm.sbatch."""
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
 TELLING = (InputError.exit_code, DamagedDataError.exit_code, Stopped.exit_code)
+"""Exit codes of a rank that say what follows; every other failure is a 1."""
 
 
 class RankLogs(DefaultLogsSpecs):
-    """Each rank's stdout and stderr in ``<folder>/<turn>-rank<global rank>.out`` and ``.err``, and on the console.
+    """Each rank's output in two files of its own, and on the console.
+
+    They are ``<folder>/<attempt>-rank<global rank>.out`` and ``.err``.
 
     Args:
         folder: where the files go; shared by all nodes of the job.
-        turn: begins the names, ``turn2``; torchrun's own restarts within a turn add ``.1``, ``.2``, …
+        attempt: begins the names, ``attempt2``; torchrun's own restarts within it add ``.1``, …
         scratch: folder for torchrun's own small files.
     """
 
-    def __init__(self, folder: Path, turn: str, scratch: str) -> None:
+    def __init__(self, folder: Path, attempt: str, scratch: str) -> None:
         super().__init__(log_dir=scratch, tee=Std.ALL)
         self.folder = folder
-        self.turn = turn
+        self.attempt = attempt
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """Name the files; ``envs`` holds each local rank's environment."""
@@ -48,30 +62,62 @@ class RankLogs(DefaultLogsSpecs):
         )
 
     def _name(self, variables: dict[str, str]) -> str:
-        attempt = int(variables.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        return f"{self.turn}{f'.{attempt}' if attempt else ''}-rank{variables['RANK']}"
+        restart = int(variables.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        return f"{self.attempt}{f'.{restart}' if restart else ''}-rank{variables['RANK']}"
 
 
-def run_torchrun(options: Sequence[Any], logs: Path, turn: str, words: Sequence[str]) -> int:
-    """Run ``torchrun OPTIONS -m portrait_dist train WORDS`` in this process until its ranks are gone.
+def run_node(address: str, logs: str, arguments: Sequence[str]) -> int:
+    """Run torchrun until this node's ranks are gone.
+
+    Args:
+        address: of the first node, which hosts the rendezvous.
+        logs: folder for the ranks' logs.
+        arguments: those of ``portrait-dist train``.
 
     Returns:
-        0, or an exit code of a failed rank that tells something (2, 3, 75), 75 after a signal, else 1.
+        0; an exit code of a failed rank that tells something (2, 3, 75); 75 after a signal; else 1.
     """
-    arguments = [*map(str, options), "-m", "portrait_dist", "train", *words]
+    allocation = Allocation.from_environment()
+    threads = max(1, allocation.cpus // allocation.ranks_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    command = ["-u", "-m", "portrait_dist", "train", *arguments]
     with tempfile.TemporaryDirectory(prefix="torchrun-") as scratch:
-        config, command, rest = config_from_args(parse_args(["--log-dir", scratch, *arguments]))
-        config.logs_specs = RankLogs(logs, turn, scratch)
+        launch = launch_config(allocation, environment_number("SLURM_NODEID"), address)
+        launch.logs_specs = RankLogs(Path(logs), allocation.attempt, scratch)
         try:
-            elastic_launch(config, command)(*rest)
+            elastic_launch(launch, sys.executable)(*command)
         except SignalException:
             return Stopped.exit_code
         except ChildFailedError as error:
-            return _explain(error, logs, turn)
+            return _report(error, Path(logs), allocation.attempt)
     return 0
 
 
-def _explain(error: ChildFailedError, logs: Path, turn: str) -> int:
+def launch_config(allocation: Allocation, node: int, address: str) -> LaunchConfig:
+    """Return torchrun's settings for one node: c10d rendezvous on the first node.
+
+    Args:
+        allocation: what SLURM gave the job.
+        node: this node's number in the step; node 0 hosts the rendezvous.
+        address: the first node's.
+    """
+    return LaunchConfig(
+        min_nodes=allocation.nodes,
+        max_nodes=allocation.nodes,
+        nproc_per_node=allocation.ranks_per_node,
+        max_restarts=environment_number("MAX_RESTARTS"),
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{address}:{allocation.port}",
+        rdzv_configs={"is_host": node == 0},
+        run_id=f"{allocation.job}-{allocation.attempt}",
+        signals_to_handle=SIGNALS,
+        log_line_prefix_template="[rank ${rank}] ",
+    )
+
+
+def _report(error: ChildFailedError, logs: Path, attempt: str) -> int:
+    """Print which rank failed and where its log is; return the node's exit code."""
     telling = {
         rank: failure for rank, failure in error.failures.items() if failure.exitcode in TELLING
     }
@@ -81,7 +127,12 @@ def _explain(error: ChildFailedError, logs: Path, turn: str) -> int:
         if failure.exitcode >= 0
         else f"killed by {failure.signal_name()}"
     )
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    line = f"node {host}: rank {rank} failed ({how}); its log is {logs}/{turn}-rank{rank}.err"
+    file = logs / f"{attempt}-rank{rank}.err"
+    line = f"node {node_name()}: rank {rank} failed ({how}); its log is {file}"
     print(line, file=sys.stderr, flush=True)
     return failure.exitcode if failure.exitcode in TELLING else 1
+
+
+def node_name() -> str:
+    """Return this node's name as SLURM knows it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

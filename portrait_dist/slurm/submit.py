@@ -1,4 +1,4 @@
-"""``portrait-dist submit``: checks what would fail later, then hands ``launch/slurm.sbatch`` to sbatch with the right options."""
+"""``portrait-dist submit``: checks what would fail later, then queues ``launch/slurm.sbatch``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from portrait_dist import config
+from portrait_dist import config, files
 from portrait_dist.errors import DamagedDataError, InputError
-from portrait_dist.slurm.job import sweep, task_name
+from portrait_dist.runs.folder import RunFolder
+from portrait_dist.slurm.sweep import combinations, run_name
 
 # In a checkout the scripts stand beside the package, in an installed wheel inside it.
 SCRIPTS = [parent / "launch" / "slurm.sbatch" for parent in Path(__file__).parents[1:3]]
@@ -28,7 +28,9 @@ class Request:
         nodes: number of nodes.
         gpus_per_node: GPUs, and ranks, on each node; 0 trains on CPUs, one rank per node.
         cpus_per_node: 0 means 8 for each GPU, and the cluster's default without GPUs.
-        time: sbatch's --time, such as 8:00:00; empty for the partition's default. So are partition and account.
+        time: sbatch's --time, such as 8:00:00; empty for the partition's default.
+        partition: empty for the cluster's default.
+        account: empty for the user's default.
         array: choices for an array job, such as ``train.lr=1e-3,3e-4``; several make a grid.
         extra: more options for sbatch, as they are.
     """
@@ -47,129 +49,166 @@ class Request:
         return self.nodes * max(self.gpus_per_node, 1)
 
 
+@dataclass(frozen=True)
+class Size:
+    """What follows from the settings, the shards and the number of ranks.
+
+    Args:
+        global_batch: samples of an optimiser step, over all ranks.
+        steps_per_epoch: optimiser steps in an epoch.
+    """
+
+    global_batch: int
+    steps_per_epoch: int
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A queued job.
+
+    Args:
+        job_id: SLURM's number; None in a dry run.
+        command: the sbatch command as a shell line.
+        script: the batch script.
+        run_dirs: folder of each run.
+        world_size: number of ranks.
+        global_batch: samples of an optimiser step, over all ranks.
+        steps_per_epoch: optimiser steps in an epoch.
+        logs: the job's log.
+        watch: command that shows where the run stands.
+        stop: command that cancels the job.
+        resume: command that queues the same run again.
+    """
+
+    job_id: int | None
+    command: str
+    script: str
+    run_dirs: list[str]
+    world_size: int
+    global_batch: int
+    steps_per_epoch: int
+    logs: str
+    watch: str
+    stop: str
+    resume: str
+
+
 def submit(
     recipe: str, overrides: Sequence[str], request: Request, dry_run: bool = False
-) -> dict[str, Any]:
+) -> Submission:
     """Check, then queue a training job.
 
-    Returns:
-        ``command`` (as a shell line), ``script``, ``logs``, ``run_dirs``, ``job_id`` (None in a dry run), ``world_size``,
-        ``global_batch``, ``steps_per_epoch``, ``watch``, ``stop`` and ``resume`` (commands).
+    Args:
+        recipe: name or file of the recipe.
+        overrides: ``key=value`` settings.
+        request: what to ask SLURM for.
+        dry_run: queue nothing.
 
     Raises:
         InputError: what would make the job fail, or what sbatch says; nothing is queued then.
     """
-    tasks = sweep(request.array)
+    tasks = combinations(request.array)
     settings = [config.load(recipe, [*overrides, *task]) for task in tasks]
-    figures = [check(one, request.ranks) for one in settings]
+    size = [check(one, request.ranks) for one in settings]
     command = sbatch_command(recipe, overrides, request, settings[0])
-    line = shlex.join(command)
     names = [
-        task_name(one, task) if task else one.run_dir.name
+        run_name(one, task) if task else one.run_dir.name
         for one, task in zip(settings, tasks, strict=True)
     ]
     run_dirs = [str(one.run_dir.parent / name) for one, name in zip(settings, names, strict=True)]
-    result = {
-        "command": line,
-        "script": str(script()),
-        "run_dirs": run_dirs,
-        "world_size": request.ranks,
-        **figures[0],
-    }
     job = None if dry_run else _queue(command, settings[0])
     shown = "JOB" if job is None else str(job)
-    return {
-        "job_id": job,
-        **result,
-        "logs": str(
-            _log_folder(settings[0]) / (f"{shown}.log" if not request.array else f"{shown}_*.log")
-        ),
-        "watch": f"portrait-dist status {shlex.quote(run_dirs[0])}",
-        "stop": f"scancel {shown}",
-        "resume": line,
-    }
+    log = f"{shown}_*.log" if request.array else f"{shown}.log"
+    return Submission(
+        job_id=job,
+        command=shlex.join(command),
+        script=str(script()),
+        run_dirs=run_dirs,
+        world_size=request.ranks,
+        global_batch=size[0].global_batch,
+        steps_per_epoch=size[0].steps_per_epoch,
+        logs=str(_log_folder(settings[0]) / log),
+        watch=f"portrait-dist status {shlex.quote(run_dirs[0])}",
+        stop=f"scancel {shown}",
+        resume=shlex.join(command),
+    )
 
 
 def script() -> Path:
-    """launch/slurm.sbatch of this checkout or installation."""
+    """Find launch/slurm.sbatch of this checkout or installation."""
     for path in SCRIPTS:
         if path.is_file():
             return path
     raise InputError(
-        f"{SCRIPTS[0]}: the batch script is not there; install portrait-dist again, or submit from a checkout"
+        f"{SCRIPTS[0]}: the batch script is not there; install portrait-dist again, "
+        "or submit from a checkout"
     )
 
 
 def sbatch_command(
     recipe: str, overrides: Sequence[str], request: Request, settings: config.Config
 ) -> list[str]:
-    """sbatch with its options, the script, and the words for ``train``."""
+    """Return sbatch with its options, the script, and the arguments of ``train``."""
     name = "%A_%a" if request.array else "%j"
-    options = [
-        f"--job-name={settings.run_dir.name}",
-        f"--nodes={request.nodes}",
-        f"--output={_log_folder(settings)}/{name}.log",
-    ]
-    options.append(
-        f"--export=ALL,PYTHON={sys.executable}"
-    )  # the job runs this Python, whatever comes first on PATH
-    if request.gpus_per_node:
-        options.append(f"--gpus-per-node={request.gpus_per_node}")
-    if cpus := request.cpus_per_node or 8 * request.gpus_per_node:
-        options.append(f"--cpus-per-task={cpus}")
-    for option in ("time", "partition", "account"):
-        if value := getattr(request, option):
-            options.append(f"--{option}={value}")
-    sweeps = []
-    if request.array:
-        options.append(f"--array=0-{len(sweep(request.array)) - 1}")
-        sweeps = [word for choice in request.array for word in ("--sweep", choice)]
-    return [
-        "sbatch",
-        *options,
-        *request.extra,
-        str(script()),
-        *sweeps,
-        "--recipe",
-        recipe,
-        *overrides,
-    ]
+    cpus = request.cpus_per_node or 8 * request.gpus_per_node
+    tasks = len(combinations(request.array))
+    wanted = {
+        "job-name": settings.run_dir.name,
+        "nodes": request.nodes,
+        "output": f"{_log_folder(settings)}/{name}.log",
+        # the job runs this Python, whatever comes first on PATH
+        "export": f"ALL,PYTHON={sys.executable}",
+        "gpus-per-node": request.gpus_per_node,
+        "cpus-per-task": cpus,
+        "time": request.time,
+        "partition": request.partition,
+        "account": request.account,
+        "array": f"0-{tasks - 1}" if request.array else "",
+    }
+    options = [f"--{option}={value}" for option, value in wanted.items() if value]
+    sweeps = [argument for choice in request.array for argument in ("--sweep", choice)]
+    arguments = [*sweeps, "--recipe", recipe, *overrides]
+    return ["sbatch", *options, *request.extra, str(script()), *arguments]
 
 
 def _log_folder(settings: config.Config) -> Path:
-    """The same folder that the job uses for its ranks' logs."""
+    """Return the folder that the job uses for its ranks' logs, too."""
     return Path(settings.run.root).resolve() / "slurm"
 
 
-def check(settings: config.Config, ranks: int) -> dict[str, int]:
-    """What would fail later, before anything is queued.
+def check(settings: config.Config, ranks: int) -> Size:
+    """Check what would fail later, before anything is queued.
 
-    Returns:
-        ``global_batch`` in samples, ``steps_per_epoch`` in optimiser steps.
+    Args:
+        settings: of the run.
+        ranks: number of ranks.
 
     Raises:
-        InputError: shards that cannot be read or do not fill a global batch, or a run folder that cannot be written.
+        InputError: shards that cannot be read or do not fill a global batch, or a run folder that
+            cannot be written.
     """
     samples = _train_samples(settings.data.shards)
     per_step = settings.train.batch_size * ranks
     if samples < per_step:
         raise InputError(
-            f"{settings.data.shards}: {samples} training samples do not fill one global batch of {per_step} "
-            f"({ranks} ranks × train.batch_size={settings.train.batch_size}); lower train.batch_size or ask for fewer nodes"
+            f"{settings.data.shards}: {samples} training samples do not fill one global batch of "
+            f"{per_step} ({ranks} ranks × train.batch_size={settings.train.batch_size}); "
+            "lower train.batch_size or ask for fewer ranks"
         )
     _check_run_folder(settings)
     batches = min(samples // per_step, settings.train.max_batches or samples // per_step)
-    return {
-        "global_batch": per_step * settings.train.accumulate,
-        "steps_per_epoch": -(-batches // settings.train.accumulate),
-    }
+    return Size(
+        global_batch=per_step * settings.train.accumulate,
+        steps_per_epoch=-(-batches // settings.train.accumulate),
+    )
 
 
 def _train_samples(location: str) -> int:
-    """Samples of the train split by the manifest; local shards must be there, readable and of the right length."""
+    """Count the training samples; local shards must be there, readable and of the right length."""
     if not location:
         raise InputError(
-            "data.shards is not given: add data.shards=DIR, the folder that 'portrait-dist pack' wrote"
+            "data.shards is not given: add data.shards=DIR, the folder that 'portrait-dist pack' "
+            "wrote"
         )
     from portrait_dist.data.shards.reader import ShardSet
 
@@ -181,20 +220,23 @@ def _train_samples(location: str) -> int:
         path = Path(location) / entry.name
         if not os.access(path, os.R_OK):
             raise InputError(
-                f"{path}: missing or not readable; pack or copy the shards again, or mend its permissions"
+                f"{path}: missing or not readable; pack or copy the shards again, "
+                "or change its permissions"
             )
         if path.stat().st_size != entry.bytes:
             raise InputError(
-                f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}; pack or copy the shards again"
+                f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}; "
+                "pack or copy the shards again"
             )
     return sets[0].samples
 
 
 def _check_run_folder(settings: config.Config) -> None:
     folder = settings.run_dir.resolve()
-    if not settings.run.resume and (folder / "ckpt_latest.pth").exists():
+    if not settings.run.resume and RunFolder(folder).latest.exists():
         raise InputError(
-            f"{folder}: the run exists and run.resume=false; choose another run.name, or leave run.resume out"
+            f"{folder}: the run exists and run.resume=false; choose another run.name, "
+            "or leave run.resume out"
         )
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -206,11 +248,12 @@ def _check_run_folder(settings: config.Config) -> None:
 def _queue(command: Sequence[str], settings: config.Config) -> int:
     if shutil.which("sbatch") is None:
         raise InputError(
-            "sbatch is not here: submit from a node where SLURM's commands are, or add --dry-run to see the command"
+            "sbatch is not here: submit from a node where SLURM's commands are, "
+            "or add --dry-run to see the command"
         )
-    _log_folder(settings).mkdir(
-        parents=True, exist_ok=True
-    )  # SLURM does not make it, and would lose the log
+    folder = _log_folder(settings)
+    with files.explained(folder):  # SLURM does not make it, and would lose the log
+        folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [command[0], "--parsable", *command[1:]],
         capture_output=True,
@@ -222,4 +265,7 @@ def _queue(command: Sequence[str], settings: config.Config) -> int:
         raise InputError(
             f"sbatch refused it: {done.stderr.strip() or done.stdout.strip()}; nothing was queued"
         )
-    return int(done.stdout.strip().split(";")[0])
+    number = done.stdout.strip().split(";")[0]
+    if not number.isdecimal():  # a site's wrapper may print more
+        raise InputError(f"sbatch printed '{number}' and no job number; see 'squeue'")
+    return int(number)

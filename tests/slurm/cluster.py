@@ -1,11 +1,15 @@
-"""A throw-away SLURM cluster on this machine: munged, slurmctld and two slurmd (n0, n1), everything in one temporary folder.
+"""A throw-away SLURM cluster on this machine, everything in one temporary folder.
+
+It has munged, slurmctld and two slurmd (n0, n1).
 
     with Cluster(folder) as cluster:
         job = cluster.sbatch("--nodes=2", "job.sh")
         cluster.wait(job)
 
-Nothing outside the folder is written, so that clusters can stand side by side; ports are free ones of the loopback interface. By
-hand, to try commands on it: ``python tests/slurm/cluster.py FOLDER`` prints the line that points SLURM's commands at it, and runs
+Nothing outside the folder is written, so that clusters can stand side by side; ports are free ones
+of the loopback interface. By
+hand, to try commands on it: ``python tests/slurm/cluster.py FOLDER`` prints the line that points
+    SLURM's commands at it, and runs
 until Ctrl-C. Needs Debian's slurm-wlm and munge.
 """
 
@@ -21,7 +25,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 PROGRAMS = (
@@ -37,7 +41,8 @@ PROGRAMS = (
 )
 NODES = ("n0", "n1")
 LAUNCH = Path(__file__).parents[2] / "launch"
-MARK = "PORTRAIT_DIST_TEST_CLUSTER"  # in the environment of every process of the cluster and of its jobs
+MARK = "PORTRAIT_DIST_TEST_CLUSTER"
+"""In the environment of every process of the cluster and of its jobs."""
 
 # cred_expire is also how long SLURM holds back a requeued job (120 s by default).
 CONFIGURATION = """
@@ -94,7 +99,8 @@ class Cluster:
     """Start with ``with``. ``environment`` points SLURM's commands at this cluster.
 
     Args:
-        folder: an empty folder for configuration, logs and state; its path must be short enough for a socket (< 90 characters).
+        folder: an empty folder for configuration, logs and state; its path must be short enough for
+            a socket (< 90 characters).
         cpus: CPUs that each node claims to have.
     """
 
@@ -122,7 +128,8 @@ class Cluster:
         (self.folder / "state").mkdir(parents=True)
         controller_port, *node_ports = _free_ports(1 + len(NODES))
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} RealMemory=1000 Gres=gpu:2"
+            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} "
+            f"CPUs={self.cpus} RealMemory=1000 Gres=gpu:2"
             for name, port in zip(NODES, node_ports, strict=True)
         )
         (self.folder / "slurm.conf").write_text(
@@ -174,7 +181,7 @@ class Cluster:
         )
 
     def lose_node(self, name: str) -> None:
-        """Kill a node's slurmd and everything that runs on the node, at once, as a power cut would."""
+        """Kill a node's slurmd and everything that runs on it, at once, as a power cut would."""
         daemon = self.daemons.pop(f"slurmd-{name}")
         daemon.kill()
         daemon.wait()
@@ -186,12 +193,12 @@ class Cluster:
         } | set(victims):
             _kill(pid)
 
-    def _start_daemon(self, program: str, *words: str, label: str = "") -> None:
+    def _start_daemon(self, program: str, *arguments: str, label: str = "") -> None:
         path = _program(program)
         assert path, f"{program} is not installed"
         with (self.folder / f"{label or program}.out").open("ab") as output:
             self.daemons[label or program] = subprocess.Popen(
-                [path, *words],
+                [path, *arguments],
                 env=self.environment,
                 stdout=output,
                 stderr=output,
@@ -229,12 +236,16 @@ class Cluster:
                 yield int(entry.name), variables
 
     def command(
-        self, *words: str, check: bool = True, cwd: Path | None = None, **variables: str
+        self,
+        *arguments: str,
+        check: bool = True,
+        cwd: Path | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> str:
         """Run one of SLURM's commands on this cluster and return what it printed."""
         done = subprocess.run(
-            words,
-            env=self.environment | variables,
+            arguments,
+            env=self.environment | dict(variables or {}),
             cwd=cwd,
             capture_output=True,
             text=True,
@@ -243,23 +254,24 @@ class Cluster:
         )
         if check and done.returncode:
             raise RuntimeError(
-                f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+                f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
             )
         return done.stdout
 
-    def sbatch(self, *words: str, cwd: Path | None = None, **variables: str) -> int:
+    def sbatch(self, *arguments: str, cwd: Path | None = None, **variables: str) -> int:
         """Queue a job; returns its number."""
-        return int(self.command("sbatch", "--parsable", *words, cwd=cwd, **variables).split(";")[0])
+        printed = self.command("sbatch", "--parsable", *arguments, cwd=cwd, variables=variables)
+        return int(printed.split(";")[0])
 
     def states(self) -> dict[str, str]:
-        """State of each node, in sinfo's words."""
+        """Return the state of each node as sinfo names it."""
         lines = self.command(
             "sinfo", "-h", "-N", "-o", "%N %T", "-p", "normal", check=False
         ).splitlines()
-        return dict(line.split() for line in lines)  # type: ignore[misc]
+        return {line.split()[0]: line.split()[1] for line in lines}
 
     def job(self, number: int | str) -> dict[str, str]:
-        """What scontrol knows of a job: JobState, Restarts, ExitCode, Reason, …"""
+        """Return what scontrol knows of a job: JobState, Restarts, ExitCode, Reason and more."""
         text = self.command("scontrol", "show", "job", str(number), "--oneliner")
         return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
 

@@ -1,24 +1,29 @@
-"""When a job comes back, when it gives up, and what it asks SLURM and torchrun for."""
+"""When a job is requeued, when it gives up, and what it asks of SLURM and torchrun."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from portrait_dist.config import RunConfig, load
 from portrait_dist.errors import InputError
+from portrait_dist.runs.folder import Event, Events
+from portrait_dist.slurm.allocation import Allocation
 from portrait_dist.slurm.job import (
-    Allocation,
-    Turn,
-    _went_on,
+    Attempt,
+    SignalRelay,
     decide,
-    note_turn,
+    made_progress,
+    read_attempts,
+    record_attempt,
     srun_command,
-    sweep,
-    task_words,
-    torchrun_options,
 )
+from portrait_dist.slurm.node import launch_config
+from portrait_dist.slurm.sweep import combinations, split_arguments, task_arguments
 
 JOB = {
     "SLURM_JOB_ID": "123",
@@ -28,98 +33,121 @@ JOB = {
 }
 
 
-def _turn(
+def ended(
     exit_code: int = 1,
     signal_name: str = "",
-    kind: str = "",
-    message: str = "",
+    last: Event | None = None,
     cancelled: bool = False,
-) -> Turn:
-    return Turn(
-        exit_code,
-        signal_name,
-        {"kind": kind, "message": message} if kind else None,
-        cancelled,
-        progressed=True,
-    )
+    progressed: bool = True,
+) -> Attempt:
+    """Return an attempt that ended so."""
+    return Attempt(exit_code, signal_name, last, cancelled, progressed)
+
+
+def error(message: str, exit_code: int | None = None, requeue: bool | None = None) -> Event:
+    """Return a line of an error."""
+    return Event(kind="error", time=0, message=message, exit_code=exit_code, requeue=requeue)
+
+
+def stop(message: str = "stopped by SIGUSR2") -> Event:
+    """Return a line of a stop."""
+    return Event(kind="stop", time=0, message=message)
+
+
+GONE = "failed with exit code 1 (rank 3: OSError: gone)"
 
 
 @pytest.mark.parametrize(
-    ("turn", "reason"),
+    ("attempt", "message"),
     [
-        (_turn(75, "SIGUSR2", "stop", "stopped by SIGUSR2"), "stopped by SIGUSR2"),
-        (_turn(75, "", "stop", "stopped by SIGTERM at epoch 3"), "stopped by SIGTERM at epoch 3"),
-        (_turn(140, "SIGUSR2"), "stopped by SIGUSR2"),  # before the ranks were ready to save
-        (_turn(137), "failed with exit code 137"),
-        (
-            _turn(1, "", "error", "rank 3: OSError: gone"),
-            "failed with exit code 1 (rank 3: OSError: gone)",
-        ),
+        (ended(75, "SIGUSR2", stop()), "stopped by SIGUSR2"),
+        (ended(75, "", stop("stopped by SIGTERM at epoch 3")), "stopped by SIGTERM at epoch 3"),
+        (ended(140, "SIGUSR2"), "stopped by SIGUSR2"),  # before the ranks were ready to save
+        (ended(137), "failed with exit code 137"),
+        (ended(1, "", error("rank 3: OSError: gone")), GONE),
+        (ended(1, "", error("rank 3: OSError: gone", exit_code=1)), GONE),
+        (ended(1, "", error("rank 3: OSError: gone", exit_code=1, requeue=True)), GONE),
     ],
 )
-def test_a_stopped_or_failed_turn_is_followed_by_another(turn: Turn, reason: str) -> None:
-    assert decide(turn, restarts=0, turns_without_progress=0, run=RunConfig()) == (True, reason)
+def test_a_stopped_or_failed_attempt_is_followed_by_another(attempt: Attempt, message: str) -> None:
+    decision = decide(attempt, restarts=0, attempts_without_progress=0, run=RunConfig())
+    assert (decision.requeue, decision.message) == (True, message)
+
+
+SAME = "another attempt would fail in the same way"
 
 
 @pytest.mark.parametrize(
-    ("turn", "reason"),
+    ("attempt", "message"),
     [
-        (_turn(0), "finished"),
-        (_turn(75, "SIGTERM", "stop", cancelled=True), "cancelled"),
-        (_turn(2), "another turn would fail in the same way"),
-        (_turn(3), "another turn would fail in the same way"),
-        (
-            _turn(1, "", "error", "rank 0: DamagedSampleError: x"),
-            "another turn would fail in the same way",
-        ),
+        (ended(0), "finished"),
+        (ended(75, "SIGTERM", stop(), cancelled=True), "cancelled"),
+        (ended(2), SAME),
+        (ended(3), SAME),
+        (ended(1, "", error("rank 0: whatever it says", exit_code=2)), SAME),
+        (ended(1, "", error("rank 0: whatever it says", exit_code=3)), SAME),
+        (ended(1, "", error("the loss is not finite", exit_code=1, requeue=False)), SAME),
+        (ended(1, "", error("rank 0: DamagedSampleError: x")), SAME),  # a line without a number
+        (ended(1, "", error("rank 0: InputError: x")), SAME),
     ],
 )
-def test_a_finished_cancelled_or_hopeless_job_does_not_come_back(turn: Turn, reason: str) -> None:
-    again, said = decide(turn, restarts=0, turns_without_progress=0, run=RunConfig())
-    assert not again
-    assert reason in said
+def test_a_finished_cancelled_or_refused_job_is_not_requeued(
+    attempt: Attempt, message: str
+) -> None:
+    decision = decide(attempt, restarts=0, attempts_without_progress=0, run=RunConfig())
+    assert not decision.requeue
+    assert message in decision.message
 
 
-def test_failed_jobs_stay_away_where_a_key_says_so() -> None:
+def test_the_exit_code_comes_from_the_number_and_not_from_the_message() -> None:
+    misleading = ended(1, "", error("rank 0: InputError: server away", exit_code=1))
+    assert decide(misleading, 0, 0, RunConfig()).requeue
+
+
+def test_failed_jobs_are_not_requeued_where_a_key_says_so() -> None:
     run = RunConfig(requeue_on_failure=False)
-    assert decide(_turn(1), 0, 0, run) == (
-        False,
-        "failed with exit code 1, and run.requeue_on_failure=false",
-    )
-    assert decide(_turn(75, "SIGUSR2", "stop"), 0, 0, run)[0]
+    failed = decide(ended(1), 0, 0, run)
+    assert not failed.requeue
+    assert failed.message == "failed with exit code 1, and run.requeue_on_failure=false"
+    assert decide(ended(75, "SIGUSR2", stop()), 0, 0, run).requeue
 
 
-def test_a_turn_that_is_stopped_before_its_first_step_has_not_gone_on() -> None:
-    start, stop = {"kind": "start", "step": 40}, {"kind": "stop", "step": 40}
-    assert not _went_on([start, stop])
-    assert _went_on([start, stop | {"step": 41}])
-    assert _went_on([start, {"kind": "epoch", "step": 50}])
+def test_an_attempt_that_is_stopped_before_its_first_step_has_made_no_progress() -> None:
+    start = Event(kind="start", time=0, epoch=1, step=20, batch=40)
+    at = {step: Event(kind="stop", time=0, step=step // 2, batch=step) for step in (40, 41)}
+    epoch = Event(kind="epoch", time=0, epoch=1, step=25)
+    assert not made_progress(Events((start, at[40])))
+    assert made_progress(Events((start, at[41])))
+    assert made_progress(Events((start, epoch)))
+    assert made_progress(Events((start, stop())))
 
 
 def test_requeues_are_limited_by_a_key() -> None:
-    stopped, run = _turn(75, "SIGUSR2", "stop"), RunConfig(max_requeues=3)
-    assert decide(stopped, 2, 0, run)[0]
-    again, reason = decide(stopped, 3, 0, run)
-    assert not again
-    assert reason == "stopped by SIGUSR2, and it was requeued 3 times (run.max_requeues=3)"
-    assert not decide(stopped, 0, 0, RunConfig(max_requeues=0))[0]
+    stopped, run = ended(75, "SIGUSR2", stop()), RunConfig(max_requeues=3)
+    assert decide(stopped, 2, 0, run).requeue
+    last = decide(stopped, 3, 0, run)
+    assert not last.requeue
+    assert last.message == "stopped by SIGUSR2, and it was requeued 3 times (run.max_requeues=3)"
+    assert not decide(stopped, 0, 0, RunConfig(max_requeues=0)).requeue
 
 
 def test_a_job_that_saves_nothing_new_twice_gives_up_with_the_reason(tmp_path: Path) -> None:
-    idle = Turn(
-        1, "", {"kind": "error", "message": "rank 1: ValueError: x"}, False, progressed=False
-    )
-    counts = [
-        note_turn(tmp_path / "turns.jsonl", Allocation.from_environment(JOB), turn)
-        for turn in (_turn(), idle, idle)
-    ]
-    assert counts == [0, 1, 2]
-    assert decide(idle, 1, 1, RunConfig())[0]
-    again, reason = decide(idle, 2, 2, RunConfig())
-    assert not again
-    assert "rank 1: ValueError: x" in reason
-    assert "2 turns in a row saved nothing new" in reason
-    assert note_turn(tmp_path / "turns.jsonl", Allocation.from_environment(JOB), _turn()) == 0
+    path, allocation = tmp_path / "attempts.jsonl", Allocation.from_environment(JOB)
+    idle = ended(1, "", error("rank 1: ValueError: x"), progressed=False)
+    assert [record_attempt(path, allocation, one) for one in (ended(), idle, idle)] == [0, 1, 2]
+    assert decide(idle, 1, 1, RunConfig()).requeue
+    decision = decide(idle, 2, 2, RunConfig())
+    assert not decision.requeue
+    assert "rank 1: ValueError: x" in decision.message
+    assert "2 attempts in a row saved nothing new" in decision.message
+    assert record_attempt(path, allocation, ended()) == 0
+
+
+def test_a_damaged_line_of_the_attempts_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "attempts.jsonl"
+    path.write_bytes(b'{"attempt": 1}\n\xff\n[]\n')
+    assert record_attempt(path, Allocation.from_environment(JOB), ended()) == 0
+    assert len(read_attempts(path)) == 1
 
 
 def test_jobs_on_one_node_have_different_ports_below_those_of_linux() -> None:
@@ -133,16 +161,43 @@ def test_jobs_on_one_node_have_different_ports_below_those_of_linux() -> None:
 
 
 def test_ranks_follow_the_gpus_or_the_variable() -> None:
+    gpus = {"SLURM_GPUS_ON_NODE": "8"}
     assert Allocation.from_environment(JOB).ranks_per_node == 1
-    assert Allocation.from_environment(JOB | {"SLURM_GPUS_ON_NODE": "8"}).ranks_per_node == 8
-    assert (
-        Allocation.from_environment(
-            JOB | {"SLURM_GPUS_ON_NODE": "8", "NPROC_PER_NODE": "4"}
-        ).ranks_per_node
-        == 4
+    assert Allocation.from_environment(JOB | gpus).ranks_per_node == 8
+    assert Allocation.from_environment(JOB | gpus | {"NPROC_PER_NODE": "4"}).ranks_per_node == 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_RESTART_COUNT",
+        "SLURM_JOB_NUM_NODES",
+        "SLURM_GPUS_ON_NODE",
+        "SLURM_CPUS_PER_TASK",
+        "SLURM_CPUS_ON_NODE",
+        "NPROC_PER_NODE",
+    ],
+)
+@pytest.mark.parametrize("text", ["all", "-1", "1.5", "²", "٣", "9" * 5000])
+def test_a_variable_that_is_no_number_is_one_line_and_exit_code_2(name: str, text: str) -> None:
+    with pytest.raises(InputError, match=f"{name}=.{{1,40}}: write a whole number"):
+        Allocation.from_environment(JOB | {name: text})
+
+
+def test_the_inside_of_a_job_reports_a_wrong_variable_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "portrait_dist.slurm", "job", "data.shards=none"]
+    done = subprocess.run(
+        command,
+        env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_GPUS_ON_NODE": "two"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    with pytest.raises(InputError, match="NPROC_PER_NODE=all: write the number"):
-        Allocation.from_environment(JOB | {"NPROC_PER_NODE": "all"})
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "SLURM_GPUS_ON_NODE=two: write a whole number" in done.stderr
 
 
 def test_each_node_gets_one_task_and_the_first_hosts_the_rendezvous() -> None:
@@ -150,19 +205,54 @@ def test_each_node_gets_one_task_and_the_first_hosts_the_rendezvous() -> None:
     command = srun_command(allocation, "10.0.0.1", Path("logs"), ["train.lr=1"])
     assert {"--ntasks=4", "--nodes=4", "--ntasks-per-node=1", "--kill-on-bad-exit=0"} < set(command)
     assert command[-1] == "train.lr=1"
-    for node, host in ((0, 1), (3, 0)):
-        words = torchrun_options(allocation, node, "10.0.0.1")
-        options = dict(zip(words[::2], words[1::2], strict=True))
-        assert options["--nnodes"] == 4
-        assert options["--rdzv-endpoint"] == f"10.0.0.1:{allocation.port}"
-        assert options["--rdzv-conf"] == f"is_host={host}"
-        assert options["--rdzv-id"] == "123-turn3"
-        assert "SIGUSR2" in str(options["--signals-to-handle"]).split(",")
+    for node, host in ((0, True), (3, False)):
+        launch = launch_config(allocation, node, "10.0.0.1")
+        assert (launch.min_nodes, launch.max_nodes, launch.max_restarts) == (4, 4, 0)
+        assert launch.rdzv_endpoint == f"10.0.0.1:{allocation.port}"
+        assert launch.rdzv_configs["is_host"] is host
+        assert launch.run_id == "123-attempt3"
+        assert "SIGUSR2" in launch.signals_to_handle.split(",")
+
+
+def test_only_the_first_usr2_reaches_srun_also_when_it_comes_before_srun(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Child(subprocess.Popen):
+        sent: list[int]
+
+        def __init__(self) -> None:
+            self.sent = []
+            super().__init__(["true"])
+
+        def send_signal(self, sig: int) -> None:
+            self.sent.append(sig)
+
+    before = {number: signal.getsignal(number) for number in SignalRelay.SIGNALS}
+    try:
+        early, child = SignalRelay(), Child()
+        signal.raise_signal(signal.SIGUSR2)
+        assert child.sent == []
+        early.attach(child)
+        signal.raise_signal(signal.SIGUSR2)
+        signal.raise_signal(signal.SIGTERM)
+        assert child.sent == [signal.SIGUSR2]
+        assert early.received == ["SIGUSR2", "SIGUSR2", "SIGTERM"]
+        preempted, other = SignalRelay(), Child()
+        preempted.attach(other)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR2)
+        assert other.sent == [], "the ranks have SLURM's TERM already"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        child.wait()
+        other.wait()
+    assert "SLURM sent SIGTERM: saving" in capsys.readouterr().out
 
 
 def test_a_sweep_trains_every_combination_in_a_run_of_its_own() -> None:
-    assert sweep([]) == [[]]
-    words = [
+    assert combinations([]) == [[]]
+    arguments = [
         "--sweep",
         "train.lr=1e-3,3e-4",
         "--recipe",
@@ -170,8 +260,9 @@ def test_a_sweep_trains_every_combination_in_a_run_of_its_own() -> None:
         "--sweep=train.seed=1,2",
         "run.name=try",
     ]
-    tasks = [task_words(words, task) for task in range(4)]
-    loaded = [load("quickstart", [word for word in task if "=" in word]) for task in tasks]
+    tasks = [split_arguments(task_arguments(arguments, task)) for task in range(4)]
+    assert {recipe for recipe, _ in tasks} == {"quickstart"}
+    loaded = [load(recipe, overrides) for recipe, overrides in tasks]
     assert [(one.train.lr, one.train.seed) for one in loaded] == [
         (1e-3, 1),
         (1e-3, 2),
@@ -182,9 +273,9 @@ def test_a_sweep_trains_every_combination_in_a_run_of_its_own() -> None:
     assert loaded[0].run.name == "try-train.lr=1e-3,train.seed=1"
     for wrong in (None, 4):
         with pytest.raises(InputError, match="sbatch --array=0-3"):
-            task_words(words, wrong)
+            task_arguments(arguments, wrong)
     with pytest.raises(InputError, match="write key=value,value"):
-        sweep(["train.lr"])
+        combinations(["train.lr"])
 
 
 def test_tasks_of_an_array_have_labels_and_ports_of_their_own() -> None:

@@ -1,4 +1,4 @@
-"""Launches that would train something else than asked for end at once, with one line that says what to do."""
+"""Launches that would train something else than asked for end at once, with one clear line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 from portrait_dist.errors import InputError
-from portrait_dist.slurm.job import check_launch
+from portrait_dist.slurm.launch_checks import check_launch
 from tests.slurm.cluster import LAUNCH, Cluster
 
 TRAIN = f"{sys.executable} -m portrait_dist train data.shards=none"
-TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 1 -m portrait_dist train data.shards=none"
+TORCHRUN = (
+    f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 1 "
+    "-m portrait_dist train data.shards=none"
+)
 
 
 def _script(folder: Path, *steps: str) -> str:
@@ -77,12 +80,12 @@ def test_a_job_whose_ranks_find_wrong_input_ends_with_their_line_and_is_not_requ
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
     assert "none: there is no such folder; give one that 'portrait-dist pack' wrote" in log
     assert "not requeued: failed with exit code" in log
-    assert "another turn would fail in the same way" in log
+    assert "another attempt would fail in the same way" in log
     assert "Traceback" not in log
 
 
 @pytest.mark.slurm
-def test_what_sbatch_refuses_is_said_in_one_line(
+def test_what_sbatch_refuses_is_reported_in_one_line(
     cluster: Cluster, tiny_shards: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "portrait_dist", "submit", "--partition", "moon"]
@@ -113,6 +116,11 @@ RANK = {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_S
             STEP | RANK | {"SLURM_GPUS_ON_NODE": "4"},
             "started 8 rank\\(s\\) on a node where SLURM gave 4 GPU",
         ),
+        (
+            STEP | RANK | {"SLURM_GPUS_ON_NODE": "8", "NPROC_PER_NODE": "4"},
+            "started 8 rank\\(s\\) on a node where NPROC_PER_NODE=4",
+        ),
+        (STEP | RANK | {"SLURM_STEP_NUM_NODES": "some"}, "SLURM_STEP_NUM_NODES=some: write a"),
     ],
 )
 def test_a_launch_that_does_not_match_the_allocation_is_refused(
@@ -135,6 +143,7 @@ def test_a_launch_that_does_not_match_the_allocation_is_refused(
         {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun --pty
         STEP | RANK,
         STEP | RANK | {"SLURM_GPUS_ON_NODE": "8"},
+        STEP | RANK | {"SLURM_GPUS_ON_NODE": "16", "NPROC_PER_NODE": "8"},
     ],
 )
 def test_launches_that_fit_are_let_through(environment: dict[str, str]) -> None:
@@ -144,12 +153,12 @@ def test_launches_that_fit_are_let_through(environment: dict[str, str]) -> None:
 SHARED = """
 import sys, torch
 from pathlib import Path
-from portrait_dist import distributed, errors, slurm
+from portrait_dist import distributed, errors
 distributed.start(torch.device("cpu"), 60)
 here, answers = Path(sys.argv[1]), []
 for folder in (here / "shared", here / f"of-rank{distributed.rank()}"):
     try:
-        slurm.check_shared_folder(folder, seconds=0.5)
+        distributed.check_shared_folder(folder, seconds=0.5)
         answers.append("seen")
     except errors.InputError as error:
         answers.append(str(error))

@@ -1,5 +1,7 @@
-"""One job on a real two-node SLURM lives through all that a night can bring: its time limit, preemption, a killed rank, a lost
-node. Beside it the same run goes undisturbed, queued with ``portrait-dist submit``. Both must end with the same weights.
+"""One job on a real two-node SLURM lives through all that a night can bring.
+
+That is its time limit, preemption, a killed rank and a lost node. Beside it the same run goes
+undisturbed, queued with ``portrait-dist submit``. Both must end with the same weights.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from tests.slurm.cluster import LAUNCH, Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-KEYS = (
+KEYS: tuple[str, ...] = (
     "model.init_features=2",
     "model.norm=group",
     "train.max_epochs=30",
@@ -46,15 +48,15 @@ class Night:
         return (self.folder / "job.log").read_text()
 
     @property
-    def turns(self) -> list[dict[str, Any]]:
-        path = self.folder / "runs" / "slurm" / self.disturbed["JobId"] / "turns.jsonl"
+    def attempts(self) -> list[dict[str, Any]]:
+        path = self.folder / "runs" / "slurm" / self.disturbed["JobId"] / "attempts.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def night(cluster: Cluster, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Night:
     folder = tmp_path_factory.mktemp("night")
-    words = [
+    arguments = [
         "--recipe",
         "aisegment_unet",
         f"data.shards={tiny_shards}",
@@ -69,7 +71,7 @@ def night(cluster: Cluster, tiny_shards: Path, tmp_path_factory: pytest.TempPath
         "--json",
         "--nodes",
         "2",
-        *words,
+        *arguments,
         "run.name=undisturbed",
     ]
     done = subprocess.run(
@@ -78,7 +80,7 @@ def night(cluster: Cluster, tiny_shards: Path, tmp_path_factory: pytest.TempPath
     assert done.returncode == 0, done.stderr
     submitted = json.loads(done.stdout)
     options = ["--nodes=2", f"--output={folder}/job.log", str(LAUNCH / "slurm.sbatch")]
-    job = cluster.sbatch(*options, *words, "run.name=disturbed", cwd=folder)
+    job = cluster.sbatch(*options, *arguments, "run.name=disturbed", cwd=folder)
     undisturbed = _live_through(cluster, job, submitted["job_id"], folder)
     return Night(cluster, submitted, undisturbed, cluster.wait(job, 240), folder)
 
@@ -86,7 +88,7 @@ def night(cluster: Cluster, tiny_shards: Path, tmp_path_factory: pytest.TempPath
 def _live_through(cluster: Cluster, job: int, other: int, folder: Path) -> dict[str, str]:
     log, run = folder / "job.log", folder / "runs" / "disturbed"
 
-    _until_trained_in_turn(cluster, 1, run, log)
+    _until_trained_in_attempt(cluster, 1, run, log)
     _freeze(cluster, job)
     cluster.command(
         "scontrol", "update", f"JobId={job}", "TimeLimit=2"
@@ -101,7 +103,7 @@ def _live_through(cluster: Cluster, job: int, other: int, folder: Path) -> dict[
     cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
     undisturbed = cluster.wait(other, 180)
 
-    _until_trained_in_turn(cluster, 2, run, log)
+    _until_trained_in_attempt(cluster, 2, run, log)
     _freeze(cluster, job)  # preemption wakes it: SLURM sends CONT, then TERM
     cluster.sbatch(
         "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1"
@@ -110,7 +112,7 @@ def _live_through(cluster: Cluster, job: int, other: int, folder: Path) -> dict[
         lambda: cluster.job(job)["Restarts"] == "2", 90, "the job was requeued after preemption"
     )
 
-    _until_trained_in_turn(cluster, 3, run, log)
+    _until_trained_in_attempt(cluster, 3, run, log)
     os.kill(_ranks(cluster, job)[1], signal.SIGKILL)
     cluster.until(
         lambda: cluster.job(job)["Restarts"] == "3",
@@ -118,7 +120,7 @@ def _live_through(cluster: Cluster, job: int, other: int, folder: Path) -> dict[
         "the job was requeued after a rank was killed",
     )
 
-    _until_trained_in_turn(cluster, 4, run, log)
+    _until_trained_in_attempt(cluster, 4, run, log)
     cluster.lose_node("n1")
     cluster.until(
         lambda: cluster.job(job)["Restarts"] == "4",
@@ -129,22 +131,22 @@ def _live_through(cluster: Cluster, job: int, other: int, folder: Path) -> dict[
     return undisturbed
 
 
-def _until_trained_in_turn(cluster: Cluster, turn: int, run: Path, log: Path) -> None:
-    """An epoch was trained and saved in this turn."""
+def _until_trained_in_attempt(cluster: Cluster, attempt: int, run: Path, log: Path) -> None:
+    """An epoch was trained and saved in this attempt."""
 
     def trained() -> bool:
         found = lines(run)
         starts = [place for place, line in enumerate(found) if line["kind"] == "start"]
         epochs = (
             [line for line in found[starts[-1] :] if line["kind"] == "epoch"]
-            if len(starts) == turn
+            if len(starts) == attempt
             else []
         )
         latest = run / "ckpt_latest.pth"
         return bool(epochs) and latest.exists() and latest.stat().st_mtime > epochs[0]["time"]
 
     try:
-        cluster.until(trained, 150, f"turn {turn} has trained")
+        cluster.until(trained, 150, f"attempt {attempt} has trained")
     except TimeoutError as error:
         raise AssertionError(f"{error}\n{log.read_text()[-6000:]}") from None
 
@@ -178,7 +180,7 @@ def test_a_submitted_job_trains_on_all_nodes_and_says_how_to_watch_stop_and_resu
     assert "launch/slurm.sbatch" in night.submitted["resume"]
 
 
-def test_a_job_that_was_stopped_preempted_killed_and_lost_a_node_ends_with_the_weights_of_an_undisturbed_one(
+def test_a_job_that_was_stopped_preempted_killed_and_lost_a_node_ends_with_the_same_weights(
     night: Night,
 ) -> None:
     assert night.disturbed["JobState"] == "COMPLETED", night.log[-4000:]
@@ -188,16 +190,16 @@ def test_a_job_that_was_stopped_preempted_killed_and_lost_a_node_ends_with_the_w
     assert largest_difference(one["net"], other["net"]) == 0.0
 
 
-def test_each_turn_goes_on_where_the_last_one_saved(night: Night) -> None:
+def test_each_attempt_resumes_where_the_last_one_saved(night: Night) -> None:
     assert night.disturbed["Restarts"] == "4"
     events = lines(night.folder / "runs" / "disturbed")
     starts = [line["epoch"] for line in events if line["kind"] == "start"]
     assert len(starts) == 5
-    assert starts == sorted(set(starts)), "every turn starts further on than the one before"
-    assert [turn["progressed"] for turn in night.turns] == [True] * len(night.turns)
+    assert starts == sorted(set(starts)), "every attempt starts further on than the one before"
+    assert [attempt["progressed"] for attempt in night.attempts] == [True] * len(night.attempts)
 
 
-def test_the_log_says_why_each_turn_ended(night: Night) -> None:
+def test_the_log_says_why_each_attempt_ended(night: Night) -> None:
     assert "stopped by SIGUSR2; requeue 1 of at most 20" in night.log
     assert re.search(r"stopped by SIGTERM.*; requeue 2 of at most 20", night.log)
     assert re.search(r"node n\d: rank 1 failed \(killed by SIGKILL\)", night.log)
@@ -210,12 +212,12 @@ def test_each_rank_has_its_log_beside_the_others_in_the_jobs_folder(night: Night
         path.name for path in (night.folder / "runs" / "slurm" / night.disturbed["JobId"]).iterdir()
     }
     expected = {
-        f"turn{turn}-rank{rank}.{kind}"
-        for turn in range(1, 6)
+        f"attempt{attempt}-rank{rank}.{kind}"
+        for attempt in range(1, 6)
         for rank in (0, 1)
         for kind in ("out", "err")
     }
-    assert names == expected | {"turns.jsonl"}
+    assert names == expected | {"attempts.jsonl"}
 
 
 def test_status_reads_the_run_without_slurm(night: Night) -> None:

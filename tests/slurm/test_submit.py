@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from portrait_dist.errors import InputError
-from portrait_dist.slurm.submit import Request, submit
+from portrait_dist.slurm.submit import Request, Submission, submit
 
 
-def _dry(shards: Path, root: Path, *words: str, **request: Any) -> dict[str, Any]:
+def _dry(shards: Path, root: Path, *overrides: str, **request: Any) -> Submission:
     return submit(
         "aisegment_unet",
-        [f"data.shards={shards}", f"run.root={root}", *words],
+        [f"data.shards={shards}", f"run.root={root}", *overrides],
         Request(**request),
         dry_run=True,
     )
@@ -27,18 +27,18 @@ def _dry(shards: Path, root: Path, *words: str, **request: Any) -> dict[str, Any
 def test_a_dry_run_shows_the_whole_sbatch_line_and_leaves_nothing(
     tiny_shards: Path, tmp_path: Path
 ) -> None:
-    words = ("run.name=first", "train.batch_size=2")
+    overrides = ("run.name=first", "train.batch_size=2")
     result = _dry(
         tiny_shards,
         tmp_path / "runs",
-        *words,
+        *overrides,
         nodes=2,
         gpus_per_node=8,
         time="8:00:00",
         partition="gpu",
         account="lab",
     )
-    options = result["command"].split(" ")
+    options = result.command.split(" ")
     assert options[0] == "sbatch"
     expected = {
         f"--export=ALL,PYTHON={sys.executable}",
@@ -50,9 +50,9 @@ def test_a_dry_run_shows_the_whole_sbatch_line_and_leaves_nothing(
         "--account=lab",
     }
     assert expected | {"--job-name=first", f"--output={tmp_path}/runs/slurm/%j.log"} < set(options)
-    assert options[-4:] == [f"data.shards={tiny_shards}", f"run.root={tmp_path}/runs", *words]
-    assert (result["world_size"], result["global_batch"], result["steps_per_epoch"]) == (16, 32, 1)
-    assert result["job_id"] is None
+    assert options[-4:] == [f"data.shards={tiny_shards}", f"run.root={tmp_path}/runs", *overrides]
+    assert (result.world_size, result.global_batch, result.steps_per_epoch) == (16, 32, 1)
+    assert result.job_id is None
     assert not (tmp_path / "runs").exists()
 
 
@@ -60,10 +60,10 @@ def test_a_sweep_becomes_an_array_job(tiny_shards: Path, tmp_path: Path) -> None
     result = _dry(
         tiny_shards, tmp_path, "run.name=s", array=("train.lr=1e-3,3e-4", "train.seed=1,2,3")
     )
-    assert "--array=0-5 " in result["command"]
-    assert "--sweep train.lr=1e-3,3e-4 --sweep train.seed=1,2,3" in result["command"]
-    assert "/slurm/%A_%a.log" in result["command"]
-    assert len(set(result["run_dirs"])) == 6
+    assert "--array=0-5 " in result.command
+    assert "--sweep train.lr=1e-3,3e-4 --sweep train.seed=1,2,3" in result.command
+    assert "/slurm/%A_%a.log" in result.command
+    assert len(set(result.run_dirs)) == 6
     with pytest.raises(InputError, match=r"train.lr is above 0, not -1"):
         _dry(tiny_shards, tmp_path, array=("train.lr=1e-3,-1",))
 
@@ -75,7 +75,8 @@ def test_unknown_keys_and_too_large_batches_are_said_before_queueing(
         _dry(tiny_shards, tmp_path, "train.lrr=1")
     with pytest.raises(
         InputError,
-        match=r"57 training samples do not fill one global batch of 64 \(4 ranks × train.batch_size=16\)",
+        match=r"57 training samples do not fill one global batch of 64 "
+        r"\(4 ranks × train.batch_size=16\)",
     ):
         _dry(tiny_shards, tmp_path, nodes=4)
 
