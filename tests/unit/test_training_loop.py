@@ -307,7 +307,8 @@ def plan_of(shards: Path, *keys: str) -> Any:
     from portrait_dist.training import main
 
     loaded = config.load(None, [f"data.shards={shards}", *keys])
-    return main._plan(loaded, *main._loaders(loaded), torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return main._plan(loaded, *main._loaders(loaded, cpu), cpu)
 
 
 def test_derived_numbers_stand_in_one_table_before_training(tiny_shards: Path) -> None:
