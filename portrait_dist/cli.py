@@ -15,7 +15,7 @@ import traceback
 
 import click
 
-from portrait_dist.errors import PortraitDistError, nearest
+from portrait_dist.errors import PortraitDistError, nearest, printable, shorten
 
 COMMANDS = {
     "quickstart": "portrait_dist.commands.quickstart:quickstart",
@@ -66,7 +66,7 @@ class LazyGroup(click.Group):
         """Find the command, or suggest the one that was meant."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             ctx.fail(
-                f"no command '{args[0]}'.{nearest(args[0], list(COMMANDS))} "
+                f"no command '{shorten(args[0])}'.{nearest(args[0], list(COMMANDS))} "
                 "'portrait-dist --help' lists them."
             )
         return super().resolve_command(ctx, args)
@@ -154,7 +154,7 @@ def one_line(message: str) -> str:
 
 def complain(message: str) -> None:
     """Print a message as one line on stderr."""
-    click.echo(one_line(message), err=True)
+    click.echo(printable(one_line(message)), err=True)
 
 
 def main() -> None:

@@ -1,205 +1,321 @@
-"""Every knob of a training run: one tree of dataclasses with defaults, units and checks.
+"""Every setting of a training run: one tree of dataclasses with defaults, units and bounds.
 
-A recipe (``recipes/NAME.yaml`` or a file of yours) and ``key=value`` words override the defaults, in that order:
+A recipe (``recipes/NAME.yaml`` or a file of yours) and ``key=value`` arguments override the
+defaults, in that order:
 
     portrait-dist train --recipe aisegment_unet data.shards=shards train.lr=3e-4
 
-``load`` raises :class:`InputError` for an unknown key (with the nearest known one) or a value out of range, and names file
-and line where the value stands in a recipe.
+``load`` raises :class:`InputError` for an unknown key (with the nearest known one) or a value out
+of range, and names file and line where the value stands in a recipe.
+
+A new setting is one line here. Its annotation holds its type, its bounds, its meaning, and what a
+resumed run may do with it (:class:`OnResume`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import types
+import enum
+import functools
+import os
+import re
 import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
 import yaml
+from annotated_types import Ge, Gt, Le
+from typing_extensions import Doc
 
-from portrait_dist.errors import InputError, nearest
+from portrait_dist import recipes
+from portrait_dist.errors import InputError, nearest, shorten
+from portrait_dist.system.address import check_address, is_address, redact
 
-RECIPES = Path(__file__).parent / "recipes"
+__all__ = ["Config", "InputError", "OnResume", "Setting", "load", "settings"]
+
+LARGEST_COUNT = 2**31 - 1
+"""Torch and SuperGradients keep counts in 32 bits."""
+LARGEST_SEED = 2**62
+"""Generators take 64 bits, and ranks add their number."""
+MONTH = 30 * 24 * 3600.0
+"""Longest time, in seconds; timers overflow not far beyond."""
+LONGEST_NAME = 255
+"""Bytes of a file's name that common file systems take."""
+LONGEST_PATH = 4095
+"""Bytes of a path that Linux takes."""
+
+Seconds = Annotated[float, Ge(0), Le(MONTH)]
+Count = Annotated[int, Ge(0), Le(LARGEST_COUNT)]
+Positive = Annotated[int, Ge(1), Le(LARGEST_COUNT)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+Weight = Annotated[float, Ge(0), Le(1e6)]
 
 
-def knob(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-) -> Any:
-    """A dataclass field with its help text (unit included) and its bounds; ``above`` is an open lower bound."""
-    return field(
-        default=default,
-        metadata={
-            "help": help,
-            "choices": choices,
-            "minimum": minimum,
-            "above": above,
-            "maximum": maximum,
-        },
-    )
+class OnResume(enum.Enum):
+    """What a run that is resumed may do with another value of a setting; without a mark: anything.
+
+    FIXED: nothing; the checkpoint would not fit, or scores would not compare.
+    ASK: take it where ``run.accept_changes=true`` says that it is on purpose.
+    """
+
+    FIXED = "fixed"
+    ASK = "ask"
+
+
+FIXED, ASK = OnResume.FIXED, OnResume.ASK
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check that a type and bounds cannot express: says what is wrong with a value, or ``""``."""
+
+    wrong: Callable[[str], str]
+
+
+def _wrong_path(text: str) -> str:
+    """Say why a text cannot be a path or an address."""
+    if is_address(text):
+        try:
+            check_address(text)
+        except InputError as error:
+            return str(error).partition(": ")[2]
+        return ""
+    if "\0" in text:
+        return "it holds a NUL character"
+    try:
+        names = [os.fsencode(name) for name in text.split("/")]
+    except UnicodeEncodeError:
+        return "it is not text that a file can be named with"
+    if any(len(name) > LONGEST_NAME for name in names):
+        return f"a name in it is longer than {LONGEST_NAME} bytes"
+    if sum(map(len, names)) + len(names) > LONGEST_PATH:
+        return f"it is longer than {LONGEST_PATH} bytes"
+    return ""
+
+
+def _wrong_local_path(text: str) -> str:
+    if is_address(text):
+        return "it is an address; give a local path"
+    return _wrong_path(text)
+
+
+def _wrong_run_name(text: str) -> str:
+    if problem := _wrong_local_path(text):
+        return problem
+    if any(0xD800 <= ord(character) <= 0xDFFF or not character.isprintable() for character in text):
+        return "it holds a character that cannot be printed"
+    path = PurePosixPath(text)
+    if path.is_absolute() or ".." in path.parts:
+        return "it leaves run.root; give a name, and the folder as run.root"
+    if text and not path.parts:
+        return "it names run.root itself"
+    return ""
+
+
+PathText = Annotated[str, Check(_wrong_local_path)]
+Location = Annotated[str, Check(_wrong_path)]
 
 
 @dataclass
 class RunConfig:
-    root: str = knob("runs", "folder that holds the run folders")
-    name: str = knob(
-        "", "name of the run; its folder is <root>/<name>; the recipe's name when empty"
-    )
-    resume: bool = knob(True, "go on if the run exists; false refuses to touch an existing run")
-    max_requeues: int = knob(20, "times a SLURM job puts itself back into the queue", minimum=0)
-    requeue_on_failure: bool = knob(
-        True, "a SLURM job whose rank or node failed comes back too, not only one that was stopped"
-    )
+    """Where a run is, and what happens when it is started again."""
+
+    root: Annotated[PathText, Doc("folder that holds the run folders")] = "runs"
+    name: Annotated[
+        str,
+        Check(_wrong_run_name),
+        Doc("name of the run; its folder is <root>/<name>; the recipe's name when empty"),
+    ] = ""
+    resume: Annotated[bool, Doc("resume an existing run; if false, it is an error")] = True
+    accept_changes: Annotated[
+        bool,
+        Doc("resume also where loss, augmentation or optimiser settings are not the run's"),
+    ] = False
+    max_requeues: Annotated[Count, Doc("maximum number of requeues of a SLURM job")] = 20
+    requeue_on_failure: Annotated[
+        bool, Doc("requeue a SLURM job also after a failed rank or node, not only after a stop")
+    ] = True
 
 
 @dataclass
 class DataConfig:
-    shards: str = knob("", "folder or address of the shards that 'portrait-dist pack' wrote")
-    size: int = knob(
-        0,
-        "side of the square training picture, pixels, for shards of original size; 0 means 256",
-        minimum=0,
-    )
-    workers: int = knob(
-        2, "decoding threads of each rank; changes the speed, never the batches", minimum=0
-    )
-    prefetch_batches: int = knob(4, "batches decoded ahead, per rank", minimum=1)
-    order: str = knob(
-        "full",
-        "shuffle: the whole split, or by blocks (few shards open at a time)",
-        choices=("full", "block"),
-    )
-    block_samples: int = knob(16384, "samples in a block when data.order=block", minimum=1)
-    on_damage: str = knob(
-        "stop",
-        "a damaged sample stops the run, or is skipped and counted",
-        choices=("stop", "skip"),
-    )
-    log_keys: bool = knob(
-        False, "write the keys of every training batch to keys-rank<r>.jsonl in the run folder"
-    )
-    cache_dir: str = knob(
-        "", "folder for shards fetched from a remote address; the user's cache folder when empty"
-    )
-    cache_gigabytes: float = knob(50.0, "size limit of that folder, GB", above=0, maximum=1e9)
-    parallel_downloads: int = knob(
-        8, "remote shards that each rank prefetches at a time; 0 turns prefetching off", minimum=0
-    )
-    wait_for_server_seconds: float = knob(
-        1800.0,
-        "how long a server of remote shards that does not answer is waited for, seconds",
-        minimum=0,
-        maximum=1e9,
-    )
+    """Shards, decoding and order of samples."""
+
+    shards: Annotated[
+        Location, Doc("folder or address of the shards that 'portrait-dist pack' wrote")
+    ] = ""
+    size: Annotated[
+        int,
+        Ge(0),
+        Le(8192),
+        Doc("side of the square training image, pixels, for shards of original size; 0 means 256"),
+    ] = 0
+    workers: Annotated[
+        int, Ge(0), Le(4096), Doc("decoding threads of each rank; never changes the batches")
+    ] = 2
+    prefetch_batches: Annotated[
+        int, Ge(1), Le(1_000_000), Doc("batches decoded before they are needed, per rank")
+    ] = 4
+    order: Annotated[
+        Literal["full", "block"],
+        ASK,
+        Doc("shuffle: the whole split, or by blocks (few shards open at a time)"),
+    ] = "full"
+    block_samples: Annotated[Positive, ASK, Doc("samples in a block when data.order=block")] = 16384
+    on_damage: Annotated[
+        Literal["stop", "skip"],
+        Doc("a damaged sample stops the run, or is skipped and counted"),
+    ] = "stop"
+    log_keys: Annotated[
+        bool,
+        Doc("write the keys of every training batch to keys-rank<r>.jsonl in the run folder"),
+    ] = False
+    cache_dir: Annotated[
+        PathText,
+        Doc("folder for shards fetched from an address; the user's cache folder when empty"),
+    ] = ""
+    cache_gigabytes: Annotated[float, Gt(0), Le(1e6), Doc("size limit of that folder, GB")] = 50.0
+    parallel_downloads: Annotated[
+        int,
+        Ge(0),
+        Le(1024),
+        Doc("remote shards that each rank prefetches at a time; 0 turns prefetching off"),
+    ] = 8
+    wait_for_server_seconds: Annotated[
+        Seconds,
+        Doc("how long a server of remote shards that does not answer is waited for, seconds"),
+    ] = 1800.0
 
 
 @dataclass
 class AugmentConfig:
-    flip: float = knob(0.5, "probability of a horizontal flip", minimum=0, maximum=1)
-    brightness: float = knob(0.5, "factor drawn from [1-b, 1+b]", minimum=0)
-    contrast: float = knob(0.5, "factor drawn from [1-c, 1+c]", minimum=0)
-    saturation: float = knob(0.5, "factor drawn from [1-s, 1+s]", minimum=0)
-    scale: float = knob(0.0, "zoom factor drawn from [1/(1+s), 1+s]", minimum=0)
-    rotation: float = knob(0.0, "angle drawn from [-r, r] degrees", minimum=0, maximum=180)
-    translation: float = knob(
-        0.0, "shift drawn from [-t, t], as a share of the side", minimum=0, maximum=1
-    )
-    background: float = knob(
-        0.0,
-        "probability of a new background taken from another picture of the batch",
-        minimum=0,
-        maximum=1,
-    )
+    """Random changes of training images."""
+
+    flip: Annotated[Fraction, ASK, Doc("probability of a horizontal flip")] = 0.5
+    brightness: Annotated[float, Ge(0), Le(10), ASK, Doc("factor drawn from [1-b, 1+b]")] = 0.5
+    contrast: Annotated[float, Ge(0), Le(10), ASK, Doc("factor drawn from [1-c, 1+c]")] = 0.5
+    saturation: Annotated[float, Ge(0), Le(10), ASK, Doc("factor drawn from [1-s, 1+s]")] = 0.5
+    scale: Annotated[float, Ge(0), Le(10), ASK, Doc("zoom drawn from [1/(1+s), 1+s]")] = 0.0
+    rotation: Annotated[float, Ge(0), Le(180), ASK, Doc("angle drawn from [-r, r], degrees")] = 0.0
+    translation: Annotated[
+        Fraction, ASK, Doc("shift drawn from [-t, t], as a fraction of the side")
+    ] = 0.0
+    background: Annotated[
+        Fraction,
+        ASK,
+        Doc("probability of a new background taken from another image of the batch"),
+    ] = 0.0
 
 
 @dataclass
 class ModelConfig:
-    init_features: int = knob(32, "channels of the first level", minimum=1)
-    norm: str = knob(
-        "batch",
-        "normalisation layers: batch, or group (nothing shared across samples)",
-        choices=("batch", "group"),
-    )
-    weights: str = knob(
-        "", "checkpoint whose weights a new run begins with (fine-tuning); random ones when empty"
-    )
+    """The network."""
+
+    init_features: Annotated[int, Ge(1), Le(4096), FIXED, Doc("channels of the first level")] = 32
+    norm: Annotated[
+        Literal["batch", "group"],
+        FIXED,
+        Doc("normalisation layers: batch, or group (nothing shared across samples)"),
+    ] = "batch"
+    weights: Annotated[
+        PathText,
+        Doc("checkpoint whose weights a new run starts with (fine-tuning); random when empty"),
+    ] = ""
 
 
 @dataclass
 class LossConfig:
-    kind: str = knob(
-        "soft_iou",
-        "IoU term: differentiable soft IoU, or the tutorial's (no gradient)",
-        choices=("soft_iou", "tutorial"),
-    )
-    bce_weight: float = knob(0.5, "weight of binary cross-entropy", minimum=0)
-    iou_weight: float = knob(0.5, "weight of the IoU term", minimum=0)
+    """The loss."""
+
+    kind: Annotated[
+        Literal["soft_iou", "tutorial"],
+        ASK,
+        Doc("IoU term: differentiable soft IoU, or the tutorial's (no gradient)"),
+    ] = "soft_iou"
+    bce_weight: Annotated[Weight, ASK, Doc("weight of binary cross-entropy")] = 0.5
+    iou_weight: Annotated[Weight, ASK, Doc("weight of the IoU term")] = 0.5
 
 
 @dataclass
 class TrainConfig:
-    max_epochs: int = knob(100, "epochs", minimum=1)
-    batch_size: int = knob(16, "samples per rank and step", minimum=1)
-    accumulate: int = knob(
-        1, "batches whose gradients are added up before an optimiser step", minimum=1
-    )
-    max_batches: int = knob(0, "training batches per epoch, for trials; 0 means all", minimum=0)
-    max_val_batches: int = knob(
-        0, "validation batches per epoch and rank, for trials; 0 means all", minimum=0
-    )
-    lr: float = knob(1e-3, "learning rate for lr_base_batch samples per step", above=0)
-    lr_base_batch: int = knob(
-        0, "scale lr by global batch / this (linear rule); 0 means no scaling", minimum=0
-    )
-    warmup_steps: int = knob(0, "steps of linear warm-up", minimum=0)
-    lr_final_ratio: float = knob(
-        0.01, "learning rate at the end of the cosine, as a share of lr", minimum=0, maximum=1
-    )
-    optimizer: str = knob("adam", "optimiser", choices=("adam", "adamw", "sgd"))
-    weight_decay: float = knob(0.0, "weight decay", minimum=0)
-    decay_norms: bool = knob(False, "weight decay on norms and biases too")
-    clip_grad_norm: float = knob(
-        0.0, "largest L2 norm of the gradient; 0 means no clipping", minimum=0
-    )
-    ema: bool = knob(
-        False, "keep an exponential moving average of the weights, validated and saved"
-    )
-    ema_decay: float = knob(0.999, "decay of that average", minimum=0, maximum=1)
-    seed: int = knob(42, "seed of weights, order and augmentation", minimum=0)
-    device: str = knob(
-        "auto",
-        "auto: this rank's GPU if there is one, else the CPU",
-        choices=("auto", "cpu", "cuda"),
-    )
-    precision: str = knob("fp32", "arithmetic of forward and backward", choices=("fp32", "bf16"))
-    channels_last: bool = knob(True, "memory format of model and images")
-    compile: bool = knob(False, "compile the model with torch.compile")
-    sync_bn: bool = knob(False, "batch statistics over all ranks (SyncBatchNorm)")
-    average_best: bool = knob(True, "keep average_model.pth, the mean of the ten best models")
-    save_every_steps: int = knob(
-        0, "save within the epoch every so many steps; 0 means never", minimum=0
-    )
-    save_every_seconds: float = knob(
-        600.0, "save within the epoch every so many seconds; 0 means never", minimum=0
-    )
-    log_every_steps: int = knob(50, "steps between two lines of progress", minimum=1)
-    timeout_seconds: float = knob(600.0, "a rank that stalls for so long ends the run", above=0)
-    threads: int = knob(
-        0, "CPU threads of each rank; 0 means the machine's cores divided by its ranks", minimum=0
-    )
-    pictures: int = knob(4, "validation samples in the picture grid of each epoch", minimum=0)
+    """Epochs, batches, optimiser and machine."""
+
+    max_epochs: Annotated[Positive, Doc("epochs")] = 100
+    batch_size: Annotated[Positive, Doc("samples per rank and batch")] = 16
+    accumulate: Annotated[
+        Positive, Doc("batches whose gradients are averaged for one optimiser step")
+    ] = 1
+    max_batches: Annotated[Count, Doc("training batches per epoch, for trials; 0 means all")] = 0
+    max_val_batches: Annotated[
+        Count, Doc("validation batches per epoch and rank, for trials; 0 means all")
+    ] = 0
+    lr: Annotated[
+        float, Gt(0), Le(1000), Doc("learning rate for lr_base_batch samples per step")
+    ] = 1e-3
+    lr_base_batch: Annotated[
+        Count, Doc("scale lr by global batch / this (linear rule); 0 means no scaling")
+    ] = 0
+    warmup_steps: Annotated[Count, Doc("batches of linear warm-up, at most those of one epoch")] = 0
+    lr_final_ratio: Annotated[
+        Fraction, Doc("learning rate at the end of the cosine, as a fraction of lr")
+    ] = 0.01
+    optimizer: Annotated[Literal["adam", "adamw", "sgd"], FIXED, Doc("optimiser")] = "adam"
+    weight_decay: Annotated[float, Ge(0), Le(1000), ASK, Doc("weight decay")] = 0.0
+    decay_norms: Annotated[bool, FIXED, Doc("weight decay on norms and biases too")] = False
+    clip_grad_norm: Annotated[
+        Weight, ASK, Doc("largest L2 norm of the gradient; 0 means no clipping")
+    ] = 0.0
+    ema: Annotated[
+        bool,
+        FIXED,
+        Doc("keep an exponential moving average of the weights, validated and saved"),
+    ] = False
+    ema_decay: Annotated[Fraction, ASK, Doc("decay of that average")] = 0.999
+    seed: Annotated[
+        int, Ge(0), Le(LARGEST_SEED), ASK, Doc("seed of weights, order and augmentation")
+    ] = 42
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Doc("auto: this rank's GPU if there is one, else the CPU")
+    ] = "auto"
+    precision: Annotated[
+        Literal["fp32", "bf16"], ASK, Doc("arithmetic of forward and backward")
+    ] = "fp32"
+    channels_last: Annotated[bool, Doc("memory format of model and images")] = True
+    compile: Annotated[bool, Doc("compile the model with torch.compile")] = False
+    sync_bn: Annotated[bool, ASK, Doc("batch statistics over all ranks (SyncBatchNorm)")] = False
+    average_best: Annotated[
+        bool, Doc("keep average_model.pth, the mean of the ten best models")
+    ] = True
+    save_every_steps: Annotated[
+        Count, Doc("save within the epoch every so many batches; 0 means never")
+    ] = 0
+    save_every_seconds: Annotated[
+        Seconds, Doc("save within the epoch every so many seconds; 0 means never")
+    ] = 600.0
+    log_every_steps: Annotated[Positive, Doc("batches between two lines of progress")] = 50
+    timeout_seconds: Annotated[
+        float, Gt(0), Le(MONTH), Doc("a rank that stalls for so long ends the run, seconds")
+    ] = 600.0
+    threads: Annotated[
+        int,
+        Ge(0),
+        Le(4096),
+        Doc("CPU threads of each rank; 0 means the machine's cores divided by its ranks"),
+    ] = 0
+    pictures: Annotated[
+        int, Ge(0), Le(1024), Doc("validation samples in the image grid of each epoch")
+    ] = 4
 
 
 @dataclass
 class Config:
-    recipe: str = knob("", "name of the recipe this configuration started from")
+    """The whole configuration of a run."""
+
+    recipe: Annotated[
+        str, Check(_wrong_run_name), Doc("name of the recipe this configuration started from")
+    ] = ""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -207,9 +323,21 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        # No field: what was given is not part of what the run is, and is not written down.
+        self.given: frozenset[str] = frozenset()
+        """Settings that the user chose; the others are defaults or a recipe of the package's."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values as nested dicts, for files that are kept.
+
+        Addresses lose user name, password and query, which may be secrets.
+        """
+        return _redacted(dataclasses.asdict(self))
+
     def to_yaml(self) -> str:
-        """The whole configuration as a recipe that ``load`` reads back to an equal one."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+        """Return the configuration as a recipe that ``load`` reads, addresses redacted."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     @property
     def run_dir(self) -> Path:
@@ -217,130 +345,200 @@ class Config:
         return Path(self.run.root) / (self.run.name or self.recipe or "run")
 
 
-def knobs() -> dict[str, dataclasses.Field[Any]]:
-    """Every key (``train.lr``) with its field: default, help and bounds in ``metadata``."""
-    found: dict[str, dataclasses.Field[Any]] = {}
+def _redacted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _redacted(item) for key, item in value.items()}
+    return redact(value) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of one setting.
+
+    Args:
+        name: its key, such as ``train.lr``.
+        kind: ``bool``, ``int``, ``float`` or ``str``.
+        default: its value without recipe and arguments.
+        help: its meaning, with the unit.
+        choices: the allowed values, where there are few.
+        on_resume: what a resumed run may do with another value; None: anything.
+        annotation: type and bounds, for the validator.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    on_resume: OnResume | None
+    annotation: Any
+
+    @property
+    def allowed(self) -> str:
+        """What values it takes, for people."""
+        if self.choices:
+            return "|".join(self.choices)
+        bounds = [mark for mark in self.annotation.__metadata__ if isinstance(mark, (Ge, Gt, Le))]
+        if self.kind in (bool, str):
+            return {bool: "true|false", str: "text"}[self.kind]
+        texts = []
+        for mark in bounds:
+            if isinstance(mark, Gt):
+                texts.append(f"above {mark.gt}")
+            elif isinstance(mark, Ge):
+                texts.append(f"from {mark.ge}")
+            else:
+                texts.append(f"to {mark.le:,}" if mark.le != LARGEST_COUNT else "")
+        return f"{'whole number' if self.kind is int else 'number'} {' '.join(texts)}".strip()
+
+
+@functools.cache
+def settings() -> dict[str, Setting]:
+    """Return every setting by its key (``train.lr``), in the order of the classes above."""
+    found = {}
+    hints = typing.get_type_hints(Config, include_extras=True)
     for section in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(section.default_factory):
-            for item in dataclasses.fields(section.default_factory):
-                found[f"{section.name}.{item.name}"] = item
+        if dataclasses.is_dataclass(hints[section.name]):
+            inner = typing.get_type_hints(hints[section.name], include_extras=True)
+            for item in dataclasses.fields(hints[section.name]):
+                key = f"{section.name}.{item.name}"
+                found[key] = _setting(key, inner[item.name], item.default)
         else:
-            found[section.name] = section
+            found[section.name] = _setting(section.name, hints[section.name], section.default)
     return found
 
 
-def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def _setting(name: str, annotation: Any, default: Any) -> Setting:
+    marks = annotation.__metadata__
+    choices = typing.get_args(annotation.__origin__)
+    return Setting(
+        name=name,
+        kind=str if choices else annotation.__origin__,
+        default=default,
+        help=next(mark.documentation for mark in marks if isinstance(mark, Doc)),
+        choices=choices,
+        on_resume=next((mark for mark in marks if isinstance(mark, OnResume)), None),
+        annotation=annotation,
+    )
 
 
-def load(recipe: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Defaults, then the recipe, then the ``key=value`` words.
+def value_of(config: Config, key: str) -> Any:
+    """Return the value of a setting, such as ``train.lr``."""
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def load(recipe: str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Take the defaults, then the recipe, then the ``key=value`` arguments.
 
     Args:
-        recipe: name of a recipe that comes with the package, or path of a YAML file; None for the defaults.
-        overrides: words such as ``train.lr=3e-4``.
+        recipe: name of a recipe that comes with the package, or path of a YAML file; None for the
+            defaults.
+        overrides: arguments such as ``train.lr=3e-4``.
 
     Raises:
         InputError: unknown recipe or key, or a value of the wrong type or out of range.
     """
     config = Config()
+    given = []
     if recipe:
-        path = _recipe_path(recipe)
-        config.recipe = path.stem
-        for key, text, line in _read_recipe(path):
-            _set(config, key, text, where=f"{path}, line {line}")
-    for word in overrides:
-        key, equals, text = word.partition("=")
+        path = recipes.find(recipe)
+        # The name of a file of yours may be one that no run can have.
+        config.recipe = "" if _wrong_run_name(path.stem) else path.stem
+        leaves = recipes.read(path)
+        for leaf in leaves:
+            _set(config, leaf.key, leaf.text, where=f"{path}, line {leaf.line}: ")
+        if recipe not in recipes.names():
+            given += [leaf.key for leaf in leaves]
+    for argument in overrides:
+        key, equals, text = argument.partition("=")
         if not equals:
-            raise InputError(f"'{word}': write key=value, for example train.lr=3e-4")
-        _set(config, key, text, where=f"option '{word}'")
+            raise InputError(f"'{_shown(argument)}': write key=value, for example train.lr=3e-4")
+        _set(config, key, text)
+        given.append(key)
+    config.given = frozenset(given)
     return config
 
 
-def _recipe_path(recipe: str) -> Path:
-    if recipe in recipes():
-        return RECIPES / f"{recipe}.yaml"
-    path = Path(recipe)
-    if path.is_file():
-        return path
-    raise InputError(
-        f"no recipe '{recipe}'.{nearest(recipe, recipes())} There are {', '.join(recipes())}, or give the path of a YAML file"
-    )
-
-
-def _read_recipe(path: Path) -> list[tuple[str, Any, int]]:
-    """(key, value, line) of each leaf of a YAML file."""
-    try:
-        root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(
-            f"{path}, line {line}: not YAML ({error.problem}); mend that line"
-        ) from error
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        raise InputError(
-            f"{path}, line 1: a recipe is a mapping such as 'train:' with 'lr: 0.001' under it"
-        )
-    return list(_leaves(root, ""))
-
-
-def _leaves(node: yaml.MappingNode, prefix: str) -> typing.Iterator[tuple[str, Any, int]]:
-    for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}"
-        if isinstance(value_node, yaml.MappingNode):
-            yield from _leaves(value_node, f"{key}.")
-        else:
-            yield (
-                key,
-                value_node.value if isinstance(value_node, yaml.ScalarNode) else None,
-                key_node.start_mark.line + 1,
-            )
-
-
-def _set(config: Config, key: str, text: Any, where: str) -> None:
-    known = knobs()
+def _set(config: Config, key: str, text: str | None, where: str = "") -> None:
+    known = settings()
     if key not in known:
         raise InputError(
-            f"{where}: there is no key '{key}'.{nearest(key, list(known))} 'portrait-dist train --keys' lists them"
+            f"{where}there is no key '{_shown(key)}'.{nearest(key, list(known))} "
+            "'portrait-dist train --keys' lists them"
         )
     section, _, name = key.rpartition(".")
     target = getattr(config, section) if section else config
-    hint = typing.get_type_hints(type(target))[name]
-    value = _parse(text, hint, key, where)
-    _check(value, known[key].metadata, key, where)
-    setattr(target, name, value)
+    setattr(target, name, _validate(known[key], text, where))
 
 
-def _parse(text: Any, kind: type | types.UnionType, key: str, where: str) -> Any:
+_NUMBER = {
+    int: re.compile(r"[+-]?[0-9]{1,40}"),
+    float: re.compile(r"[+-]?([0-9]{1,400}\.?[0-9]{0,400}|\.[0-9]{1,400})([eE][+-]?[0-9]{1,5})?"),
+}
+_KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _validate(setting: Setting, text: str | None, where: str) -> Any:
+    """Return the value that a text stands for.
+
+    Args:
+        setting: whose value it is.
+        text: as written; None for a list.
+        where: begins the message: file and line, or nothing for an argument.
+
+    Raises:
+        InputError: wrong type, out of bounds, not one of the choices, or a failed check.
+    """
+    pattern = _NUMBER.get(setting.kind)
+    if text is None or (pattern and not pattern.fullmatch(text.strip(" "))):
+        raise _wrong_kind(setting, text, where)
+    from pydantic import ValidationError  # 0.15 s, which --help and completion do not pay
+
     try:
-        if kind is bool:
-            return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[
-                str(text).lower()
-            ]
-        if kind is int:
-            return int(text)
-        if kind is float:
-            return float(text)
-        if text is None:
-            raise ValueError
-        return str(text)
-    except (KeyError, ValueError, TypeError):
-        names = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-        name = names[kind]  # type: ignore[index]
-        raise InputError(f"{where}: {key} is {name}, not '{text}'") from None
+        value = _validator(setting.name).validate_python(text)
+    except ValidationError as error:
+        raise _wrong_value(setting, text, where, error.errors()[0]) from None
+    for check in _marks(setting, Check):
+        if problem := check.wrong(value):
+            raise InputError(f"{where}{setting.name} '{_shown(text)}': {problem}")
+    return value
 
 
-def _check(value: Any, bounds: typing.Mapping[str, Any], key: str, where: str) -> None:
-    if bounds.get("choices") and value not in bounds["choices"]:
-        raise InputError(
-            f"{where}: {key} is one of {', '.join(bounds['choices'])}, not '{value}'.{nearest(value, list(bounds['choices']))}"
+@functools.cache
+def _validator(name: str) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(
+        settings()[name].annotation, config=ConfigDict(allow_inf_nan=False, strict=False)
+    )
+
+
+def _marks(setting: Setting, kind: type) -> Iterable[Any]:
+    return (mark for mark in setting.annotation.__metadata__ if isinstance(mark, kind))
+
+
+def _wrong_kind(setting: Setting, text: str | None, where: str) -> InputError:
+    shown = "a list" if text is None else f"'{_shown(text)}'"
+    return InputError(f"{where}{setting.name} is {_KIND_NAMES[setting.kind]}, not {shown}")
+
+
+def _wrong_value(setting: Setting, text: str, where: str, found: Mapping[str, Any]) -> InputError:
+    """Say in our words what pydantic found."""
+    bounds = {"ge": "at least", "gt": "above", "le": "at most"}
+    for name, words in bounds.items():
+        if name in found.get("ctx", {}):
+            limit = found["ctx"][name]
+            return InputError(
+                f"{where}{setting.name} is {words} {limit}, not {_shown(text.strip())}"
+            )
+    if setting.choices:
+        return InputError(
+            f"{where}{setting.name} is one of {', '.join(setting.choices)}, "
+            f"not '{_shown(text)}'.{nearest(text, list(setting.choices))}"
         )
-    if bounds.get("minimum") is not None and not value >= bounds["minimum"]:
-        raise InputError(f"{where}: {key} is at least {bounds['minimum']}, not {value}")
-    if bounds.get("above") is not None and not value > bounds["above"]:
-        raise InputError(f"{where}: {key} is above {bounds['above']}, not {value}")
-    if bounds.get("maximum") is not None and not value <= bounds["maximum"]:
-        raise InputError(f"{where}: {key} is at most {bounds['maximum']}, not {value}")
+    return _wrong_kind(setting, text, where)
+
+
+def _shown(text: str) -> str:
+    """Make a user's text fit a message: short, and without the secrets of an address."""
+    return shorten(redact(text))

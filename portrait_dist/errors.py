@@ -1,4 +1,4 @@
-"""The errors a user can cause or meet. Raised where the fact is known, caught once, in ``portrait_dist.cli``.
+"""The errors a user can cause or meet: raised where the fact is known, caught once, in the CLI.
 
 Every message is one line that says where (file or option), what is wrong, and what to do.
 """
@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+LONGEST_VALUE = 100
+"""Characters of a user's value that a message repeats."""
+
 
 class PortraitDistError(Exception):
-    """Base class. ``exit_code`` is the process's exit status.
+    """Base class.
 
     Args:
         message: one line.
-        result: what the command has to report all the same (what was done, what was not); printed with ``--json``.
+        result: what the command has to report all the same (what was done, what was not); printed
+            with ``--json``.
     """
 
     exit_code = 1
+    """Exit status of the process."""
     requeue = True
-    """Can the same command succeed later, so that a SLURM job that ended with it may come back?"""
+    """Whether another attempt of a SLURM job can help."""
 
     def __init__(self, message: str = "", result: dict[str, Any] | None = None) -> None:
         super().__init__(message)
@@ -39,7 +44,7 @@ class InputError(PortraitDistError):
 
 
 class DamagedDataError(PortraitDistError):
-    """The data is damaged: a file is truncated, missing or not what the manifest says (exit code 3)."""
+    """A file is truncated, missing or not what the manifest says (exit code 3)."""
 
     exit_code = 3
     requeue = False
@@ -74,33 +79,51 @@ class DivergedError(PortraitDistError):
 class UnreachableError(PortraitDistError):
     """A server or file system was away for longer than it is waited for (exit code 1).
 
-    Nothing is wrong with the data: the same command resumes later, a SLURM job requeues itself, and nothing is skipped.
+    Nothing is wrong with the data: the same command resumes later, a SLURM job requeues itself, and
+    nothing is skipped.
     """
 
 
 class Stopped(PortraitDistError):  # noqa: N818  nothing went wrong
-    """Stopped by a signal after saving; the same command goes on (exit code 75, EX_TEMPFAIL).
+    """Stopped by a signal after saving; the same command resumes (exit code 75, EX_TEMPFAIL).
 
     Args:
         message: where it stopped and what to do.
-        place: ``epoch``, ``step`` and ``samples_seen`` of the checkpoint.
+        position: ``epoch``, ``batch``, ``step`` and ``samples_seen`` of the checkpoint.
     """
 
     exit_code = 75
 
-    def __init__(self, message: str, **place: int) -> None:
+    def __init__(self, message: str, **position: int) -> None:
         super().__init__(message)
-        self.place = place
+        self.position = position
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """ " Did you mean …?" for a misspelt word, or an empty string where nothing known is near.
+def nearest(given: str, known: list[str]) -> str:
+    """Return " Did you mean …?" for a misspelt name, or an empty string.
 
     Args:
-        word: what the user wrote.
-        known: the words that exist.
+        given: what the user wrote.
+        known: the names that exist.
     """
     from difflib import get_close_matches
 
-    close = get_close_matches(word, known, n=1, cutoff=0.5)
+    close = get_close_matches(given[:LONGEST_VALUE], known, n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def shorten(value: object) -> str:
+    """Return a value as text that fits a message: on one line, printable, long ones cut."""
+    text = str(value)
+    length = len(text)
+    if length > LONGEST_VALUE:
+        half = LONGEST_VALUE // 2 - 10
+        text = f"{text[:half]}…{text[-half:]} ({length:,} characters)"
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
+
+
+def printable(text: str) -> str:
+    """Return a text that every stream takes: halves of surrogate pairs are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,6 +1,6 @@
-"""Completion of commands, options and ``key=value`` words in bash, zsh and fish, on click's own machinery.
+"""``completion``: let bash, zsh and fish complete commands, options and ``key=value`` arguments.
 
-eval "$(portrait-dist completion bash)"
+It is click's own completion; what is ours are the settings after ``train``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def script(shell: str, program: click.Command) -> str:
-    """The lines that a shell has to read to complete ``portrait-dist``.
+    """Return the lines that a shell has to read to complete ``portrait-dist``.
 
     Args:
         shell: one of ``SHELLS``.
@@ -37,50 +37,47 @@ def script(shell: str, program: click.Command) -> str:
 def complete_setting(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """``shell_complete`` of an argument made of ``key=value`` words: the keys, and after ``key=`` the values it can take.
+    """Complete a ``key=value`` argument: the keys, and after ``key=`` the values it can take.
 
-    bash takes ``=`` as a word of its own, and click hides it where it is the last: ``train.precision=`` is asked for as ``""``
-    after ``train.precision``, and ``train.precision=b`` as ``b`` after ``train.precision`` and ``=``.
+    bash takes ``=`` as an argument of its own, and click hides it where it is the last:
+    ``train.precision=`` is asked for as ``""`` after ``train.precision``, and ``train.precision=b``
+    as ``b`` after ``train.precision`` and ``=``.
     """
-    from portrait_dist import config
+    from portrait_dist.config import settings
 
-    knobs = config.knobs()
     key, equals, begun = incomplete.partition("=")
-    before = [word for word in context.params.get(parameter.name or "") or () if word]
+    before = [part for part in context.params.get(parameter.name or "") or () if part]
     if before and before[-1] == "=":
         return [
-            CompletionItem(value)
-            for value in _values(knobs, before[-2])
-            if value.startswith(incomplete)
+            CompletionItem(value) for value in _values(before[-2]) if value.startswith(incomplete)
         ]
-    if incomplete == "" and before and before[-1] in knobs:
-        return [CompletionItem(value) for value in _values(knobs, before[-1])]
+    if incomplete == "" and before and before[-1] in settings():
+        return [CompletionItem(value) for value in _values(before[-1])]
     if equals:
         return [
-            CompletionItem(f"{key}={value}")
-            for value in _values(knobs, key)
-            if value.startswith(begun)
+            CompletionItem(f"{key}={value}") for value in _values(key) if value.startswith(begun)
         ]
     return [
-        CompletionItem(f"{name}=", help=field.metadata["help"])
-        for name, field in knobs.items()
+        CompletionItem(f"{name}=", help=setting.help)
+        for name, setting in settings().items()
         if name.startswith(key)
     ]
 
 
-def _values(knobs: dict[str, Any], key: str) -> list[str]:
-    """What the value of a key can be, where that is a short list."""
-    if key not in knobs:
+def _values(key: str) -> list[str]:
+    """Return the values of a setting, where they are few."""
+    from portrait_dist.config import settings
+
+    if key not in settings():
         return []
-    if knobs[key].metadata["choices"]:
-        return list(knobs[key].metadata["choices"])
-    return ["true", "false"] if isinstance(knobs[key].default, bool) else []
+    setting = settings()[key]
+    return ["true", "false"] if setting.kind is bool else list(setting.choices)
 
 
 @command("completion", summary=lambda result: result["script"])
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> dict[str, Any]:
-    """Print the script that lets a shell complete commands, options and key=value words.
+    r"""Print the script that lets a shell complete commands, options and key=value arguments.
 
     \b
         bash: echo 'eval "$(portrait-dist completion bash)"' >> ~/.bashrc

@@ -104,7 +104,7 @@ def train(config: Config) -> dict[str, Any] | None:
         try:
             result = _train(config, device, signals)
         except Stopped as stopped:
-            _leave_trace(config, "stop", str(stopped), **stopped.place)
+            _leave_trace(config, "stop", str(stopped), **stopped.position)
             stopped.quiet = distributed.rank() != 0
             distributed.stop()
             raise

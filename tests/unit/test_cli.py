@@ -119,13 +119,6 @@ def test_json_is_the_only_thing_on_stdout(tmp_path: Path) -> None:
     assert done.stdout.count("\n") == 1
 
 
-def test_keys_are_listed_with_default_and_meaning() -> None:
-    result = call("train", "--keys")
-    assert result.exit_code == 0
-    assert "train.batch_size" in result.stdout
-    assert "data.shards" in result.stdout
-
-
 @dataclass
 class Pack:
     """A result as commands return it."""

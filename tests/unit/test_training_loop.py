@@ -283,26 +283,6 @@ def test_warm_up_climbs_to_the_learning_rate(batches: TensorDataset, tmp_path: P
     assert max(steps.rates) == pytest.approx(1e-2)
 
 
-def test_the_configuration_reads_back_equal_and_errors_name_file_and_line(tmp_path: Path) -> None:
-    loaded = config.load("tutorial", ["train.lr=3e-4", "train.ema=true"])
-    path = tmp_path / "again.yaml"
-    path.write_text(loaded.to_yaml())
-    again = config.load(str(path))
-    assert again.train == loaded.train
-    assert again.loss == loaded.loss
-    path.write_text("train:\n  lr: 0.1\n  epochs: 3\n")
-    with pytest.raises(
-        config.InputError,
-        match=r"again\.yaml, line 3: there is no key 'train\.epochs'\. Did you mean 'train\.max_epochs'",
-    ):
-        config.load(str(path))
-    path.write_text("train:\n  lr: [\n")
-    with pytest.raises(config.InputError, match=r"again\.yaml, line 3"):
-        config.load(str(path))
-    with pytest.raises(config.InputError, match=r"Did you mean 'tutorial'"):
-        config.load("tutoral")
-
-
 def plan_of(shards: Path, *keys: str) -> Any:
     from portrait_dist.training import main
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from portrait_dist import config as settings
+from portrait_dist import recipes
 from portrait_dist.runs.report.collect import Run
 from portrait_dist.runs.report.svg import Point, Series, histogram, line_chart
 from portrait_dist.visualize import errors
@@ -275,14 +276,14 @@ def _settings(rows: str) -> str:
 
 
 def _differs(key: str, value: object) -> bool:
-    known = settings.knobs().get(key)
+    known = settings.settings().get(key)
     return known is not None and value != known.default and key != "recipe"
 
 
 def _setting(key: str, value: object) -> str:
     """A row: key with its meaning, value, default where it is another."""
-    known, differs = settings.knobs().get(key), _differs(key, value)
-    about = f"<br><small>{escape(known.metadata['help'])}</small>" if known else ""
+    known, differs = settings.settings().get(key), _differs(key, value)
+    about = f"<br><small>{escape(known.help)}</small>" if known else ""
     default = _plain(known.default) if known and differs else ""
     cells = [
         f"<code>{escape(key)}</code>{about}",
@@ -350,7 +351,7 @@ def _words(run: Run) -> str:
     values = _flat(run.config)
     if not values:
         return ""
-    known = recipe in settings.recipes()
+    known = recipe in recipes.names()
     base = _flat(dataclasses.asdict(settings.load(recipe if known else None)))
     words = [f"--recipe {recipe}"] if known else [f"--recipe {_quoted(run.folder / 'config.yaml')}"]
     if known:
