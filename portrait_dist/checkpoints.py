@@ -9,6 +9,7 @@ under ``portrait_dist``; :class:`CheckpointInfo` is its typed form.
 from __future__ import annotations
 
 import io
+import logging
 import math
 import stat
 import zipfile
@@ -21,10 +22,13 @@ import torch
 
 from portrait_dist import distributed, files
 from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.preprocessing import DEFAULT_ASPECT, DEFAULT_SIZE
 from portrait_dist.runs.folder import BEST, LATEST
 
 if TYPE_CHECKING:
     from portrait_dist.models import UNet
+
+log = logging.getLogger("portrait_dist.checkpoints")
 
 MAX_SIDE = 16_384
 """Pixels; a larger side in a checkpoint is a damaged number (such an image takes 3.2 GB)."""
@@ -553,3 +557,55 @@ def _unet_settings(
         if name not in derived or derived[name] != value:
             raise refuse(f"its {name} is {_short(value)}, its weights say {derived.get(name)}")
     return derived
+
+
+# The network's input ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InputGeometry:
+    """How training images reached the network.
+
+    Attributes:
+        size: (H, W) in pixels of the network's input.
+        aspect: width / height of the training images before they were resized to ``size``.
+    """
+
+    size: tuple[int, int]
+    aspect: float
+
+
+def input_geometry(info: CheckpointInfo, size: tuple[int, int] | None = None) -> InputGeometry:
+    """Say at which size and aspect a checkpoint was trained; what it does not say is assumed and logged in one line.
+
+    Args:
+        info: from :func:`load_model`.
+        size: (H, W) for a checkpoint that does not say it.
+
+    Raises:
+        InputError: ``size`` differs from what the checkpoint says, or is not a multiple of 16.
+    """
+    from portrait_dist.models.unet import STRIDE
+
+    if size and info.size and size != info.size:
+        raise InputError(
+            f"{info.path}: was trained at {info.size[0]}x{info.size[1]}, not at {size[0]}x{size[1]}; "
+            "leave --size out"
+        )
+    if size and any(side < STRIDE or side % STRIDE or side > MAX_SIDE for side in size):
+        raise InputError(
+            f"--size {size[0]}x{size[1]}: each side is a multiple of {STRIDE}, up to {MAX_SIDE}"
+        )
+    found = InputGeometry(info.size or size or DEFAULT_SIZE, info.aspect or DEFAULT_ASPECT)
+    assumed = []
+    if not info.size and not size:
+        assumed.append(f"{found.size[0]}x{found.size[1]} (give --size HEIGHTxWIDTH if it was another)")
+    if not info.aspect:
+        assumed.append(f"width / height {found.aspect:g}")
+    if assumed and distributed.rank() == 0:
+        log.warning(
+            "%s: does not say the shape of its training images; assumed: %s",
+            info.path,
+            " and ".join(assumed),
+        )
+    return found

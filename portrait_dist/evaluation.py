@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from portrait_dist import distributed, files
-from portrait_dist.checkpoints import load_model
+from portrait_dist.checkpoints import input_geometry, load_model
 from portrait_dist.data import build_loader
 from portrait_dist.errors import InputError
 from portrait_dist.losses import SoftIoULoss
 from portrait_dist.metrics import PrecisionRecall, SoftIoU, per_sample
-from portrait_dist.preprocessing import DEFAULT_SIZE, Alpha, ImageArray, normalise
+from portrait_dist.preprocessing import Alpha, ImageArray, normalise
 from portrait_dist.system.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -204,6 +204,7 @@ def evaluate(
     batch_size: int = 16,
     workers: int = 2,
     device: str = "auto",
+    size: tuple[int, int] | None = None,
 ) -> Evaluation | None:
     """Score a checkpoint on a split; under torchrun every rank calls it.
 
@@ -214,6 +215,7 @@ def evaluate(
         batch_size: samples per rank and batch; no score depends on it.
         workers: decoding threads.
         device: ``auto``, ``cpu`` or ``cuda``.
+        size: (H, W) of training, for a checkpoint that does not say it.
 
     Returns:
         The evaluation on rank 0, None on the other ranks.
@@ -225,7 +227,8 @@ def evaluate(
     keep_freed_memory()
     chosen = distributed.pick_device(device)
     distributed.start(chosen)
-    model, size = distributed.on_every_rank(lambda: load_scored_model(checkpoint))
+    model, info = distributed.on_every_rank(lambda: load_model(checkpoint))
+    trained = distributed.on_every_rank(lambda: input_geometry(info, size))
     loader = distributed.on_every_rank(
         lambda: build_loader(
             shards,
@@ -234,7 +237,7 @@ def evaluate(
             workers=workers,
             pin_memory=chosen.type == "cuda",
             shuffle=False,
-            size=size_of_shards(shards, split, size, checkpoint),
+            size=size_of_shards(shards, split, trained.size, checkpoint),
             drop_last=False,
         )
     )
@@ -285,18 +288,6 @@ def mean_scores(scores: Sequence[SampleScores]) -> SampleScores:
     return SampleScores(**{name: sum(getattr(s, name) for s in scores) / count for name in names})
 
 
-def load_scored_model(checkpoint: str | Path) -> tuple[UNet, tuple[int, int]]:
-    """Load a checkpoint's network and the (H, W) of its training images.
-
-    Raises:
-        InputError: no such file, or a checkpoint of another model.
-        DamagedDataError: the file is damaged.
-    """
-    model, info = load_model(checkpoint)
-    height, width = info.size or DEFAULT_SIZE
-    return model, (height, width)
-
-
 def size_of_shards(
     shards: str, split: str, size: tuple[int, int], checkpoint: str | Path
 ) -> tuple[int, int]:
@@ -318,13 +309,19 @@ def size_of_shards(
 
 
 def write_examples(
-    found: Evaluation, checkpoint: str | Path, shards: str, folder: Path, *, device: str = "auto"
+    found: Evaluation,
+    checkpoint: str | Path,
+    shards: str,
+    folder: Path,
+    *,
+    device: str = "auto",
+    size: tuple[int, int] | None = None,
 ) -> list[str]:
     """Draw the worst and the median samples by IoU: image, matte, prediction, cut-out, errors.
 
     Args:
         found: what :func:`evaluate` returned for this checkpoint and these shards.
-        checkpoint, shards, device: as for :func:`evaluate`.
+        checkpoint, shards, device, size: as for :func:`evaluate`.
         folder: for ``SPLIT-worst.png`` and ``SPLIT-median.png``; made where it does not exist.
 
     Returns:
@@ -341,7 +338,9 @@ def write_examples(
         if not rows:
             continue
         positions = [row.position for row in rows]
-        samples = score_positions(checkpoint, shards, split, positions, device=device)
+        samples = score_positions(
+            checkpoint, shards, split, positions, device=device, size=size
+        )
         grid = picture_grid(
             [sample.image for sample in samples],
             [sample.alpha for sample in samples],
@@ -364,15 +363,16 @@ def score_positions(
     positions: Sequence[int],
     *,
     device: str = "auto",
+    size: tuple[int, int] | None = None,
 ) -> list[ScoredSample]:
     """Score a few samples of a split, such as the worst ones; only these are read and decoded.
 
     Args:
-        checkpoint, shards, split, device: as for :func:`evaluate`.
+        checkpoint, shards, split, device, size: as for :func:`evaluate`.
         positions: numbers of the samples in the split.
     """
-    model, size = load_scored_model(checkpoint)
-    size_of_shards(shards, split, size, checkpoint)
+    model, info = load_model(checkpoint)
+    size = size_of_shards(shards, split, input_geometry(info, size).size, checkpoint)
     loader = build_loader(
         shards, split, 1, shuffle=False, size=size, drop_last=False, rank=0, world_size=1
     )

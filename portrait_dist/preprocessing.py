@@ -23,6 +23,9 @@ Alpha = NDArray[np.float32]
 DEFAULT_SIZE = (256, 256)
 """(H, W) in pixels of the network's input, as in the SuperGradients tutorial."""
 
+DEFAULT_ASPECT = 600 / 800
+"""Width / height of AISegment's images before they are resized, for checkpoints that do not say it."""
+
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's training images, RGB in [0, 1] (torchvision's pretrained models use them)."""

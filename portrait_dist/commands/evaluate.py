@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from portrait_dist.commands import command
+from portrait_dist.commands import Size, command
 
 if TYPE_CHECKING:
     from portrait_dist.evaluation import Evaluation
@@ -56,6 +56,11 @@ def _summary(result: dict[str, Any]) -> str:
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])
 )
 @click.option(
+    "--size",
+    type=Size(),
+    help="Size of training, for an old checkpoint that does not say it.  [default: 256x256]",
+)
+@click.option(
     "--per-sample",
     "table",
     type=click.Path(path_type=Path),
@@ -78,6 +83,7 @@ def evaluate(
     batch_size: int,
     workers: int,
     device: str,
+    size: tuple[int, int] | None,
     table: Path | None,
     curve: Path | None,
     pictures: Path | None,
@@ -89,7 +95,13 @@ def evaluate(
         distributed.start(distributed.pick_device(device))
         distributed.on_every_rank(lambda: _check_outputs(table, curve, pictures))
         found = evaluation.evaluate(
-            checkpoint, shards, split, batch_size=batch_size, workers=workers, device=device
+            checkpoint,
+            shards,
+            split,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            size=size,
         )
     finally:
         distributed.stop()
@@ -99,7 +111,7 @@ def evaluate(
     result = dataclasses.asdict(found.scores)
     if pictures:
         result["pictures"] = evaluation.write_examples(
-            found, checkpoint, shards, pictures, device=device
+            found, checkpoint, shards, pictures, device=device, size=size
         )
     return result
 

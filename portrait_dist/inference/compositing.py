@@ -1,4 +1,4 @@
-"""Pictures out of a photo and its alpha: the person cut out, before another background, and beside the photo.
+"""Images out of a photo and its alpha: the person cut out, before another background, and beside the photo.
 
 The cut-out carries the person's own colours: where alpha is between 0 and 1 the photo shows a mixture with the old background,
 which would stay as a fringe before a new one.
@@ -16,44 +16,49 @@ from numpy.typing import NDArray
 from PIL import ImageColor
 
 from portrait_dist.errors import InputError, nearest
-from portrait_dist.inference.segmenter import Alpha, read_picture
+from portrait_dist.inference.photos import read_photo
+from portrait_dist.preprocessing import Alpha, ImageArray
 from portrait_dist.visualize import checkerboard
 
-Picture = NDArray[np.uint8]
 Array = NDArray[np.floating[Any]]
-Background = Callable[[Picture, Alpha], Array | None]
+"""float32 RGB [H, W, 3] in [0, 1]."""
+Background = Callable[[ImageArray, Alpha], Array | None]
+"""Function of (photo, alpha) that gives the new background, None for a transparent one."""
 
 WORKING_SIDE = 800
-"""Local mean colours are smooth: they are computed with the picture's shorter side at most this long."""
+"""Local mean colours are smooth: they are computed with the photo's shorter side at most this long."""
 REACH = (1 / 24, 1 / 72)
-"""Radius of the two passes' neighbourhoods, as shares of the picture's shorter side."""
+"""Radius of the two passes' neighbourhoods, as fractions of the photo's shorter side."""
 BLUR = 1 / 40
-"""Standard deviation of the blurred background, as a share of the picture's shorter side."""
+"""Standard deviation of the blurred background, as a fraction of the photo's shorter side."""
 PANEL_HEIGHT = 800
-"""Largest height of a side-by-side picture, pixels."""
+"""Largest height of a side-by-side image, pixels."""
 
 
-def foreground_colours(picture: Picture, alpha: Alpha) -> Array:
-    """The person's own colours: float RGB [H, W, 3] in [0, 1].
+def foreground_colours(photo: ImageArray, alpha: Alpha) -> Array:
+    """Estimate the person's own colours.
 
-    Two passes of blur fusion: local mean colours of foreground F and background B, weighted by alpha, then the share of
+    Two passes of blur fusion: local mean colours of foreground F and background B, weighted by alpha, then the part of
     each pixel that the mixture I = αF + (1-α)B leaves unexplained.
 
     Args:
-        picture: RGB uint8 [H, W, 3].
+        photo: RGB uint8 [H, W, 3].
         alpha: float32 [H, W] in [0, 1].
+
+    Returns:
+        float32 RGB [H, W, 3] in [0, 1].
 
     Reference:
         Forte, "Approximate Fast Foreground Colour Estimation", ICIP 2021.
     """
-    image = picture.astype(np.float32) / 255
+    image = photo.astype(np.float32) / 255
     height, width = alpha.shape
     scale = min(1.0, WORKING_SIDE / min(height, width))
     small = (max(1, round(width * scale)), max(1, round(height * scale)))
     tiny_image, tiny_alpha = (
         cv2.resize(plane, small, interpolation=cv2.INTER_AREA) for plane in (image, alpha)
     )
-    first, second = (max(1, round(share * min(small))) for share in REACH)
+    first, second = (max(1, round(fraction * min(small))) for fraction in REACH)
     foreground, background = _local_means(tiny_image, tiny_image, tiny_alpha, first)
     foreground, background = _local_means(
         _unmix(tiny_image, tiny_alpha, foreground, background), background, tiny_alpha, second
@@ -68,7 +73,7 @@ def foreground_colours(picture: Picture, alpha: Alpha) -> Array:
 def _local_means(
     foreground: Array, background: Array, alpha: Alpha, radius: int
 ) -> tuple[Array, Array]:
-    """Means over a box of the colours of foreground and background, weighted by alpha² and (1 - alpha)².
+    """Average the colours of foreground and background over a box, weighted by alpha² and (1 - alpha)².
 
     Squares instead of the paper's plain weights: mixed pixels count less, which halves the fringe of wide soft edges.
     """
@@ -84,7 +89,7 @@ def _local_means(
 
 
 def _unmix(image: Array, alpha: Alpha, foreground: Array, background: Array) -> Array:
-    """The foreground's mean, corrected by its part of what the mixture of both means does not explain."""
+    """Correct the foreground's mean by its part of what the mixture of both means does not explain."""
     weight = alpha[..., None]
     return np.clip(
         foreground + weight * (image - weight * foreground - (1 - weight) * background), 0, 1
@@ -92,18 +97,15 @@ def _unmix(image: Array, alpha: Alpha, foreground: Array, background: Array) -> 
 
 
 def parse_background(text: str) -> Background:
-    """What stands behind the person.
+    """Make the function that draws what stands behind the person.
 
     Args:
-        text: ``transparent``, a colour (``white``, ``#1e90ff``), ``blur`` (the photo itself, out of focus), or the path of a
-            picture, which is scaled to cover the photo and cropped around its middle.
-
-    Returns:
-        A function of (photo, alpha) that gives float32 RGB [H, W, 3] in [0, 1], or None for transparent.
+        text: ``transparent``, a colour (``white``, ``#1e90ff``), ``blur`` (the photo itself, out of focus), or the path of an
+            image, which is scaled to cover the photo and cropped around its middle.
 
     Raises:
-        InputError: neither a colour nor a picture.
-        DamagedDataError: the picture cannot be read.
+        InputError: neither a colour nor an image file.
+        DamagedDataError: the image cannot be read.
     """
     if text == "transparent":
         return lambda photo, alpha: None
@@ -113,18 +115,18 @@ def parse_background(text: str) -> Background:
         colour = np.asarray(ImageColor.getrgb(text)[:3], np.float32) / 255
     except ValueError:
         if not Path(text).is_file():
-            words = ["transparent", "blur", *ImageColor.colormap]
+            known = ["transparent", "blur", *ImageColor.colormap]
             raise InputError(
-                f"--background '{text}': neither a colour nor a picture.{nearest(text, words)} "
-                "Give transparent, blur, a colour such as white or #1e90ff, or the path of a picture"
+                f"--background '{text}': neither a colour nor an image.{nearest(text, known)} "
+                "Give transparent, blur, a colour such as white or #1e90ff, or the path of an image"
             ) from None
-        scene = read_picture(text)
+        scene = read_photo(text)
         return lambda photo, alpha: _covering(scene, *alpha.shape)
     return lambda photo, alpha: np.broadcast_to(colour, photo.shape)
 
 
-def blurred(photo: Picture, alpha: Alpha) -> Array:
-    """The photo's background out of focus; the person's colours do not bleed into it."""
+def blurred(photo: ImageArray, alpha: Alpha) -> Array:
+    """Blur the photo's background; the person's colours do not bleed into it."""
     height, width = alpha.shape
     scale = min(1.0, WORKING_SIDE / 2 / min(height, width))
     small = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -145,7 +147,7 @@ def blurred(photo: Picture, alpha: Alpha) -> Array:
     )
 
 
-def _covering(scene: Picture, height: int, width: int) -> Array:
+def _covering(scene: ImageArray, height: int, width: int) -> Array:
     scale = max(height / scene.shape[0], width / scene.shape[1])
     size = (max(width, round(scene.shape[1] * scale)), max(height, round(scene.shape[0] * scale)))
     resized = cv2.resize(
@@ -155,15 +157,15 @@ def _covering(scene: Picture, height: int, width: int) -> Array:
     return resized[top : top + height, left : left + width].astype(np.float32) / 255
 
 
-def to_bytes(array: Array | Alpha) -> NDArray[np.uint8]:
-    """float in [0, 1] → uint8, rounded."""
+def to_bytes(array: Array | Alpha) -> ImageArray:
+    """Convert float in [0, 1] to uint8, rounded."""
     return (array * 255 + 0.5).astype(np.uint8)
 
 
 def cut_out(
-    photo: Picture, alpha: Alpha, background: Background | None = None
-) -> NDArray[np.uint8]:
-    """The person at the photo's own resolution.
+    photo: ImageArray, alpha: Alpha, background: Background | None = None
+) -> ImageArray:
+    """Cut the person out at the photo's own resolution.
 
     Args:
         photo: RGB uint8 [H, W, 3].
@@ -180,8 +182,14 @@ def cut_out(
     return to_bytes(scene + alpha[..., None] * (foreground - scene))
 
 
-def side_by_side(photo: Picture, alpha: Alpha, cutout: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Photo, mask and cut-out in one RGB picture, at most 800 pixels high; a checkerboard shows through transparency."""
+def side_by_side(photo: ImageArray, alpha: Alpha, cutout: ImageArray) -> ImageArray:
+    """Put photo, mask and cut-out into one RGB image, at most 800 pixels high; a checkerboard shows transparency.
+
+    Args:
+        photo: RGB uint8 [H, W, 3].
+        alpha: float32 [H, W] in [0, 1].
+        cutout: from :func:`cut_out`, RGBA or RGB.
+    """
     height, width = alpha.shape
     scale = min(1.0, PANEL_HEIGHT / height)
     small = (max(1, round(width * scale)), max(1, round(height * scale)))

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from portrait_dist import evaluation
+from portrait_dist.checkpoints import load_model
 from portrait_dist.data import Batch
 from portrait_dist.data.stream.dataset import AISegmentIterableDataset
 from tests import blobs, cli
@@ -113,7 +114,7 @@ def test_scores_are_computed_in_full_float32_and_the_settings_come_back(
     switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     seen: list[list[str]] = []
-    model, _ = evaluation.load_scored_model(checkpoint)
+    model, _ = load_model(checkpoint)
     model.register_forward_hook(
         lambda *_: seen.append([switch.fp32_precision for switch in switches])
     )
