@@ -22,8 +22,10 @@ from PIL import Image
 from portrait_dist import metrics
 from portrait_dist.data.source.split import read_split
 from portrait_dist.inference import compositing
+from portrait_dist.inference.photos import read_photo
+from portrait_dist.inference.placement import FITS
 from portrait_dist.inference.refine import refine_alpha
-from portrait_dist.inference.segmenter import FITS, PortraitSegmenter, read_picture
+from portrait_dist.inference.segmenter import PortraitSegmenter
 
 Pair = tuple[np.ndarray, np.ndarray]
 SHAPES = {
@@ -109,7 +111,7 @@ def main(words: list[str] | None = None) -> None:
     pairs = [pair for split in options.split for pair in read_split(options.data).pairs(split)]
     pairs = pairs[: options.limit or (8 if options.quick else None)]
     loaded = [
-        (read_picture(pair.image), np.asarray(Image.open(pair.matte).split()[-1])) for pair in pairs
+        (read_photo(pair.image), np.asarray(Image.open(pair.matte).split()[-1])) for pair in pairs
     ]
     segmenter = PortraitSegmenter.from_checkpoint(options.checkpoint, refine=False)
     rows = []

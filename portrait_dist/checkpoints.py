@@ -599,7 +599,9 @@ def input_geometry(info: CheckpointInfo, size: tuple[int, int] | None = None) ->
     found = InputGeometry(info.size or size or DEFAULT_SIZE, info.aspect or DEFAULT_ASPECT)
     assumed = []
     if not info.size and not size:
-        assumed.append(f"{found.size[0]}x{found.size[1]} (give --size HEIGHTxWIDTH if it was another)")
+        assumed.append(
+            f"{found.size[0]}x{found.size[1]} (give --size HEIGHTxWIDTH if it was another)"
+        )
     if not info.aspect:
         assumed.append(f"width / height {found.aspect:g}")
     if assumed and distributed.rank() == 0:

@@ -338,9 +338,7 @@ def write_examples(
         if not rows:
             continue
         positions = [row.position for row in rows]
-        samples = score_positions(
-            checkpoint, shards, split, positions, device=device, size=size
-        )
+        samples = score_positions(checkpoint, shards, split, positions, device=device, size=size)
         grid = picture_grid(
             [sample.image for sample in samples],
             [sample.alpha for sample in samples],

@@ -152,10 +152,7 @@ def _cut_out(checkpoint: str, folder: Path) -> list[str]:
     from portrait_dist.inference import batch
 
     images = [str(pair.image) for pair in split.read_split(folder / "data").pairs("test")[:4]]
-    written: list[str] = batch.predict_files(checkpoint, images, folder / "pictures", force=True)[
-        "files"
-    ]
-    return written
+    return batch.predict_files(checkpoint, images, folder / "pictures", force=True).files
 
 
 def _say(message: str) -> None:

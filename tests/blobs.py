@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import torch
 
-from portrait_dist.inference.segmenter import place, shrink
+from portrait_dist.inference.placement import fit_photo, shrink
 from portrait_dist.losses import SoftIoULoss
 from portrait_dist.models import UNet
-from portrait_dist.preprocessing import MEAN, STD
+from portrait_dist.preprocessing import DEFAULT_ASPECT, MEAN, STD
 
 SIZE = (64, 64)
 
@@ -36,7 +36,7 @@ def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]
 def framed(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Such a picture of any shape, letterboxed to the network's size: figures of many sizes, with bars."""
     image, alpha = picture(height, width, seed)
-    placement = place(height, width, SIZE, "letterbox")
+    placement = fit_photo(height, width, SIZE, "letterbox", DEFAULT_ASPECT)
     layer = shrink(np.repeat((alpha * 255).astype(np.uint8)[..., None], 3, axis=2), placement)[
         ..., 0
     ]
@@ -68,7 +68,12 @@ def save(model: UNet, path: Path, size: tuple[int, int] = SIZE) -> Path:
     torch.save(
         {
             "net": model.state_dict(),
-            "portrait_dist": {"model": model.settings, "size": list(size), "config": {}},
+            "portrait_dist": {
+                "model": model.settings,
+                "size": list(size),
+                "aspect": DEFAULT_ASPECT,
+                "config": {},
+            },
         },
         path,
     )

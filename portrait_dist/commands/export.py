@@ -1,27 +1,32 @@
-"""``export``."""
+"""``export``: the network for other programs."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from portrait_dist.commands import command
+from portrait_dist.commands import Size, command
+
+if TYPE_CHECKING:
+    from portrait_dist.inference.export import ExportFormat, ExportResult
+
+EXAMPLES = """\b
+Example:
+  portrait-dist export --checkpoint runs/first/ckpt_best.pth --format onnx --out portrait.onnx
+"""
 
 
-def _export_summary(result: dict[str, Any]) -> str:
+def _summary(result: ExportResult) -> str:
     return (
-        f"{result['file']}: {result['bytes'] / 1e6:.1f} MB, checked against the network: "
-        f"largest difference {result['largest_difference']:.2g}\n"
-        f"input   {result['input']}\noutput  {result['output']}"
+        f"{result.file}: {result.bytes / 1e6:.1f} MB, checked against the network: "
+        f"largest difference {result.largest_difference:.2g}\n"
+        f"input   {result.input}\noutput  {result.output}"
     )
 
 
-@command(
-    "export",
-    summary=_export_summary,
-    epilog="\b\nExample:\n  portrait-dist export --checkpoint runs/first/ckpt_best.pth --format onnx --out portrait.onnx\n",
-)
+@command("export", summary=_summary, epilog=EXAMPLES)
 @click.option("--checkpoint", required=True, help="A .pth file of a run.")
 @click.option(
     "--format",
@@ -30,13 +35,21 @@ def _export_summary(result: dict[str, Any]) -> str:
     type=click.Choice(["onnx", "pt2"]),
     help="ONNX, or PyTorch's exported program.",
 )
-@click.option("--out", required=True, type=click.Path(dir_okay=False), help="The file to write.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
-def export(checkpoint: str, kind: str, out: str, force: bool) -> dict[str, Any]:
+@click.option(
+    "--size",
+    type=Size(),
+    help="Size of training, for an old checkpoint that does not say it.  [default: 256x256]",
+)
+def export(
+    checkpoint: str, kind: ExportFormat, out: Path, force: bool, size: tuple[int, int] | None
+) -> ExportResult:
     """Write the network for other programs and check the file against it.
 
-    Input: RGB pictures from 0 to 1, any batch size, at the size of training; output: alpha. The file says so in its metadata.
+    Input: RGB images from 0 to 1, any batch size, at the size of training; output: alpha. The file
+    says so in its metadata.
     """
     from portrait_dist.inference.export import export as write
 
-    return write(checkpoint, out, kind, force=force)
+    return write(checkpoint, out, kind, force=force, size=size)

@@ -1,14 +1,18 @@
-"""``predict``."""
+"""``predict``: masks and cut-outs of photos."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from portrait_dist.commands import command
+from portrait_dist.commands import Size, command
 
-PREDICT_EXAMPLES = """\b
+if TYPE_CHECKING:
+    from portrait_dist.inference.batch import PredictResult
+    from portrait_dist.inference.placement import Fit
+
+EXAMPLES = """\b
 Examples:
   portrait-dist predict --checkpoint runs/first/ckpt_best.pth photo.jpg --out cutouts
   portrait-dist predict --checkpoint runs/first/ckpt_best.pth holiday/ 'more/**/*.png' --out cutouts --background blur
@@ -17,32 +21,36 @@ Examples:
 """
 
 
-def _predict_summary(result: dict[str, Any]) -> str:
-    return f"{len(result['files'])} pictures of {result['photos']} photos written, {result['photos_per_second']:.1f} photos/s"
+def _summary(result: PredictResult) -> str:
+    before = f"; {result.done_before} were done before" if result.done_before else ""
+    return (
+        f"{len(result.files)} images of {result.photos} photos written, "
+        f"{result.photos_per_second:.1f} photos/s{before}"
+    )
 
 
-@command("predict", summary=_predict_summary, epilog=PREDICT_EXAMPLES)
+@command("predict", summary=_summary, epilog=EXAMPLES)
 @click.option("--checkpoint", required=True, help="A .pth file of a run.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option(
-    "--out", required=True, type=click.Path(file_okay=False), help="Folder for the pictures."
-)
+@click.option("--out", required=True, help="Folder for the images.")
 @click.option(
     "--background",
     default="transparent",
     show_default=True,
-    help="transparent, a colour (white, #1e90ff), blur, or a picture.",
+    help="transparent, a colour (white, #1e90ff), blur, or an image.",
 )
-@click.option("--force", is_flag=True, help="Overwrite pictures that exist.")
+@click.option("--force", is_flag=True, help="Overwrite images that exist.")
 @click.option(
     "--refine/--no-refine",
-    default=None,
-    help="Let alpha follow the photo's edges at full resolution; on unless switched off.",
+    default=True,
+    show_default=True,
+    help="Let alpha follow the photo's edges at full resolution.",
 )
 @click.option(
     "--mirror/--no-mirror",
-    default=None,
-    help="Average with the mirrored photo's mask; on unless switched off.",
+    default=True,
+    show_default=True,
+    help="Average with the mirrored photo's mask.",
 )
 @click.option(
     "--fit",
@@ -74,16 +82,51 @@ def _predict_summary(result: dict[str, Any]) -> str:
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "fp32", "bf16", "int8"]),
-    help="Arithmetic of the network. auto: bf16 where the processor multiplies it, else fp32. int8, for hundreds of photos on "
-    "a CPU: calibrated with 64 of them, used where masks keep IoU 0.999 with fp32's.",
+    help="Arithmetic of the network. auto: bf16 where the processor multiplies it, else fp32. int8, "
+    "for hundreds of photos on a CPU: calibrated with 64 of them, used where masks keep IoU 0.999 "
+    "with fp32's.",
 )
-def predict(checkpoint: str, paths: tuple[str, ...], out: str, **options: Any) -> dict[str, Any]:
-    """Mask, cut-out and side-by-side picture of photos, at their own resolution.
+@click.option(
+    "--size",
+    type=Size(),
+    help="Size of training, for an old checkpoint that does not say it.  [default: 256x256]",
+)
+def predict(
+    checkpoint: str,
+    paths: tuple[str, ...],
+    out: str,
+    background: str,
+    force: bool,
+    refine: bool,
+    mirror: bool,
+    fit: Fit,
+    levels: tuple[float, float],
+    batch_size: int,
+    device: str,
+    precision: str,
+    size: tuple[int, int] | None,
+) -> PredictResult:
+    """Write mask, cut-out and side-by-side image of photos, at their own resolution.
 
-    A PATH is a photo, a folder (looked through to the bottom) or a pattern in quotes. For photo.jpg it writes photo.mask.png
-    (8-bit grey alpha), photo.cutout.png and photo.side-by-side.png. A photo that cannot be read does not stop the others: it is
-    named at the end, and the exit code is 3.
+    A PATH is a photo, a folder (searched to the bottom) or a pattern in quotes. For photo.jpg it
+    writes photo.mask.png (8-bit grey alpha), photo.cutout.png and photo.side-by-side.png. A photo
+    that cannot be done does not stop the others: it is named at the end, and the exit code is 3. An
+    interrupted command continues where it stopped when it is run again.
     """
     from portrait_dist.inference.batch import predict_files
 
-    return predict_files(checkpoint, paths, out, **options)
+    return predict_files(
+        checkpoint,
+        paths,
+        out,
+        background=background,
+        force=force,
+        batch_size=batch_size,
+        size=size,
+        refine=refine,
+        mirror=mirror,
+        fit=fit,
+        levels=levels,
+        device=device,
+        precision=precision,
+    )

@@ -1,41 +1,73 @@
-"""``portrait-dist predict``: pictures for many photos, each written whole or not at all.
+"""``portrait-dist predict``: masks and cut-outs of many photos, each photo's files written whole or not at all.
 
-Reading, the network and writing overlap: photos are read ahead and pictures written behind by threads, while this thread runs
-the network.
+Reading, the network and writing overlap: threads read and shrink photos before they are needed and finish and write masks
+afterwards, while this thread runs the network. A photo that cannot be done is noted and never stops the others.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
-import os
+import dataclasses
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar, Unpack
 
-import cv2
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
+from portrait_dist import files
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
-from portrait_dist.inference import compositing
-from portrait_dist.inference.segmenter import Alpha, PortraitSegmenter, read_picture
+from portrait_dist.inference.journal import Journal, fingerprint
+from portrait_dist.inference.outputs import ImageFormat, OutputPlan, plan_outputs
+from portrait_dist.inference.photos import (
+    KINDS,
+    FailedPhoto,
+    Photo,
+    find_photos,
+    keep_part,
+    read_photo,
+    spread,
+)
+from portrait_dist.inference.segmenter import PortraitSegmenter, PreparedPhoto, SegmenterOptions
 from portrait_dist.models import fused
+from portrait_dist.system.info import cores
 from portrait_dist.system.progress import track
+from portrait_dist.system.threads import submit_in_order
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-KINDS = ("mask", "cutout", "side-by-side")
-"""For photo.jpg there are photo.mask.png, photo.cutout.png and photo.side-by-side.png."""
+if TYPE_CHECKING:
+    from portrait_dist.preprocessing import Alpha, ImageArray
+
+T = TypeVar("T")
 
 CALIBRATION_PHOTOS = 64
-"""Photos, spread over all, that show ``--precision int8`` the ranges of the network's numbers."""
+"""Photos, spread over all, that show ``--precision int8`` the ranges of the network's activations."""
+FAILURES_NAMED = 20
+"""Photos that the error line names; the JSON result has all."""
 
-Photo = NDArray[np.uint8]
-R = TypeVar("R")
+
+@dataclass(frozen=True)
+class PredictResult:
+    """What ``predict`` did.
+
+    Attributes:
+        files: written now.
+        failed: photos that could not be done.
+        photos: how many are done now.
+        photos_per_second: of them, reading and writing included.
+        done_before: photos that an interrupted run of the same command had done.
+        skipped: files of other types in the folders and patterns, by suffix.
+    """
+
+    files: list[str]
+    failed: list[FailedPhoto]
+    photos: int
+    photos_per_second: float
+    done_before: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 def predict_files(
@@ -44,269 +76,236 @@ def predict_files(
     out: str | Path,
     *,
     background: str = "transparent",
+    kinds: Sequence[str] = KINDS,
+    image_format: ImageFormat = "png",
     force: bool = False,
     batch_size: int = 8,
-    precision: str = "auto",
-    **options: Any,
-) -> dict[str, Any]:
-    """Write mask, cut-out and side-by-side picture of every photo.
+    part: int = 0,
+    parts: int = 1,
+    size: tuple[int, int] | None = None,
+    **options: Unpack[SegmenterOptions],
+) -> PredictResult:
+    """Write mask, cut-out and side-by-side image of every photo.
 
     Args:
         checkpoint: a .pth file of a run.
         paths: photos, folders and patterns.
-        out: folder for the pictures; made where it does not exist.
+        out: folder for the outputs; made where it does not exist.
         background: see :func:`portrait_dist.inference.compositing.parse_background`.
-        force: overwrite pictures that exist.
+        kinds: which of the three to write.
+        image_format: see :func:`portrait_dist.inference.outputs.plan_outputs`.
+        force: overwrite outputs that exist, and do every photo again.
         batch_size: photos that go through the network together.
-        precision: of :class:`portrait_dist.inference.segmenter.PortraitSegmenter`; or ``int8``, calibrated with up to 64 of the photos and
-            used where the masks stay what they were.
-        options: of the same class.
-
-    Returns:
-        ``files`` (written paths), ``failed`` (always empty here), ``photos`` (how many are done), ``photos_per_second``.
+        part, parts: do only every ``parts``-th photo, from number ``part`` on; names are those of one process.
+        size: (H, W) of training, for a checkpoint that does not say it.
+        options: of :class:`portrait_dist.inference.segmenter.PortraitSegmenter`; ``precision`` may also be ``int8``, calibrated
+            with up to 64 of the photos and used where the masks stay what they were.
 
     Raises:
-        InputError: nothing to do, an output exists, or the options are wrong; nothing was written.
-        DamagedDataError: some photos could not be read. The others are done; its ``result`` is what is returned otherwise, with
-            ``photo`` and ``error`` of each in ``failed``.
+        InputError: nothing to do, an output exists, ``out`` cannot be written, or the options are wrong; nothing was written.
+        DamagedDataError: some photos could not be done. The others are done; its ``result`` is what is returned otherwise.
+        PortraitDistError: the disk is full or failed; what is done stays, and the same command continues.
     """
     out = Path(out)
-    names = name_outputs(find_photos(paths, out))
-    _refuse_to_overwrite(names, out, force)
-    scene = compositing.parse_background(background)
-    segmenter = _segmenter(checkpoint, list(names), precision, options)
-    work = _Work(segmenter, names, out, scene, batch_size)
-    begin = time.perf_counter()
-    written = list(track(work.run(), total=len(names), what="photos"))
-    result = {
-        "files": [file for files in written for file in files],
-        "failed": work.failed,
-        "photos": len(written),
-        "photos_per_second": len(written) / (time.perf_counter() - begin),
+    plan = plan_outputs(out, kinds=kinds, image_format=image_format, background=background)
+    files.check_folder_writable(out)
+    found = find_photos(paths, out)
+    if skipped := found.describe_skipped():
+        print(skipped, file=sys.stderr)
+    segmenter = PortraitSegmenter.from_checkpoint(checkpoint, size=size, **_without_int8(options))
+    settings = {
+        "plan": [plan.kinds, plan.image_format, background],
+        "size": segmenter.size,
+        "aspect": segmenter.aspect,
+        "options": {name: value for name, value in options.items() if name != "device"},
     }
-    if work.failed:
-        listed = "; ".join(failure["error"] for failure in work.failed)
-        raise DamagedDataError(
-            f"{len(work.failed)} of {len(names)} photos were left out, the others are done: {listed}",
-            result,
-        )
+    photos = keep_part(found.photos, part, parts)
+    journal = Journal(out, fingerprint(settings, checkpoint), part, parts)
+    todo = photos if force else _still_to_do(photos, plan, journal)
+    if options.get("precision") == "int8" and todo:
+        _calibrate(segmenter, found.photos)
+    work = _Work(segmenter, todo, plan, journal, batch_size)
+    if part == 0:
+        work.failed += found.unusable
+    with journal:
+        result = work.carry_out(len(photos) - len(todo), dict(found.skipped))
+    if parts == 1:
+        journal.remove()  # nothing is left to continue; the journals of parts are read by the others
     return result
 
 
-def _segmenter(
-    checkpoint: str | Path, photos: Sequence[Path], precision: str, options: dict[str, Any]
-) -> PortraitSegmenter:
-    integers = precision == "int8"
-    segmenter = PortraitSegmenter.from_checkpoint(
-        checkpoint, precision="auto" if integers else precision, **options
-    )
-    if integers:
-        agreement = segmenter.calibrate(_readable(photos[:: -(-len(photos) // CALIBRATION_PHOTOS)]))
-        verdict = (
-            "8-bit integers" if agreement >= fused.TOLERANCE else "too little, so in floating point"
-        )
-        print(
-            f"masks in 8-bit integers against fp32: IoU {agreement:.4f}; {verdict}", file=sys.stderr
-        )
-    return segmenter
+def _without_int8(options: SegmenterOptions) -> SegmenterOptions:
+    """Replace the precision ``int8``, which needs photos to calibrate with, by ``auto``."""
+    if options.get("precision") != "int8":
+        return options
+    return {**options, "precision": "auto"}
 
 
-def _readable(photos: Iterable[Path]) -> Iterator[Photo]:
+def _calibrate(segmenter: PortraitSegmenter, photos: Sequence[Photo]) -> None:
+    """Let the segmenter compute in 8-bit integers where that keeps the masks; every part calibrates with the same photos."""
+    agreement = segmenter.calibrate(_readable(spread(photos, CALIBRATION_PHOTOS)))
+    verdict = "8-bit integers" if agreement >= fused.TOLERANCE else "too low, so floating point"
+    print(f"masks in 8-bit integers against fp32: IoU {agreement:.4f}; {verdict}", file=sys.stderr)
+
+
+def _readable(photos: Iterable[Photo]) -> Iterator[ImageArray]:
     for photo in photos:
-        with contextlib.suppress(PortraitDistError):  # it is named when its turn comes
-            yield read_picture(photo)
+        with contextlib.suppress(PortraitDistError):  # it is reported when it is predicted
+            yield read_photo(photo.path)
 
 
-def find_photos(paths: Sequence[str], out: Path) -> dict[Path, Path]:
-    """Photo → its path relative to the folder it was found under, in order and without doubles.
-
-    Folders are looked through to the bottom; hidden files, other files, and what this command wrote before are left out.
+def _still_to_do(photos: list[Photo], plan: OutputPlan, journal: Journal) -> list[Photo]:
+    """Leave out what an interrupted run has done.
 
     Raises:
-        InputError: a path that does not exist, a pattern or folder without photos.
+        InputError: an output exists that this command did not write.
     """
-    found: dict[Path, Path] = {}
-    for text in paths:
-        path = Path(text)
-        if path.is_dir():
-            hits = {
-                photo: photo.relative_to(path)
-                for photo in sorted(path.rglob("*"))
-                if _is_photo(photo, path, out)
-            }
-        elif path.exists():
-            hits = {path: Path(path.name)}
-        else:
-            hits = {
-                Path(hit): Path(Path(hit).name)
-                for hit in sorted(glob.glob(text, recursive=True))
-                if _is_photo(Path(hit))
-            }
-        if not hits:
-            what = (
-                "no photo in this folder"
-                if path.is_dir()
-                else "no such file, and no photo fits it as a pattern"
-            )
-            raise InputError(
-                f"{text}: {what}; give photos ({', '.join(sorted(SUFFIXES))}), folders or patterns in quotes"
-            )
-        found |= {photo: name for photo, name in hits.items() if photo not in found}
-    one_each = {photo.resolve(): photo for photo in reversed(found)}
-    return {photo: name for photo, name in found.items() if one_each[photo.resolve()] == photo}
-
-
-def _is_photo(path: Path, folder: Path | None = None, out: Path | None = None) -> bool:
-    """Has it a picture's suffix, and is it neither hidden nor one of this command's outputs?"""
-    inside = path.relative_to(folder).parts if folder else (path.name,)
-    if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in inside):
-        return False
-    if path.stem.endswith(tuple(f".{kind}" for kind in KINDS)):
-        return False
-    under_out = out is not None and folder is not None and out.resolve() != folder.resolve()
-    return path.is_file() and not (under_out and path.resolve().is_relative_to(out.resolve()))  # type: ignore[union-attr]
-
-
-def name_outputs(photos: dict[Path, Path]) -> dict[Path, str]:
-    """Photo → the name of its outputs under --out, without ``.mask.png``. No two are equal.
-
-    A photo keeps its name (and its subfolder, found in a folder). Where names clash, those photos keep their suffix too, where
-    that is not enough, the folders in which they differ, and at last they are numbered.
-    """
-    names = {photo: str(name.with_suffix("")) for photo, name in photos.items()}
-    for photo in _clashing(names):
-        names[photo] = str(photos[photo])
-    clashing = _clashing(names)
-    if clashing:
-        common = Path(os.path.commonpath([photo.resolve().parent for photo in clashing]))
-        for photo in clashing:
-            names[photo] = str(photo.resolve().relative_to(common))
-    while clashing := _clashing(names):
-        for number, photo in enumerate(clashing, start=1):
-            names[photo] = f"{names[photo]}-{number}"
-    return names
-
-
-def _clashing(names: dict[Path, str]) -> list[Path]:
-    """Photos whose name another photo has too; on some file systems Photo and photo are one."""
-    count: dict[str, int] = {}
-    for name in names.values():
-        count[name.lower()] = count.get(name.lower(), 0) + 1
-    return [photo for photo, name in names.items() if count[name.lower()] > 1]
-
-
-def _targets(out: Path, name: str) -> dict[str, Path]:
-    return {kind: out / f"{name}.{kind}.png" for kind in KINDS}
-
-
-def _refuse_to_overwrite(names: dict[Path, str], out: Path, force: bool) -> None:
-    there = [
-        path for name in names.values() for path in _targets(out, name).values() if path.exists()
-    ]
-    if there and not force:
+    todo: list[Photo] = []
+    there: list[Path] = []
+    for photo in photos:
+        targets = list(plan.targets(photo.name).values())
+        if journal.is_done(photo, targets):
+            continue
+        todo.append(photo)
+        if not journal.is_ours(photo):
+            there += [path for path in targets if _exists(path)]
+    if there:
         others = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise InputError(
             f"{there[0]}{others} exist; add --force to overwrite, or choose another --out"
         )
+    return todo
 
 
-def _in_order(
-    threads: ThreadPoolExecutor,
-    function: Callable[..., R],
-    calls: Iterable[tuple[Path, tuple[Any, ...]]],
-    ahead: int,
-) -> Iterator[tuple[Path, Future[R]]]:
-    """Run calls on threads, at most ``ahead`` at a time; yield (photo, its future) in order."""
-    waiting: deque[tuple[Path, Future[R]]] = deque()
-    for photo, arguments in calls:
-        waiting.append((photo, threads.submit(function, *arguments)))
-        if len(waiting) > ahead:
-            yield waiting.popleft()
-    yield from waiting
+def _exists(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (OSError, ValueError):  # a name that is too long: it is reported when it is written
+        return False
+    return True
 
 
 class _Work:
-    """The photos' way from file to pictures; ``failed`` fills on the way."""
+    """The photos' way from file to outputs; ``failed`` fills on the way."""
 
     def __init__(
         self,
         segmenter: PortraitSegmenter,
-        names: dict[Path, str],
-        out: Path,
-        scene: compositing.Background,
+        photos: Sequence[Photo],
+        plan: OutputPlan,
+        journal: Journal,
         batch_size: int,
     ) -> None:
-        self.segmenter, self.names, self.out, self.scene, self.batch_size = (
-            segmenter,
-            names,
-            out,
-            scene,
-            batch_size,
+        self.segmenter, self.photos, self.plan = segmenter, photos, plan
+        self.journal, self.batch_size = journal, batch_size
+        self.failed: list[FailedPhoto] = []
+
+    def carry_out(self, done_before: int, skipped: dict[str, int]) -> PredictResult:
+        """Do all photos.
+
+        Raises:
+            DamagedDataError: some could not be done, the others are.
+            PortraitDistError: the disk is full or failed.
+        """
+        begin = time.perf_counter()
+        written: list[list[str]] = []
+        stopped: PortraitDistError | None = None
+        try:
+            for files_of_photo in track(self._run(), total=len(self.photos), what="photos"):
+                written.append(files_of_photo)
+        except PortraitDistError as error:
+            stopped = error
+        result = PredictResult(
+            files=[file for names in written for file in names],
+            failed=sorted(self.failed, key=lambda failure: failure.photo),
+            photos=len(written),
+            photos_per_second=len(written) / (time.perf_counter() - begin),
+            done_before=done_before,
+            skipped=skipped,
         )
-        self.failed: list[dict[str, str]] = []
-        self.cores = os.cpu_count() or 1
+        done, total = done_before + len(written), done_before + len(self.photos)
+        if stopped:
+            raise type(stopped)(
+                f"{stopped}; {done} of {total} photos are done and stay", dataclasses.asdict(result)
+            ) from stopped
+        if result.failed:
+            raise _failure(result)
+        return result
 
-    def run(self) -> Iterator[list[str]]:
-        """The written files of each photo that could be read, in order."""
-        with ThreadPoolExecutor(self.cores) as readers, ThreadPoolExecutor(self.cores) as writers:
-            calls = _in_order(
-                readers,
-                read_picture,
-                ((photo, (photo,)) for photo in self.names),
-                ahead=2 * self.batch_size,
-            )
-            for _, future in _in_order(writers, self._write, self._alphas(calls), ahead=self.cores):
-                yield future.result()
+    def _run(self) -> Iterator[list[str]]:
+        """Yield the written files of each photo that could be done, in order.
 
-    def _alphas(
-        self, reads: Iterable[tuple[Path, Future[Photo]]]
-    ) -> Iterator[tuple[Path, tuple[Any, ...]]]:
-        readable: deque[Path] = deque()
+        Raises:
+            PortraitDistError: the disk is full or failed, or the device's memory is too small.
+        """
+        readers, writers = ThreadPoolExecutor(cores()), ThreadPoolExecutor(cores())
+        try:
+            reads = submit_in_order(readers, self._read, self.photos, ahead=2 * self.batch_size)
+            predicted = self._predicted(reads)
+            for item, writing in submit_in_order(writers, self._write, predicted, ahead=cores()):
+                if (written := self._outcome(item[0], writing)) is not None:
+                    yield written
+        finally:  # what has begun is finished, so that nothing is half-written
+            readers.shutdown(cancel_futures=True)
+            writers.shutdown(cancel_futures=True)
 
-        def pictures() -> Iterator[Photo]:
-            for photo, future in reads:
-                try:
-                    picture = future.result()
-                except PortraitDistError as error:
-                    self.failed.append({"photo": str(photo), "error": str(error)})
-                    continue
-                readable.append(photo)
-                yield picture
+    def _outcome(self, photo: Photo, work: Future[T]) -> T | None:
+        """Wait for the work on one photo; None where it failed and only this photo is concerned."""
+        try:
+            return work.result()
+        except (InputError, DamagedDataError) as error:
+            message = str(error)
+        except PortraitDistError:  # the disk
+            raise
+        except Exception as error:  # whatever a codec or a filter raises on one photo
+            message = " ".join(str(error).split()) or type(error).__name__
+        where = "" if str(photo.path) in message else f"{photo.path}: "
+        self.failed.append(FailedPhoto(str(photo.path), where + message))
+        return None
 
-        for picture, alpha in self.segmenter.stream(pictures(), self.batch_size):
-            photo = readable.popleft()
-            yield photo, (photo, picture, alpha)
+    def _read(self, photo: Photo) -> PreparedPhoto:
+        return self.segmenter.prepare(read_photo(photo.path))
 
-    def _write(self, photo: Path, picture: Photo, alpha: Alpha) -> list[str]:
-        cut = compositing.cut_out(picture, alpha, self.scene)
-        planes = {
-            "mask": compositing.to_bytes(alpha),
-            "cutout": cut,
-            "side-by-side": compositing.side_by_side(picture, alpha, cut),
-        }
-        targets = _targets(self.out, self.names[photo])
-        for kind, plane in planes.items():
-            write_png(targets[kind], plane)
-        return [str(path) for path in targets.values()]
+    def _predicted(
+        self, reads: Iterable[tuple[Photo, Future[PreparedPhoto]]]
+    ) -> Iterator[tuple[Photo, PreparedPhoto, Alpha]]:
+        """Run the network on what could be read."""
+        readable: deque[Photo] = deque()
+
+        def prepared() -> Iterator[PreparedPhoto]:
+            for photo, reading in reads:
+                if (read := self._outcome(photo, reading)) is not None:
+                    readable.append(photo)
+                    yield read
+
+        try:
+            for item, small in self.segmenter.predict_prepared(prepared(), self.batch_size):
+                yield readable.popleft(), item, small
+        except torch.OutOfMemoryError as error:
+            raise PortraitDistError(
+                f"--batch-size {self.batch_size}: the memory of {self.segmenter.device} is too "
+                "small for it; give a smaller one"
+            ) from error
+
+    def _write(self, item: tuple[Photo, PreparedPhoto, Alpha]) -> list[str]:
+        photo, prepared, small = item
+        alpha = self.segmenter.finish(prepared, small)
+        encoded = self.plan.render(prepared.photo, alpha)
+        self.journal.begin(photo)
+        written = self.plan.write(photo.name, encoded)
+        self.journal.end(photo)
+        return written
 
 
-def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
-    """Write grey [H, W], RGB [H, W, 3] or RGBA [H, W, 4] under a temporary name, then rename it.
-
-    Raises:
-        PortraitDistError: it cannot be written; the file that was there stays.
-    """
-    order = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}
-    encoded = cv2.imencode(
-        ".png", cv2.cvtColor(picture, order[picture.shape[2]]) if picture.ndim == 3 else picture
-    )[1]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(encoded.data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise PortraitDistError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another --out"
-        ) from error
+def _failure(result: PredictResult) -> DamagedDataError:
+    """Make the error that names the photos that were not done."""
+    named = [failure.error for failure in result.failed[:FAILURES_NAMED]]
+    if more := len(result.failed) - len(named):
+        named.append(f"and {more} more, which --json lists")
+    done = result.photos + result.done_before
+    others = ", the others are done" if done else ""
+    return DamagedDataError(
+        f"{len(result.failed)} of {done + len(result.failed)} photos were left out{others}: "
+        f"{'; '.join(named)}",
+        dataclasses.asdict(result),
+    )

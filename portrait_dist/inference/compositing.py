@@ -162,9 +162,7 @@ def to_bytes(array: Array | Alpha) -> ImageArray:
     return (array * 255 + 0.5).astype(np.uint8)
 
 
-def cut_out(
-    photo: ImageArray, alpha: Alpha, background: Background | None = None
-) -> ImageArray:
+def cut_out(photo: ImageArray, alpha: Alpha, background: Background | None = None) -> ImageArray:
     """Cut the person out at the photo's own resolution.
 
     Args:

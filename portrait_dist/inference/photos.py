@@ -7,6 +7,7 @@ import io
 import os
 import re
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ KINDS = ("mask", "cutout", "side-by-side")
 VIDEOS = (".3gp", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 HEIC = (".heic", ".heif", ".hif")
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-STDIN = "-"
+STDIN = Path("/dev/stdin")
+"""The photo ``-``: standard input, read to its end."""
 
 PhotoSource = str | Path | Image.Image | ImageArray
 """A path, a PIL image, or an uint8 array: RGB [H, W, 3], RGBA [H, W, 4] or grey [H, W]."""
@@ -93,8 +95,9 @@ def find_photos(paths: Sequence[str], out: Path) -> Found:
         for photo, name in _photos_of(text, out, found):
             relative.setdefault(photo, name)
     # The same file by two paths is done once, under the name that was found first.
-    first = {os.path.realpath(photo): photo for photo in reversed(relative)}
-    chosen = {photo: relative[photo] for photo in relative if first[os.path.realpath(photo)] == photo}
+    real = {photo: os.path.realpath(photo) for photo in relative}
+    first = {real[photo]: photo for photo in reversed(relative)}
+    chosen = {photo: name for photo, name in relative.items() if first[real[photo]] == photo}
     found.photos = name_outputs(chosen)
     return found
 
@@ -102,11 +105,15 @@ def find_photos(paths: Sequence[str], out: Path) -> Found:
 def _photos_of(text: str, out: Path, found: Found) -> list[tuple[Path, Path]]:
     """Photos of one path of the command line, each with its path relative to the folder it was found in."""
     if not text.strip():
-        raise InputError("a PATH is empty; give a photo, a folder or a pattern (is a variable unset?)")
+        raise InputError(
+            "a PATH is empty; give a photo, a folder or a pattern (is a variable unset?)"
+        )
     if ADDRESS.match(text):
         raise InputError(
             f"{text.partition('://')[0]}://…: an address; predict reads files, download the photo first"
         )
+    if text == "-":
+        return [(STDIN, Path("stdin"))]
     path = Path(text)
     if path.is_dir():
         hits = [(photo, photo.relative_to(path)) for photo in _in_folder(path, out, found)]
@@ -207,7 +214,7 @@ def read_photo(source: PhotoSource) -> ImageArray:
     """Read a photo, upright as its EXIF orientation says.
 
     Args:
-        source: see :data:`PhotoSource`; the path ``-`` is standard input.
+        source: see :data:`PhotoSource`; the path /dev/stdin is read to its end.
 
     Returns:
         RGB uint8 [H, W, 3].
@@ -221,10 +228,10 @@ def read_photo(source: PhotoSource) -> ImageArray:
     if isinstance(source, Image.Image):
         return _upright(source)
     path = Path(source)
-    if str(source) != STDIN:
+    if path != STDIN:
         _check_regular(path)
     try:
-        with Image.open(_standard_input() if str(source) == STDIN else path) as image:
+        with Image.open(_standard_input() if path == STDIN else path) as image:
             return _upright(image)
     except UnidentifiedImageError as error:
         raise DamagedDataError(f"{path}: {_why_not_a_photo(path)}") from error
@@ -246,8 +253,6 @@ def _upright(image: Image.Image) -> ImageArray:
 
 
 def _standard_input() -> io.BytesIO:
-    import sys
-
     return io.BytesIO(sys.stdin.buffer.read())
 
 

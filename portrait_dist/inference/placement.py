@@ -43,9 +43,7 @@ class Placement:
     inner: tuple[int, int, int, int]
 
 
-def fit_photo(
-    height: int, width: int, size: tuple[int, int], fit: Fit, aspect: float
-) -> Placement:
+def fit_photo(height: int, width: int, size: tuple[int, int], fit: Fit, aspect: float) -> Placement:
     """Lay a photo of ``height`` × ``width`` pixels into the network's input.
 
     Args:

@@ -1,6 +1,8 @@
 """An exported file computes what the network does, for any batch size, and says what goes in and comes out."""
 
 import json
+import os
+import subprocess
 
 import numpy as np
 import onnx
@@ -12,7 +14,7 @@ from portrait_dist.cli import run
 from portrait_dist.errors import InputError
 from portrait_dist.inference.export import Normalised, export, largest_difference
 from portrait_dist.preprocessing import MEAN, STD
-from tests import blobs
+from tests import blobs, cli
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_a_pt2_file_computes_the_networks_alpha_and_documents_itself(
     checkpoint, expected, tmp_path
 ):
     path = tmp_path / "portrait.pt2"
-    assert export(checkpoint, path, "pt2")["largest_difference"] < 1e-4
+    assert export(checkpoint, path, "pt2").largest_difference < 1e-4
     extra = {"metadata.json": ""}
     program = torch.export.load(path, extra_files=extra).module()
     pictures, alpha = expected
@@ -82,6 +84,48 @@ def test_a_pt2_file_computes_the_networks_alpha_and_documents_itself(
     assert json.loads(extra["metadata.json"])["input"].startswith(
         "image: float32 [batch, 3, 64, 48]"
     )
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(checkpoint, tmp_path, kind):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = (  # a file system of 64 KiB, seen by this one process only
+        f"mount -t tmpfs -o size=64k tmpfs {disk}; "
+        f'"$@"; code=$?; ls -A {disk} > {tmp_path}/left; exit $code'
+    )
+    options = [
+        "--checkpoint",
+        str(checkpoint),
+        "--format",
+        kind,
+        "--out",
+        f"{disk}/portrait.{kind}",
+    ]
+    done = subprocess.run(
+        [
+            *(() if os.getuid() == 0 else ("unshare", "--map-root-user", "--mount")),
+            *("unshare", "--mount", "bash", "-c", command, "bash", *cli.PORTRAIT_DIST, "export"),
+            *options,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "the disk is full" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "left").read_text() == ""
+
+
+@pytest.mark.parametrize("out", ["file/portrait.onnx", "folder"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_checkpoint_is_read(tmp_path, out):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    result = cli.call(
+        *("export", "--checkpoint", tmp_path / "none.pth", "--format", "onnx"),
+        *("--out", tmp_path / out),
+    )
+    cli.assert_one_line(result, 2, str(tmp_path / out))
 
 
 def test_a_file_of_another_network_would_be_noticed(model):

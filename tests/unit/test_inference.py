@@ -14,8 +14,10 @@ from portrait_dist.inference.compositing import (
     parse_background,
     side_by_side,
 )
-from portrait_dist.inference.refine import refine_alpha
-from portrait_dist.inference.segmenter import FITS, PortraitSegmenter, place, read_picture, shrink
+from portrait_dist.inference.photos import read_photo
+from portrait_dist.inference.placement import FITS, fit_photo, shrink
+from portrait_dist.inference.refine import keep_largest, refine_alpha
+from portrait_dist.inference.segmenter import PortraitSegmenter
 from tests import blobs
 
 
@@ -87,8 +89,8 @@ def test_pictures_of_any_colour_mode_are_read(tmp_path, mode):
         else grey.convert(mode)
     )
     image.save(tmp_path / "picture.tif")
-    assert read_picture(tmp_path / "picture.tif").shape == (20, 30, 3)
-    assert read_picture(tmp_path / "picture.tif").min() >= 253
+    assert read_photo(tmp_path / "picture.tif").shape == (20, 30, 3)
+    assert read_photo(tmp_path / "picture.tif").min() >= 253
 
 
 def test_bad_pictures_are_named_with_what_to_do(segmenter, tmp_path):
@@ -119,8 +121,8 @@ def test_bf16_gives_the_masks_of_fp32(segmenter):
 @given(height=st.integers(1, 5000), width=st.integers(1, 5000))
 def test_every_fit_gives_the_network_a_size_it_takes(height, width):
     for fit in FITS:
-        placement = place(height, width, (256, 192), fit)
-        top, left, inner_height, inner_width = placement.picture
+        placement = fit_photo(height, width, (256, 192), fit, 0.75)
+        top, left, inner_height, inner_width = placement.inner
         assert placement.height % 16 == placement.width % 16 == 0
         assert 0 <= top <= top + inner_height <= placement.height <= 4 * 256
         assert 0 <= left <= left + inner_width <= placement.width <= 4 * 192
@@ -130,7 +132,7 @@ def test_every_fit_gives_the_network_a_size_it_takes(height, width):
 @pytest.mark.parametrize("fit", ["cover", "letterbox"])
 @pytest.mark.parametrize("shape", [(800, 600), (600, 800), (1080, 1920), (1920, 1080), (700, 700)])
 def test_a_person_is_squeezed_as_in_training_whatever_the_pictures_shape(fit, shape):
-    _, _, height, width = place(*shape, (256, 256), fit).picture
+    _, _, height, width = fit_photo(*shape, (256, 256), fit, 0.75).inner
     squeeze = (height / shape[0]) / (width / shape[1])
     assert squeeze == pytest.approx(
         (256 / 800) / (256 / 600), rel=0.04
@@ -138,15 +140,15 @@ def test_a_person_is_squeezed_as_in_training_whatever_the_pictures_shape(fit, sh
 
 
 def test_an_upright_picture_of_the_training_shape_fills_the_network_exactly():
-    assert {fit: place(1200, 900, (256, 256), fit).picture for fit in FITS} == dict.fromkeys(
-        FITS, (0, 0, 256, 256)
-    )
+    assert {
+        fit: fit_photo(1200, 900, (256, 256), fit, 0.75).inner for fit in FITS
+    } == dict.fromkeys(FITS, (0, 0, 256, 256))
 
 
 def test_what_a_letterbox_adds_continues_the_pictures_edge():
     picture, _ = blobs.picture(100, 200, seed=107)
-    placement = place(100, 200, (64, 64), "letterbox")
-    top, left, height, width = placement.picture
+    placement = fit_photo(100, 200, (64, 64), "letterbox", 0.75)
+    top, left, height, width = placement.inner
     small = shrink(picture, placement)
     inner = small[top : top + height, left : left + width]
     assert (small.shape, left, width) == ((64, 64, 3), 0, 64)
@@ -182,7 +184,7 @@ def test_left_and_right_are_treated_alike_unless_the_mean_with_the_mirrored_pict
     }
     picture, truth = blobs.picture(64, 64, seed=108)
     both, one = (
-        PortraitSegmenter(segmenter.model, **options, mirror=mirror) for mirror in (None, False)
+        PortraitSegmenter(segmenter.model, **options, mirror=mirror) for mirror in (True, False)
     )
     np.testing.assert_allclose(
         both.predict(picture[:, ::-1]), both.predict(picture)[:, ::-1], atol=1e-5
@@ -197,6 +199,41 @@ def test_left_and_right_are_treated_alike_unless_the_mean_with_the_mirrored_pict
 def test_levels_that_make_no_sense_are_refused(segmenter, levels):
     with pytest.raises(InputError, match="0 <= low < high <= 1"):
         PortraitSegmenter(segmenter.model, segmenter.size, device="cpu", levels=levels)
+
+
+def test_islands_go_with_their_soft_edges_and_the_largest_person_keeps_its_own():
+    rows, columns = np.mgrid[:64, :64]
+    distance = [np.hypot(rows - y, columns - x) for y, x in ((30, 20), (30, 52))]
+    both = [
+        np.clip((radius - d) / 6 + 0.5, 0, 1) for d, radius in zip(distance, (14, 6), strict=True)
+    ]
+    alpha = np.maximum(*both).astype(np.float32)
+    kept = keep_largest(alpha)
+    assert np.array_equal(kept[:, :38], alpha[:, :38])
+    assert kept[:, 42:].max() == 0
+    assert alpha[:, 42:].max() == 1
+    alone = both[0].astype(np.float32)
+    assert np.array_equal(keep_largest(alone), alone)
+
+
+def test_a_segmenter_shows_what_decides_its_masks(segmenter):
+    shown = repr(segmenter)
+    for fact in ("size=(64, 64)", "aspect=0.75", "fit='letterbox'", "precision='fp32'", "'cpu'"):
+        assert fact in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": (60, 64)}, "multiples of 16"),
+        ({"precision": "int4"}, "precision is one of"),
+        ({"fit": "stretch"}, "fit is one of"),
+        ({"aspect": 0.0}, "positive number"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(segmenter, options, message):
+    with pytest.raises(InputError, match=message):
+        PortraitSegmenter(segmenter.model, **{"device": "cpu", **options})
 
 
 def test_refined_alpha_follows_the_pictures_edge():

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from portrait_dist.errors import InputError
-from portrait_dist.inference.segmenter import PortraitSegmenter, place, shrink
+from portrait_dist.inference.placement import fit_photo, shrink
+from portrait_dist.inference.segmenter import PortraitSegmenter
 from portrait_dist.models import UNet, fused, int8
 from portrait_dist.preprocessing import normalise
 from tests import blobs
@@ -124,7 +125,9 @@ def test_masks_of_a_trained_network_hardly_change_on_photos_that_did_not_calibra
         trained, blobs.SIZE, device="cpu", precision="fp32", mirror=False, refine=False
     )
     masks = [alpha > 0.5 for alpha in segmenter.predict(photos(100, 24))]
-    shown = [shrink(photo, place(96, 72, blobs.SIZE, "letterbox")) for photo in photos(0, 32)]
+    shown = [
+        shrink(photo, fit_photo(96, 72, blobs.SIZE, "letterbox", 0.75)) for photo in photos(0, 32)
+    ]
     images = torch.from_numpy(np.stack(shown))
     segmenter.network = int8.quantise(trained, normalise(images, images[..., 0])[0])
     others = [alpha > 0.5 for alpha in segmenter.predict(photos(100, 24))]

@@ -1,24 +1,31 @@
-"""``predict`` writes what it says, for every photo that can be read, and never over something else."""
+"""``predict`` writes what it says, for every photo that can be done, and never over something else."""
+
+from __future__ import annotations
 
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from portrait_dist.cli import run
-from portrait_dist.inference.batch import name_outputs
+from portrait_dist.inference.photos import name_outputs
 from portrait_dist.models import int8
-from tests import blobs
+from tests import blobs, cli
+
+KINDS = ("mask", "cutout", "side-by-side")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return str(blobs.save(blobs.train(steps=2), tmp_path_factory.mktemp("run") / "ckpt_best.pth"))
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return blobs.save(blobs.train(steps=2), tmp_path_factory.mktemp("run") / "ckpt_best.pth")
 
 
 @pytest.fixture
-def photos(tmp_path):
+def photos(tmp_path: Path) -> Path:
     """photos/{one.jpg, two.png, more/three.jpg}, and things that are no photos."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
@@ -31,150 +38,244 @@ def photos(tmp_path):
     return folder
 
 
-def predict(capfd, checkpoint, *words):
-    """(exit code, JSON or None, stderr) of ``portrait-dist predict --json``."""
-    code = run(
-        ["predict", "--checkpoint", checkpoint, "--device", "cpu", "--json", *map(str, words)]
-    )
-    captured = capfd.readouterr()
-    return code, json.loads(captured.out) if captured.out else None, captured.err
+def predict(checkpoint: Path, *arguments: str | Path | int) -> cli.Result:
+    options = ("--checkpoint", checkpoint, "--device", "cpu", "--json")
+    return cli.call("predict", *options, *map(str, arguments))
 
 
-def files(folder):
+def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def outputs(*names):
-    return sorted(
-        f"{name}.{kind}.png" for name in names for kind in ("mask", "cutout", "side-by-side")
-    )
+def outputs(*names: str) -> list[str]:
+    return sorted(f"{name}.{kind}.png" for name in names for kind in KINDS)
 
 
 def test_a_folder_gives_mask_cutout_and_side_by_side_of_every_photo_at_its_own_size(
-    capfd, checkpoint, photos, tmp_path
-):
-    code, result, _ = predict(capfd, checkpoint, photos, "--out", tmp_path / "out")
-    assert code == 0
-    assert files(tmp_path / "out") == outputs("more/three", "one", "two")
-    assert sorted(result["files"]) == sorted(
-        str(tmp_path / "out" / name) for name in outputs("more/three", "one", "two")
-    )
-    assert (result["failed"], result["photos"]) == ([], 3)
-    mask, cutout = (Image.open(tmp_path / f"out/two.{kind}.png") for kind in ("mask", "cutout"))
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = predict(checkpoint, photos, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert files(out) == outputs("more/three", "one", "two")
+    assert sorted(result.json["files"]) == [str(out / name) for name in files(out)]
+    assert (result.json["failed"], result.json["photos"]) == ([], 3)
+    mask, cutout = (Image.open(out / f"two.{kind}.png") for kind in ("mask", "cutout"))
     assert (mask.mode, mask.size) == ("L", (80, 60))
     assert (cutout.mode, cutout.size) == ("RGBA", (80, 60))
     assert np.array_equal(np.asarray(cutout)[..., 3], np.asarray(mask))
-    assert Image.open(tmp_path / "out/two.side-by-side.png").size == (240, 60)
+    assert Image.open(out / "two.side-by-side.png").size == (240, 60)
 
 
 def test_patterns_find_photos_to_any_depth_and_a_photo_given_twice_is_done_once(
-    capfd, checkpoint, photos, tmp_path
-):
-    words = [
-        f"{photos}/**/*.jpg",
-        photos / "one.jpg",
-        "--out",
-        tmp_path / "out",
-        "--background",
-        "white",
-    ]
-    code, result, _ = predict(capfd, checkpoint, *words)
-    assert (code, result["photos"]) == (0, 2)
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    paths = (f"{photos}/**/*.jpg", photos / "one.jpg")
+    result = predict(checkpoint, *paths, "--out", tmp_path / "out", "--background", "white")
+    assert (result.exit_code, result.json["photos"]) == (0, 2)
     assert files(tmp_path / "out") == outputs("one", "three")
     assert Image.open(tmp_path / "out/one.cutout.png").mode == "RGB"
 
 
-def test_nothing_is_overwritten_without_force(capfd, checkpoint, photos, tmp_path):
+def test_files_of_other_types_in_a_folder_are_counted_and_reported(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    for name in ("a.heic", "b.HEIC", "more/c.mp4"):
+        (photos / name).write_bytes(b"other")
+    result = predict(checkpoint, photos, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "4 files of other types skipped: .heic 2, .mp4 1, .txt 1" in result.stderr
+    assert result.json["skipped"] == {".heic": 2, ".mp4": 1, ".txt": 1}
+
+
+def test_nothing_is_overwritten_without_force(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "two.mask.png").write_text("precious")
-    code, result, error = predict(capfd, checkpoint, photos, "--out", out)
-    assert (code, result) == (2, None)
-    assert error.count("\n") == 1
-    assert "two.mask.png exist; add --force" in error.replace("exists", "exist")
+    cli.assert_one_line(
+        predict(checkpoint, photos, "--out", out), 2, "two.mask.png exist; add --force"
+    )
     assert files(out) == ["two.mask.png"]
     assert (out / "two.mask.png").read_text() == "precious"
-    assert predict(capfd, checkpoint, photos, "--out", out, "--force")[0] == 0
+    assert predict(checkpoint, photos, "--out", out, "--force").exit_code == 0
     assert Image.open(out / "two.mask.png").size == (80, 60)
 
 
-def test_a_broken_photo_is_named_at_the_end_and_the_others_are_done(
-    capfd, checkpoint, photos, tmp_path
-):
-    broken = photos / "one.jpg"
-    broken.write_bytes(broken.read_bytes()[:700])
-    code, result, error = predict(
-        capfd, checkpoint, photos, "--out", tmp_path / "out", "--batch-size", 1
+def bomb(path: Path) -> None:
+    """Write a PNG that claims 20000×20000 pixels."""
+    Image.new("1", (20000, 20000)).save(path)
+
+
+def test_no_single_photo_stops_the_others_and_each_is_named_with_what_is_wrong(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    long = photos / f"{'x' * 240}.jpg"
+    long.write_bytes((photos / "one.jpg").read_bytes())
+    (photos / "cut.jpg").write_bytes((photos / "one.jpg").read_bytes()[:700])
+    (photos / "text.png").write_text("no photo")
+    (photos / "empty.jpg").touch()
+    bomb(photos / "bomb.png")
+    os.mkfifo(photos / "pipe.jpg")
+    (photos / "dangling.jpg").symlink_to(tmp_path / "nothing.jpg")
+    (photos / "folder.jpg").mkdir()
+    (photos / "folder.jpg" / "inner.png").write_bytes((photos / "two.png").read_bytes())
+    (tmp_path / "film.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42")
+    result = predict(
+        checkpoint, photos, tmp_path / "film.mp4", "--out", tmp_path / "out", "--batch-size", 1
     )
-    assert code == 3
-    assert (
-        error.strip()
-        .splitlines()[-1]
-        .startswith("portrait-dist: 1 of 3 photos were left out, the others are done: ")
+    assert result.exit_code == 3
+    assert "Traceback" not in result.stderr
+    assert "8 of 12 photos were left out, the others are done: " in result.lines[-1]
+    expected = {
+        long: "name too long",
+        photos / "cut.jpg": "damaged",
+        photos / "text.png": "not a photo",
+        photos / "empty.jpg": "not a photo",
+        photos / "bomb.png": "too many pixels",
+        photos / "pipe.jpg": "a pipe or a device",
+        photos / "dangling.jpg": "a link to nothing",
+        tmp_path / "film.mp4": "a video",
+    }
+    found = {failure["photo"]: failure["error"] for failure in result.json["failed"]}
+    assert sorted(found) == sorted(map(str, expected))
+    for path, reason in expected.items():
+        assert reason in found[str(path)].lower(), found[str(path)]
+        assert str(path)[:80] in found[str(path)]
+    assert [name for name in files(tmp_path / "out") if name != ".predict.jsonl"] == outputs(
+        "folder.jpg/inner", "more/three", "one", "two"
     )
-    assert str(broken) in error
-    assert "Traceback" not in error
-    assert [failure["photo"] for failure in result["failed"]] == [str(broken)]
-    assert files(tmp_path / "out") == outputs("more/three", "two")
+
+
+def test_when_no_photo_can_be_done_nothing_else_is_claimed(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "one.jpg").write_text("no photo")
+    result = predict(checkpoint, photos / "one.jpg", "--out", tmp_path / "out")
+    cli.assert_one_line(result, 3, "1 of 1 photos were left out: ", "one.jpg")
 
 
 def test_run_again_in_the_photos_own_folder_its_outputs_are_not_taken_for_photos(
-    capfd, checkpoint, photos
-):
-    assert predict(capfd, checkpoint, photos, "--out", photos)[0] == 0
-    code, result, _ = predict(capfd, checkpoint, photos, "--out", photos, "--force")
-    assert (code, result["photos"]) == (0, 3)
+    checkpoint: Path, photos: Path
+) -> None:
+    assert predict(checkpoint, photos, "--out", photos).exit_code == 0
+    result = predict(checkpoint, photos, "--out", photos, "--force")
+    assert (result.exit_code, result.json["photos"]) == (0, 3)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["missing.jpg"], "missing.jpg: no such file"),
+        ([""], "a PATH is empty"),
+        (["photos", ""], "a PATH is empty"),
+        (["https://host/secret/one.jpg"], "https://…: an address"),
         (["photos", "--background", "whit"], "Did you mean 'white'"),
         (["photos", "--checkpoint", "nothing.pth"], "nothing.pth: there is no such checkpoint"),
         (["empty"], "empty: no photo in this folder"),
         (["photos", "--levels", "0.7", "0.3"], "0 <= low < high <= 1"),
+        (["photos", "--out", "photos/one.jpg"], "photos/one.jpg is a file"),
+        (["photos", "--out", "photos/one.jpg/deep"], "photos/one.jpg is a file"),
+        (["photos", "--size", "128x128"], "was trained at 64x64, not at 128x128"),
     ],
 )
 def test_wrong_input_gets_one_line_and_nothing_is_written(
-    capfd, checkpoint, photos, monkeypatch, words, message
-):
+    checkpoint: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
     monkeypatch.chdir(photos.parent)
     (photos.parent / "empty").mkdir()
-    code, result, error = predict(capfd, checkpoint, *words, "--out", "out")
-    assert (code, result) == (2, None)
-    assert error.count("\n") == 1
-    assert message in error
+    before = files(photos.parent)
+    result = predict(checkpoint, "--out", "out", *arguments)
+    cli.assert_one_line(result, 2, message)
+    assert files(photos.parent) == before
     assert not (photos.parent / "out").exists()
+
+
+def test_on_a_full_disk_what_is_done_stays_and_the_same_command_continues(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    for number in range(12):
+        noise = np.random.default_rng(number).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(photos / f"noise-{number:02}.png")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # A file system of 1 MiB, seen by this one process only.
+    command = (
+        f"mount -t tmpfs -o size=1m tmpfs {disk} && "
+        f'"$@"; code=$?; ls -A {disk}/out > {tmp_path}/first; '
+        f"mount -o remount,size=64m {disk} && "
+        f'"$@" > {tmp_path}/second.json; echo $? > {tmp_path}/second; '
+        f"ls -A {disk}/out > {tmp_path}/files; exit $code"
+    )
+    arguments = ["--checkpoint", str(checkpoint), "--device", "cpu", "--json", "--batch-size", "2"]
+    done = subprocess.run(
+        [
+            *(() if os.getuid() == 0 else ("unshare", "--map-root-user", "--mount")),
+            *("unshare", "--mount", "bash", "-c", command, "bash"),
+            *(*cli.PORTRAIT_DIST, "predict", *arguments, str(photos), "--out", str(disk / "out")),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    result = json.loads(done.stdout)
+    assert "the disk is full" in done.stderr
+    assert f"{result['photos']} of 15 photos are done and stay" in done.stderr
+    assert "Traceback" not in done.stderr
+    left = (tmp_path / "first").read_text().split()
+    assert not [name for name in left if name.startswith(".tmp")]
+    assert 0 < result["photos"] < 15
+    again = json.loads((tmp_path / "second.json").read_text())
+    assert (tmp_path / "second").read_text().strip() == "0"
+    assert again["photos"] + again["done_before"] == 15
+    assert again["done_before"] >= result["photos"]
+    assert len((tmp_path / "files").read_text().split()) == 14 * 3 + 1
 
 
 @pytest.mark.skipif(not int8.is_supported(), reason="this CPU has no 8-bit dot products")
 def test_int8_is_calibrated_with_the_photos_that_can_be_read_and_says_what_it_keeps(
-    capfd, checkpoint, photos, tmp_path
-):
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
     (photos / "broken.jpg").write_bytes((photos / "one.jpg").read_bytes()[:300])
-    code, result, error = predict(
-        capfd, checkpoint, photos, "--out", tmp_path / "out", "--precision", "int8"
-    )
-    assert (code, result["photos"]) == (3, 3)
-    assert "masks in 8-bit integers against fp32: IoU" in error
-    assert files(tmp_path / "out") == outputs("one", "two", "more/three")
+    result = predict(checkpoint, photos, "--out", tmp_path / "out", "--precision", "int8")
+    assert (result.exit_code, result.json["photos"]) == (3, 3)
+    assert "masks in 8-bit integers against fp32: IoU" in result.stderr
 
 
-def test_photos_of_one_name_from_different_folders_and_formats_are_all_kept(tmp_path):
+def test_an_old_checkpoint_that_does_not_say_its_size_is_named_with_what_is_assumed(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = tmp_path / "old.pth"
+    torch.save({"net": blobs.train(steps=1).state_dict()}, old)
+    result = predict(old, photos / "one.jpg", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert caplog.messages == [
+        f"{old}: does not say the shape of its training images; assumed: 256x256 "
+        "(give --size HEIGHTxWIDTH if it was another) and width / height 0.75"
+    ]
+    caplog.clear()
+    predict(old, photos / "one.jpg", "--out", tmp_path / "given", "--size", "64x64")
+    assert "256x256" not in caplog.text
+
+
+def test_photos_of_one_name_from_different_folders_and_formats_are_all_kept(
+    tmp_path: Path,
+) -> None:
     given = ["a/face.jpg", "b/face.jpg", "b/face.png", "b/other.jpg", "b/Other.png"]
-    photos = {
-        tmp_path / name: (tmp_path / name).relative_to((tmp_path / name).parent) for name in given
-    }
-    names = name_outputs(photos)
-    assert list(names.values()) == [
+    named = name_outputs({tmp_path / name: Path(Path(name).name) for name in given})
+    assert [photo.path for photo in named] == [tmp_path / name for name in given]
+    assert [photo.name for photo in named] == [
         "a/face.jpg",
         "b/face.jpg",
         "face.png",
         "other.jpg",
         "Other.png",
     ]
-    everywhere = {tmp_path / f"{i}/x.jpg": tmp_path / "x.jpg" for i in range(3)} | {
-        tmp_path / "0/x.jpg.png": tmp_path / "x.jpg.png"
-    }
-    assert len(set(name_outputs(everywhere).values())) == 4
+    everywhere = {tmp_path / f"{i}/x.jpg": Path("x.jpg") for i in range(3)}
+    everywhere |= {tmp_path / "0/x.jpg.png": Path("x.jpg.png")}
+    assert len({photo.name for photo in name_outputs(everywhere)}) == 4

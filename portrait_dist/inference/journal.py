@@ -1,0 +1,132 @@
+"""What ``predict`` has done in its output folder, so that the same command continues where it was interrupted.
+
+One line of JSON is appended before the outputs of a photo are written and one after: a photo that was begun and not ended is
+done again, and its files are known to be this command's own. A journal belongs to one part; every part reads all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from portrait_dist import files
+from portrait_dist.inference.photos import STDIN, Photo
+
+PATTERN = ".predict*.jsonl"
+
+
+def journal_name(part: int, parts: int) -> str:
+    """Name the journal of a part."""
+    return ".predict.jsonl" if parts == 1 else f".predict-{part}-of-{parts}.jsonl"
+
+
+def fingerprint(settings: dict[str, Any], checkpoint: str | Path) -> str:
+    """Hash what decides the outputs' bytes: the settings and the checkpoint's content."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    with open(checkpoint, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+class Journal:
+    """The journal of one part; a context manager that opens its file for appending.
+
+    Args:
+        folder: of the outputs.
+        settings: from :func:`fingerprint`; what other settings have done does not count.
+        part, parts: which part of how many.
+    """
+
+    def __init__(self, folder: Path, settings: str, part: int = 0, parts: int = 1) -> None:
+        self.path, self.settings = folder / journal_name(part, parts), settings
+        self._done: dict[str, str] = {}
+        self._begun: set[str] = set()
+        self._descriptor = -1
+        for path in sorted(folder.glob(PATTERN)) if folder.is_dir() else ():
+            for entry in _lines(path):
+                if entry.get("settings") == settings and isinstance(entry.get("name"), str):
+                    self._begun.add(entry["name"])
+                    if isinstance(entry.get("done"), str):
+                        self._done[entry["name"]] = entry["done"]
+
+    def is_done(self, photo: Photo, targets: list[Path]) -> bool:
+        """Were the photo's outputs written with these settings, is it still the same file, and are they there?"""
+        if photo.path == STDIN or self._done.get(photo.name) != _identity(photo.path):
+            return False
+        return all(_size(path) > 0 for path in targets)
+
+    def is_ours(self, photo: Photo) -> bool:
+        """Did this command begin to write the photo's outputs before?"""
+        return photo.name in self._begun
+
+    def begin(self, photo: Photo) -> None:
+        """Note that the photo's outputs are about to be written."""
+        self._append({"settings": self.settings, "name": photo.name})
+
+    def end(self, photo: Photo) -> None:
+        """Note that they are written."""
+        done = _identity(photo.path)
+        self._append({"settings": self.settings, "name": photo.name, "done": done})
+
+    def _append(self, entry: dict[str, str]) -> None:
+        with files.explained(self.path):
+            os.write(
+                self._descriptor, (json.dumps(entry) + "\n").encode()
+            )  # one call, one whole line
+
+    def __enter__(self) -> Journal:
+        """Open the file.
+
+        Raises:
+            InputError, PortraitDistError: it cannot be written.
+        """
+        with files.explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._descriptor = os.open(self.path, flags, 0o666)
+            if os.fstat(self._descriptor).st_size:
+                os.write(self._descriptor, b"\n")  # a kill may have cut the last line short
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def remove(self) -> None:
+        """Remove the file: everything is done, and nothing is left to continue."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a journal; a line that a kill cut short is skipped."""
+    try:
+        text = path.read_bytes() if path.is_file() else b""
+    except OSError:
+        return
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                yield entry
+
+
+def _identity(path: Path) -> str:
+    """Size and time of a file, from which a changed photo is known."""
+    try:
+        found = path.stat()
+    except OSError:
+        return "gone"
+    return f"{found.st_size}-{found.st_mtime_ns}"
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
