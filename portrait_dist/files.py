@@ -169,7 +169,8 @@ def check_folder_writable(folder: str | Path) -> None:
     with explained(folder):
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise InputError(f"{folder}: {nearest} is a file; give the path of a folder")
+        above = "" if nearest == folder else f"{nearest} "
+        raise InputError(f"{folder}: {above}is a file; give the path of a folder")
     with explained(folder):
         temporary = temporary_path(nearest / "any")
         temporary.touch()

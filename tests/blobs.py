@@ -48,7 +48,8 @@ def train(steps: int = 100) -> UNet:
     model, loss = UNet(init_features=4), SoftIoULoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     random = np.random.default_rng(0)
-    pairs = [framed(*random.integers(60, 240, 2), seed=seed) for seed in range(32)]
+    sizes = random.integers(60, 240, (32, 2)).tolist()
+    pairs = [framed(height, width, seed) for seed, (height, width) in enumerate(sizes)]
     images = (
         torch.from_numpy(np.stack([image for image, _ in pairs])).float() / 255 - torch.tensor(MEAN)
     ) / torch.tensor(STD)

@@ -38,7 +38,7 @@ def iou(alpha, truth):
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("shape", [(160, 120), (120, 213), (97, 101), (300, 90)])
 def test_alpha_finds_the_figure_at_the_pictures_own_resolution(segmenter, shape, fit):
-    picture, truth = blobs.picture(*shape, seed=100)
+    picture, truth = blobs.picture(shape[0], shape[1], seed=100)
     alpha = PortraitSegmenter(
         segmenter.model, segmenter.size, fit=fit, device="cpu", precision="fp32"
     ).predict(picture)
@@ -132,7 +132,7 @@ def test_every_fit_gives_the_network_a_size_it_takes(height, width):
 @pytest.mark.parametrize("fit", ["cover", "letterbox"])
 @pytest.mark.parametrize("shape", [(800, 600), (600, 800), (1080, 1920), (1920, 1080), (700, 700)])
 def test_a_person_is_squeezed_as_in_training_whatever_the_pictures_shape(fit, shape):
-    _, _, height, width = fit_photo(*shape, (256, 256), fit, 0.75).inner
+    _, _, height, width = fit_photo(shape[0], shape[1], (256, 256), fit, 0.75).inner
     squeeze = (height / shape[0]) / (width / shape[1])
     assert squeeze == pytest.approx(
         (256 / 800) / (256 / 600), rel=0.04

@@ -148,7 +148,7 @@ def test_a_segmenter_whose_masks_would_change_stays_as_it_was() -> None:
 def test_what_cannot_be_calibrated_is_refused_with_the_reason(
     trained: UNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="1 pictures are too few"):
+    with pytest.raises(InputError, match="1 photos are too few"):
         PortraitSegmenter(trained, blobs.SIZE, device="cpu").calibrate(photos(0, 1))
     with pytest.raises(InputError, match="group norms"):
         PortraitSegmenter(UNet(init_features=2, norm="group"), blobs.SIZE, device="cpu").calibrate(
