@@ -96,7 +96,7 @@ def networks(
     ladder["bf16"] = _reading(bf16, torch.bfloat16)
     folded = fused.fold_batch_norm(bench.model).to(memory_format=CHANNELS_LAST).bfloat16()
     ladder["bn-folded"] = _reading(folded, torch.bfloat16)
-    ladder["merged"] = fused.prepare(bench.model, bench.device, "bf16")
+    ladder["merged"] = fused.for_inference(bench.model, bench.device, "bf16")
     if not bench.cuda:
         ladder["kept-memory"] = ladder["merged"]
     if not bench.cuda and int8.is_supported() and bench.model.norm == "batch":
@@ -106,7 +106,9 @@ def networks(
     if "compiled-frozen" in compiled:
         ladder["compiled-frozen"] = _reading(_frozen(bench, {"freezing": True}), torch.bfloat16)
     if "max-autotune" in compiled:
-        ladder["max-autotune"] = fused.prepare(bench.model, bench.device, "bf16", compile=True)
+        ladder["max-autotune"] = fused.for_inference(
+            bench.model, bench.device, "bf16", compile=True
+        )
     return ladder
 
 
@@ -162,14 +164,16 @@ def forward_rows(
     masks = {}
     if real:  # whole batches: compiled forms take one shape
         whole = real.unseen[: len(real.unseen) // batch * batch]
-        masks = {name: fused.masks_of(network, whole, batch) for name, network in ladder.items()}
+        masks = {
+            name: fused.binary_masks(network, whole, batch) for name, network in ladder.items()
+        }
     rows = []
     for name, values in rates.items():
         rows.append(measure.row(name, values, batch_size=batch, **limits.share(name, values)))
         rows[-1] |= {"largest_difference": float(f"{differences[name]:.1e}")}
         if masks:
             rows[-1] |= {
-                "iou_with_fp32": round(fused.agreement(masks[name], masks["hub-eager-fp32"]), 6)
+                "iou_with_fp32": round(fused.mask_iou(masks[name], masks["hub-eager-fp32"]), 6)
             }
     return _with_factors_and_best(rows, "best")
 
@@ -239,7 +243,7 @@ def _with_factors_and_best(rows: list[measure.Row], name: str) -> list[measure.R
     equal = [
         line
         for line in rows
-        if line.get("iou_with_fp32", unknown.get(line["name"], 1.0)) >= fused.TOLERANCE
+        if line.get("iou_with_fp32", unknown.get(line["name"], 1.0)) >= fused.MIN_MASK_IOU
     ]
     fastest = max(equal, key=lambda line: line["images_per_second"])
     return [*rows, {**fastest, "name": name, "note": fastest["name"]}]
@@ -312,7 +316,7 @@ def sweep(bench: Bench, batches: list[int], repeats: int) -> list[measure.Row]:
     """Batch sizes, for the first row of the ladder and the forms that PortraitSegmenter uses."""
     name, form = (
         "merged" if bench.cuda else "kept-memory",
-        fused.prepare(bench.model, bench.device, "bf16"),
+        fused.for_inference(bench.model, bench.device, "bf16"),
     )
     forms: dict[str, fused.Network] = {"hub-eager-fp32": bench.model, name: form}
     if not bench.cuda and int8.is_supported() and bench.model.norm == "batch":

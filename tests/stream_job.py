@@ -1,4 +1,4 @@
-"""What a rank does in the tests of the stream: started by torchrun, it writes what it saw to OUT/<rank>.json.
+"""Work of a rank in the tests of the stream: torchrun starts it, it writes OUT/<rank>.json.
 
 torchrun --nproc-per-node 3 tests/stream_job.py see SHARDS OUT '{"batch_size": 4}'
 """
@@ -18,9 +18,9 @@ from portrait_dist.errors import InputError
 
 
 def see(shards: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Keys of each batch of two epochs, of a third one resumed, and of the validation split; then the other actions."""
+    """Return the keys of two epochs, a third one resumed and validation, and what is refused."""
     loader = build_loader(shards, "train", options["batch_size"], seed=3)
-    seen: dict[str, Any] = {"steps": len(loader), "left_out": loader.samples_dropped}
+    seen: dict[str, Any] = {"batches": len(loader), "dropped": loader.samples_dropped}
     for epoch in (0, 1):
         loader.set_epoch(epoch)
         seen[f"epoch {epoch}"] = [batch.keys for batch in loader]
@@ -28,18 +28,18 @@ def see(shards: str, options: dict[str, Any]) -> dict[str, Any]:
     loader.set_epoch(options["state"]["epoch"])
     seen["rest"] = [batch.keys for batch in loader]
     seen["val"] = [batch.keys for batch in build_loader(shards, "val", options["batch_size"])]
-    seen["other seed"] = begin(shards, options["batch_size"], seed=dist.get_rank())
-    seen["other shards"] = begin(
+    seen["other seed"] = first_batch(shards, options["batch_size"], seed=dist.get_rank())
+    seen["other shards"] = first_batch(
         options["copies"][dist.get_rank() > 0], options["batch_size"], seed=0
     )
-    seen["skipping"] = step(
+    seen["skipping"] = train(
         options["damaged"], {"batch_size": options["batch_size"], "on_damage": "skip"}
     )
     return seen
 
 
-def begin(shards: str, batch_size: int, seed: int) -> str:
-    """What the first iteration says where the ranks were given different things."""
+def first_batch(shards: str, batch_size: int, seed: int) -> str:
+    """Return the message of the first iteration where the ranks were given different things."""
     try:
         next(iter(build_loader(shards, "train", batch_size, seed=seed)))
     except InputError as error:
@@ -47,8 +47,8 @@ def begin(shards: str, batch_size: int, seed: int) -> str:
     return "nothing"
 
 
-def step(shards: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A plain training loop with a collective in every step, as DDP has."""
+def train(shards: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Run a plain training loop with a collective in every step, as DDP has."""
     loader = build_loader(shards, "train", options["batch_size"], on_damage=options["on_damage"])
     steps, keys = 0, []
     for batch in loader:
@@ -61,6 +61,6 @@ def step(shards: str, options: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     action, shards, out, options = sys.argv[1:]
     dist.init_process_group("gloo")
-    result = {"see": see, "step": step}[action](shards, json.loads(options))
+    result = {"see": see, "train": train}[action](shards, json.loads(options))
     Path(out, f"{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()

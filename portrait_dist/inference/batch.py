@@ -144,7 +144,7 @@ def _without_int8(options: SegmenterOptions) -> SegmenterOptions:
 def _calibrate(segmenter: PortraitSegmenter, photos: Sequence[Photo]) -> None:
     """Let the segmenter compute in 8-bit integers where that keeps the masks; every part calibrates with the same photos."""
     agreement = segmenter.calibrate(_readable(spread(photos, CALIBRATION_PHOTOS)))
-    verdict = "8-bit integers" if agreement >= fused.TOLERANCE else "too low, so floating point"
+    verdict = "8-bit integers" if agreement >= fused.MIN_MASK_IOU else "too low, so floating point"
     print(f"masks in 8-bit integers against fp32: IoU {agreement:.4f}; {verdict}", file=sys.stderr)
 
 

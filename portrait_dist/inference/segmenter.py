@@ -114,7 +114,7 @@ class PortraitSegmenter:
         self.refine, self.mirror, self.largest, self.levels = refine, mirror, largest, levels
         self.precision = precision
         keep_freed_memory()
-        self.network = fused.prepare(model, self.device, precision)
+        self.network = fused.for_inference(model, self.device, precision)
 
     def __repr__(self) -> str:
         """Show what decides the masks."""
@@ -293,7 +293,7 @@ class PortraitSegmenter:
                 than any of theirs) is clipped.
 
         Returns:
-            Intersection over union of the masks with float32's. Below ``fused.TOLERANCE`` the segmenter stays as it was.
+            Intersection over union of the masks with float32's. Below ``fused.MIN_MASK_IOU`` the segmenter stays as it was.
 
         Raises:
             InputError: fewer than 2 photos, a GPU, a CPU without 8-bit dot products, or a network with group norms.
@@ -320,9 +320,9 @@ class PortraitSegmenter:
             )
         x = self._normalised(torch.from_numpy(np.stack(small)))
         network = int8.quantise(self.model, x[::2])
-        exact = fused.prepare(self.model, self.device, "fp32")
-        agreement = fused.agreement(*(fused.masks_of(form, x[1::2]) for form in (network, exact)))
-        if agreement >= fused.TOLERANCE:
+        exact = fused.for_inference(self.model, self.device, "fp32")
+        agreement = fused.mask_iou(*(fused.binary_masks(form, x[1::2]) for form in (network, exact)))
+        if agreement >= fused.MIN_MASK_IOU:
             self.network, self.precision = network, "int8"
         return agreement
 

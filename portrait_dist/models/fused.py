@@ -1,13 +1,17 @@
-"""Exact rewrites of the U-Net that make inference fast: same weights, same masks, fewer operations and less memory traffic.
+"""Exact rewrites of the U-Net for inference: same weights and masks, less arithmetic and traffic.
 
-    network = fast.prepare(model, device)             # normalised float32 [B, 3, H, W] → probabilities float32 [B, 1, H, W]
+    network = fused.for_inference(model, device)
+    probabilities = network(x)         # normalised float32 [B, 3, H, W] → float32 [B, 1, H, W]
 
-- :func:`fold_batch_norm`: in evaluation mode a batch norm is a scale and a shift, which go into the convolution before it.
-- :func:`merge_up_convolutions`: nothing non-linear stands between ``upconv`` (transposed 2×2, stride 2) and the 3×3 convolution
-  of the decoder, so both are one transposed 4×4 convolution, stride 2. The concatenation disappears: the decoder's convolution
-  is split into the half that reads the skip connection and the half that reads the up-sampled one, and the two are added.
-  7 % fewer multiplications, and neither the up-sampled map nor the concatenated one is ever written.
-- :func:`prepare`: these, then channels-last, bfloat16 where the hardware has it, and torch.compile when asked.
+- :func:`fold_batch_norm`: in evaluation mode a batch norm is a scale and a shift, which go into the
+convolution before it. - :func:`merge_up_convolutions`: nothing non-linear stands between ``upconv``
+(transposed 2×2, stride 2) and the 3×3 convolution
+  of the decoder, so both are one transposed 4×4 convolution, stride 2. The concatenation
+  disappears: the decoder's convolution is split into the half that reads the skip connection and
+  the half that reads the up-sampled one, and the two are added. 7 % fewer multiplications, and
+  neither the up-sampled map nor the concatenated one is ever written.
+- :func:`for_inference`: these, then channels-last, bfloat16 where the hardware has it, and
+torch.compile when asked.
 
 In exact arithmetic the rewrites change nothing; float32 results differ by about 1e-6.
 """
@@ -26,15 +30,15 @@ from portrait_dist.models.unet import LEVELS, UNet
 
 Network = Callable[[Tensor], Tensor]
 
-TOLERANCE = 0.999
+MIN_MASK_IOU = 0.999
 """Intersection over union with float32's masks that a faster form of the network must keep."""
 
 
 def fold_batch_norm(model: UNet) -> UNet:
-    """A copy in evaluation mode whose batch norms are part of the convolutions before them.
+    """Return a copy in evaluation mode whose batch norms are part of the convolutions before them.
 
-    The norms' places are taken by ``nn.Identity``; with ``norm="group"`` there is nothing to fold. The copy's state dict no
-    longer has the Hub model's names: keep the original for checkpoints.
+    ``nn.Identity`` stands where a norm was; with ``norm="group"`` there is nothing to fold. The
+    copy's state dict no longer has the Hub model's names: keep the original for checkpoints.
     """
     folded = copy.deepcopy(model).eval()
     for block in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
@@ -52,7 +56,8 @@ class UpJoin(nn.Module):
 
     Args:
         upconv: transposed 2×2 convolution, stride 2, 2C → C channels, with bias.
-        conv: 3×3 convolution, padding 1, 2C → C' channels; its first C input channels read ``upconv``'s output.
+        conv: 3×3 convolution, padding 1, 2C → C' channels; its first C input channels read
+            ``upconv``'s output.
 
     Shape:
         x [B, 2C, H, W], skip [B, C, 2H, 2W] → [B, C', 2H, 2W].
@@ -62,6 +67,7 @@ class UpJoin(nn.Module):
 
     def __init__(self, upconv: nn.ConvTranspose2d, conv: nn.Conv2d) -> None:
         super().__init__()
+        # Computed in float64, so that the merged weights are rounded once.
         middle = upconv.out_channels
         up_half, skip_half = (
             conv.weight.detach().double().split([middle, conv.in_channels - middle], dim=1)
@@ -72,7 +78,7 @@ class UpJoin(nn.Module):
         self.skip = nn.Conv2d(
             conv.in_channels - middle, conv.out_channels, 3, padding=1, bias=False
         )
-        self.up.weight.data = compose(upconv.weight.detach().double(), up_half).to(
+        self.up.weight.data = compose_kernels(upconv.weight.detach().double(), up_half).to(
             conv.weight.dtype
         )
         self.skip.weight.data = skip_half.to(conv.weight.dtype)
@@ -82,7 +88,7 @@ class UpJoin(nn.Module):
         return self.skip(skip) + (self.up(x) + self._bias_map(skip.shape[-2], skip.shape[-1]))
 
     def _bias_map(self, height: int, width: int) -> Tensor:
-        """The bias at each pixel, [1, C', height, width], channels-last."""
+        """Return the bias at each pixel, [1, C', height, width], channels-last."""
         top, middle, bottom = self.bias.split(1, dim=1)
         rows = torch.cat((top, middle.expand(-1, height - 2, -1), bottom), dim=1)
         left, centre, right = rows.split(1, dim=2)
@@ -90,12 +96,20 @@ class UpJoin(nn.Module):
         return full[None].contiguous(memory_format=torch.channels_last)
 
 
-def compose(up: Tensor, conv: Tensor) -> Tensor:
-    """Weight [I, O, 4, 4] of the transposed convolution that does ``up`` [I, M, 2, 2], stride 2, and then ``conv`` [O, M, 3, 3].
+def compose_kernels(up: Tensor, conv: Tensor) -> Tensor:
+    """Return the kernel of the one transposed convolution that does two convolutions.
 
-    Input pixel i reaches up-sampled pixels 2i + a, and tap k of the 3×3 convolution carries up-sampled pixel u to output pixel
-    u + 1 - k; with padding 1 that is index a + 2 - k of the 4×4 kernel.
+    Args:
+        up: [I, M, 2, 2], transposed, stride 2.
+        conv: [O, M, 3, 3], applied to what ``up`` gives.
+
+    Returns:
+        [I, O, 4, 4], transposed, stride 2.
     """
+    # Input pixel i reaches up-sampled pixels 2i + a, and tap k of the 3×3 convolution carries
+    # up-sampled pixel u to output pixel u + 1 - k; with padding 1 that is index a + 2 - k here.
+    # up-sampled pixel u to output pixel u + 1 - k; with padding 1 that is index a + 2 - k of the
+    # 4×4 kernel.
     weight = up.new_zeros(up.shape[0], conv.shape[0], 4, 4)
     for row in range(3):
         for column in range(3):
@@ -105,20 +119,21 @@ def compose(up: Tensor, conv: Tensor) -> Tensor:
 
 
 def border_bias(upconv: nn.ConvTranspose2d, up_half: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Bias [O, 3, 3] at the first, an inner and the last row, by the first, an inner and the last column.
+    """Return the bias [O, 3, 3] at the first, an inner and the last row, by column likewise.
 
-    ``upconv``'s bias is not there in the zero padding around the up-sampled map, so fewer taps see it at the border.
+    The zero padding around the up-sampled map lacks ``upconv``'s bias, so fewer taps see it at the
+    border.
     """
     inside = torch.tensor(
         [[0, 1, 1], [1, 1, 1], [1, 1, 0]], dtype=torch.float64, device=up_half.device
-    )  # [place, tap]
+    )  # [position, tap]
     bias = torch.zeros(upconv.out_channels) if upconv.bias is None else upconv.bias.detach()
     seen = torch.einsum("omkl,m,yk,xl->oyx", up_half, bias.to(up_half), inside, inside)
     return seen if conv.bias is None else seen + conv.bias.detach().double()[:, None, None]
 
 
 class MergedUNet(nn.Module):
-    """A U-Net whose decoder levels begin with :class:`UpJoin`; otherwise the modules of the given one."""
+    """The modules of a U-Net, except that its decoder levels begin with :class:`UpJoin`."""
 
     def __init__(self, model: UNet) -> None:
         super().__init__()
@@ -136,7 +151,7 @@ class MergedUNet(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, out_channels, H, W] of normalised pictures [B, in_channels, H, W]."""
+        """Return logits [B, out_channels, H, W] of normalised images [B, in_channels, H, W]."""
         skips = []
         for encoder in self.encoders:
             skips.append(encoder(x))
@@ -149,16 +164,17 @@ class MergedUNet(nn.Module):
 
 
 def merge_up_convolutions(model: UNet) -> MergedUNet:
-    """A copy in evaluation mode that returns logits, without up-sampled maps and concatenations. Fold batch norms first."""
+    """Return a copy for evaluation that gives logits; fold batch norms first."""
     return MergedUNet(model)
 
 
 def pick_precision(device: torch.device, precision: str = "auto") -> torch.dtype:
-    """Data type of weights and activations.
+    """Choose the data type of weights and activations.
 
     Args:
-        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it (GPUs from compute capability 8.0, CPUs
-            with AVX512-BF16 or AMX), else fp32.
+        device: where the network runs.
+        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it (GPUs from
+            compute capability 8.0, CPUs with AVX512-BF16 or AMX), else fp32.
     """
     if precision == "auto":
         if device.type == "cuda":
@@ -172,7 +188,7 @@ def pick_precision(device: torch.device, precision: str = "auto") -> torch.dtype
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Does this CPU have AVX512-BF16 or AMX? Without them bfloat16 is emulated, slower than float32."""
+    """Return whether this CPU has AVX512-BF16 or AMX; else bf16 is emulated, slower than fp32."""
     capability: Callable[[], dict[str, bool]] | None = getattr(torch.cpu, "get_capabilities", None)
     if capability is not None:
         found = capability()
@@ -180,25 +196,29 @@ def cpu_multiplies_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def prepare(
+def for_inference(
     model: UNet,
     device: torch.device | str,
     precision: str = "auto",
     compile: bool | str = "auto",
     batch_shape: tuple[int, int, int, int] | None = None,
 ) -> Network:
-    """The network as a fast function for inference; ``model`` itself is not changed.
+    """Return the network as a fast function for inference; ``model`` itself is not changed.
 
     Args:
-        precision: see :func:`pick_precision`. bf16 keeps masks equal to fp32 within ``TOLERANCE`` (tests/test_fast.py).
-        compile: use torch.compile with frozen weights. It costs 20 to 60 seconds at the first batch and gains about a tenth on
-            a CPU, so that it pays from several thousand pictures on; on a GPU (max-autotune, CUDA graphs) it pays sooner.
-            ``auto`` means no, so that the first picture comes at once.
-        batch_shape: (B, 3, H, W): compile for it now instead of at the first batch. Other shapes compile again.
+        model: in any mode.
+        device: where it runs.
+        precision: see :func:`pick_precision`. bf16 keeps the masks of fp32 within ``MIN_MASK_IOU``.
+        compile: use torch.compile with frozen weights. It costs 20 to 60 seconds at the first batch
+            and gains about a tenth on a CPU, so that it pays from several thousand photos on; on a
+            GPU (max-autotune, CUDA graphs) it pays sooner. ``auto`` means no, so that the first
+            mask comes at once.
+        batch_shape: (B, 3, H, W): compile for it now instead of at the first batch. Other shapes
+            compile again.
 
     Returns:
-        A function from normalised float32 [B, 3, H, W], H and W multiples of 16, on any device, to probabilities, float32
-        [B, 1, H, W] on ``device``.
+        A function from normalised float32 [B, 3, H, W], H and W multiples of 16, on any device, to
+        probabilities, float32 [B, 1, H, W] on ``device``.
     """
     device = torch.device(device)
     dtype = pick_precision(device, precision)
@@ -220,13 +240,22 @@ def prepare(
 
 
 @torch.no_grad()
-def masks_of(network: Network, pictures: Tensor, batch_size: int = 4) -> Tensor:
-    """Where the probability is above 0.5: bool [N, 1, H, W] of normalised float32 [N, 3, H, W]."""
-    return torch.cat([network(part) > 0.5 for part in pictures.split(batch_size)])
+def binary_masks(network: Network, images: Tensor, batch_size: int = 4) -> Tensor:
+    """Return where the probability is above 0.5.
+
+    Args:
+        network: of :func:`for_inference`, or a model.
+        images: normalised float32 [N, 3, H, W].
+        batch_size: images that are computed at a time.
+
+    Returns:
+        bool [N, 1, H, W].
+    """
+    return torch.cat([network(part) > 0.5 for part in images.split(batch_size)])
 
 
-def agreement(masks: Tensor, others: Tensor) -> float:
-    """Intersection over union of two sets of masks, over all pixels of all pictures; 1 where all are empty."""
+def mask_iou(masks: Tensor, others: Tensor) -> float:
+    """Return the intersection over union of two sets of masks, pixels pooled; 1 if all empty."""
     either = int((masks | others).sum())
     return int((masks & others).sum()) / either if either else 1.0
 

@@ -296,6 +296,7 @@ def _make_model(config: Config, new: bool) -> torch.nn.Module:
 
 
 def _make_trainer(config: Config, loader: Any, device: torch.device, signals: StopSignals) -> Any:
+    from portrait_dist.models.unet import stored_settings
     from portrait_dist.training.sg_adapter import use_device
     from portrait_dist.training.trainer import LoopOptions, PortraitTrainer
 
@@ -309,7 +310,7 @@ def _make_trainer(config: Config, loader: Any, device: torch.device, signals: St
         log_keys=config.data.log_keys,
     )
     about = {
-        "model": {"init_features": config.model.init_features, "norm": config.model.norm},
+        "model": stored_settings(init_features=config.model.init_features, norm=config.model.norm),
         "size": list(loader.dataset.size),
         "config": dataclasses.asdict(config),
         "global_batch": train.batch_size * distributed.world_size() * train.accumulate,

@@ -16,7 +16,7 @@ from portrait_dist.models import UNet, fused
 
 
 def network(norm: str = "batch", features: int = 4) -> UNet:
-    """A network with random weights, biases and batch statistics, so that nothing is zero or one by chance."""
+    """Return a network with random weights, biases and statistics, none zero or one by chance."""
     torch.manual_seed(3)
     model = UNet(init_features=features, norm=norm).eval()
     for module in model.modules():
@@ -56,18 +56,18 @@ def test_folding_leaves_no_batch_norm_and_the_same_output() -> None:
     torch.testing.assert_close(logits(folded, x), logits(model, x), rtol=1e-4, atol=1e-5)
 
 
-def test_preparing_leaves_the_model_as_it_was() -> None:
+def test_optimising_leaves_the_model_as_it_was() -> None:
     model = network().train()
     before = copy.deepcopy(model.state_dict())
-    fused.prepare(model, "cpu", precision="bf16")(torch.randn(1, 3, 32, 32))
+    fused.for_inference(model, "cpu", precision="bf16")(torch.randn(1, 3, 32, 32))
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_prepared_network_takes_and_gives_float32_whatever_it_computes_in() -> None:
+def test_network_for_inference_takes_and_gives_float32_whatever_it_computes_in() -> None:
     model, x = network(), torch.randn(2, 3, 32, 32)
     for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.05)):
-        probabilities = fused.prepare(model, "cpu", precision=precision)(x)
+        probabilities = fused.for_inference(model, "cpu", precision=precision)(x)
         assert probabilities.dtype == torch.float32
         torch.testing.assert_close(
             probabilities, torch.sigmoid(logits(model, x)), rtol=0, atol=tolerance
@@ -76,7 +76,7 @@ def test_prepared_network_takes_and_gives_float32_whatever_it_computes_in() -> N
 
 def test_compiled_network_gives_the_masks_of_the_plain_one() -> None:
     model = network()
-    compiled = fused.prepare(
+    compiled = fused.for_inference(
         model, "cpu", precision="fp32", compile=True, batch_shape=(2, 3, 32, 32)
     )
     x = torch.randn(2, 3, 32, 32)
@@ -85,9 +85,9 @@ def test_compiled_network_gives_the_masks_of_the_plain_one() -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[UNet, Tensor, Tensor]:
-    """A small network that finds the figures of 16 generated portraits, with these and their alphas."""
+    """Return a small network that finds people in 16 drawn portraits, with images and alphas."""
     drawn = [draw_portrait(np.random.default_rng([5, i])) for i in range(16)]
-    images = torch.stack([_picture(image) for image, _ in drawn])
+    images = torch.stack([_image(image) for image, _ in drawn])
     alphas = torch.stack(
         [torch.from_numpy(cv2.resize(alpha, (64, 64)))[None] / 255 for _, alpha in drawn]
     )
@@ -104,7 +104,7 @@ def trained() -> tuple[UNet, Tensor, Tensor]:
     return model.eval(), images, alphas
 
 
-def _picture(image: np.ndarray) -> Tensor:
+def _image(image: np.ndarray) -> Tensor:
     small = torch.from_numpy(cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)).permute(
         2, 0, 1
     )
@@ -115,13 +115,13 @@ def test_bf16_masks_of_a_trained_network_equal_fp32_masks_within_iou_0999(
     trained: tuple[UNet, Tensor, Tensor],
 ) -> None:
     model, images, alphas = trained
-    exact = fused.masks_of(model, images)
-    assert fused.agreement(exact, alphas > 0.5) > 0.9, (
+    exact = fused.binary_masks(model, images)
+    assert fused.mask_iou(exact, alphas > 0.5) > 0.9, (
         "the network must have learnt the task for this to say anything"
     )
     assert (
-        fused.agreement(
-            exact, fused.masks_of(fused.prepare(model, "cpu", precision="bf16"), images)
+        fused.mask_iou(
+            exact, fused.binary_masks(fused.for_inference(model, "cpu", precision="bf16"), images)
         )
-        >= fused.TOLERANCE
+        >= fused.MIN_MASK_IOU
     )

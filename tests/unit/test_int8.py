@@ -21,7 +21,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def network() -> UNet:
-    """Random; the upper left corner of each kernel is heavy, so that sides cannot be mixed up, and up-convolutions are biased."""
+    """Return a random network: each kernel is heavy at its upper left, up-convolutions are biased.
+
+    So sides cannot be mixed up unseen.
+    """
     model = random_network(features=8)
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.kernel_size != (1, 1):
@@ -66,7 +69,11 @@ def test_a_channel_of_tiny_activations_is_as_fine_as_one_of_large_ones() -> None
     factors = torch.tensor(
         [10.0, 0.03] * 4
     )  # the same network: what one layer multiplies the next divides
-    first, second = scaled.decoder1[1], scaled.decoder1[3]
+    block = scaled.decoder1
+    assert isinstance(block, nn.Sequential)
+    first, second = block[1], block[3]
+    assert isinstance(first, nn.BatchNorm2d)
+    assert isinstance(second, nn.Conv2d)
     first.weight.data *= factors
     first.bias.data *= factors
     second.weight.data /= factors[:, None, None]
@@ -83,7 +90,7 @@ def test_rounding_the_weights_does_not_shift_what_a_convolution_gives_on_average
         80, 121, (2, 16, 32, 32), dtype=torch.uint8
     )  # far from zero, as ReLU leaves activations
     conv = int8.ByteConv(
-        weight, bias, int8.Reading(one, 100 * one), one[:8], dtype=torch.float32, relu=False
+        weight, bias, int8.InputRange(one, 100 * one), one[:8], dtype=torch.float32, relu=False
     )
     error = (conv(x) - nn.functional.conv2d(x.float(), weight, bias, padding=1))[..., 1:-1, 1:-1]
     assert error.mean(dim=(0, 2, 3)).abs().max() < 0.1 * error.std()
@@ -110,7 +117,7 @@ def test_a_segmenter_that_keeps_its_masks_computes_in_bytes_after_calibration() 
     sure = network()  # no pixel near the border between person and background
     segmenter = PortraitSegmenter(sure, blobs.SIZE, device="cpu", refine=False)
     plain = PortraitSegmenter(sure, blobs.SIZE, device="cpu", precision="fp32", refine=False)
-    assert segmenter.calibrate(photos(0, 8)) >= fused.TOLERANCE
+    assert segmenter.calibrate(photos(0, 8)) >= fused.MIN_MASK_IOU
     assert isinstance(segmenter.network, int8.ByteUNet)
     for alpha, other in zip(
         segmenter.predict(photos(100, 4)), plain.predict(photos(100, 4)), strict=True
@@ -132,15 +139,16 @@ def test_masks_of_a_trained_network_hardly_change_on_photos_that_did_not_calibra
     segmenter.network = int8.quantise(trained, normalise(images, images[..., 0])[0])
     others = [alpha > 0.5 for alpha in segmenter.predict(photos(100, 24))]
     one, other = (torch.from_numpy(np.stack(masks)) for masks in (masks, others))
-    assert fused.agreement(one, other) > 0.99
+    assert fused.mask_iou(one, other) > 0.99
 
 
 def test_a_segmenter_whose_masks_would_change_stays_as_it_was() -> None:
     undecided = network()  # noise, and half of the pixels on each side of the border
+    assert undecided.conv.bias is not None
     undecided.conv.bias.data -= exact(undecided, torch.randn(4, 3, 64, 64)).logit().median()
     segmenter = PortraitSegmenter(undecided, blobs.SIZE, device="cpu")
     before, alpha = segmenter.network, segmenter.predict(photos(0, 1)[0])
-    assert segmenter.calibrate(photos(0, 8)) < fused.TOLERANCE
+    assert segmenter.calibrate(photos(0, 8)) < fused.MIN_MASK_IOU
     assert segmenter.network is before
     assert np.array_equal(segmenter.predict(photos(0, 1)[0]), alpha)
 

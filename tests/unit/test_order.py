@@ -1,10 +1,11 @@
-"""The arithmetic of the order, over thousands of sizes, ranks, batches, epochs and places to resume. Nothing is read here."""
+"""The arithmetic of the order over thousands of sizes, ranks and positions; nothing is read."""
 
 from __future__ import annotations
 
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def global_batches(ranks: list[list[list[int]]]) -> list[list[int]]:
 
 @settings(max_examples=300, deadline=None)
 @given(size=st.integers(1, 3000), secret=st.integers(0, 2**64 - 1))
-def test_permutation_takes_every_value_once(size, secret):
+def test_permutation_takes_every_value_once(size: int, secret: int) -> None:
     assert np.array_equal(np.sort(permute(np.arange(size), size, secret)), np.arange(size))
 
 
@@ -58,7 +59,9 @@ def test_permutation_takes_every_value_once(size, secret):
     block=st.integers(1, 400),
     kind=st.sampled_from(["full", "block", "sequential"]),
 )
-def test_every_epoch_is_a_permutation_of_the_split(seed, epoch, shards, block, kind):
+def test_every_epoch_is_a_permutation_of_the_split(
+    seed: int, epoch: int, shards: list[int], block: int, kind: str
+) -> None:
     count = sum(shards)
     order = Order(count, seed, kind, block_samples=block, shard_sizes=shards)
     assert np.array_equal(np.sort(order.samples_at(epoch, np.arange(count))), np.arange(count))
@@ -74,8 +77,8 @@ def test_every_epoch_is_a_permutation_of_the_split(seed, epoch, shards, block, k
     data=st.data(),
 )
 def test_a_position_means_the_same_sample_whatever_is_asked_with_it(
-    seed, epoch, shards, block, kind, data
-):
+    seed: int, epoch: int, shards: list[int], block: int, kind: str, data: st.DataObject
+) -> None:
     count = sum(shards)
     order = Order(count, seed, kind, block_samples=block, shard_sizes=shards)
     whole = order.samples_at(epoch, np.arange(count))
@@ -86,7 +89,7 @@ def test_a_position_means_the_same_sample_whatever_is_asked_with_it(
 
 
 @pytest.mark.parametrize("kind", ["full", "block"])
-def test_epochs_and_seeds_differ_as_sequences(kind):
+def test_epochs_and_seeds_differ_as_sequences(kind: str) -> None:
     count = 1000
     positions = np.arange(count)
     sequences = [
@@ -101,12 +104,11 @@ def test_epochs_and_seeds_differ_as_sequences(kind):
     )  # two unrelated orders of 1000 agree in 1 place, or in up to 10 within a block
 
 
-def test_two_interpreters_compute_the_same_order():
+def test_two_interpreters_compute_the_same_order() -> None:
     script = (
         "import numpy as np; from portrait_dist.data.stream.order import Order; import sys; "
-        + (
-            "sys.stdout.write(' '.join(map(str, Order(12345, 7).samples_at(3, np.arange(50)).tolist())))"
-        )
+        "order = Order(12345, 7).samples_at(3, np.arange(50)); "
+        "sys.stdout.write(' '.join(map(str, order.tolist())))"
     )
     runs = [
         subprocess.run(
@@ -125,15 +127,15 @@ def test_two_interpreters_compute_the_same_order():
     )
 
 
-def test_the_order_of_today_is_the_order_of_tomorrow():
-    """A run that was saved by an older release goes on with the same sequence: these numbers never change."""
+def test_the_order_of_today_is_the_order_of_tomorrow() -> None:
+    """An older release's run resumes with the same sequence: these numbers never change."""
     assert Order(10, 0).samples_at(0, np.arange(10)).tolist() == [4, 7, 2, 3, 9, 0, 1, 5, 6, 8]
     blocks = Order(10, 0, "block", block_samples=4, shard_sizes=[3, 3, 4])
     assert blocks.samples_at(1, np.arange(10)).tolist() == [2, 6, 1, 0, 7, 8, 9, 3, 4, 5]
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 6, 7])
-def test_all_orders_of_few_samples_are_equally_likely(count):
+def test_all_orders_of_few_samples_are_equally_likely(count: int) -> None:
     """Chi-squared over the count! orders, within 5 standard deviations."""
     orders = int(np.prod(np.arange(1, count + 1)))
     secrets = hash64_each(hash64(3), np.arange(orders * 40))
@@ -145,8 +147,8 @@ def test_all_orders_of_few_samples_are_equally_likely(count):
     assert abs(((found - 40) ** 2 / 40).sum() - (orders - 1)) < 5 * np.sqrt(2 * (orders - 1))
 
 
-def test_neighbours_are_scattered():
-    """Where a sample lands, and how far from its neighbour, is uniform: chi-squared within 5 standard deviations."""
+def test_neighbours_are_scattered() -> None:
+    """Where a sample lands, and how far from its neighbour, is uniform: chi-squared, 5 sigma."""
     secrets = hash64_each(hash64(9), np.arange(50_000))
     here, there = (permute(np.full(50_000, value), 500, secrets) for value in (123, 124))
     for values, cells in ((here, 500), ((there - here) % 500 - 1, 499)):
@@ -158,7 +160,9 @@ def test_neighbours_are_scattered():
 
 @settings(max_examples=400, deadline=None)
 @given(count=samples, batch_size=batch_sizes, world_size=worlds)
-def test_training_batches_are_equal_in_number_and_size_on_every_rank(count, batch_size, world_size):
+def test_training_batches_are_equal_in_number_and_size_on_every_rank(
+    count: int, batch_size: int, world_size: int
+) -> None:
     ranks = all_ranks(count, batch_size, world_size, drop_last=True)
     steps = count // (batch_size * world_size)
     assert [len(batches) for batches in ranks] == [steps] * world_size
@@ -166,12 +170,14 @@ def test_training_batches_are_equal_in_number_and_size_on_every_rank(count, batc
     together = [position for batch in global_batches(ranks) for position in batch]
     assert together == list(
         range(steps * batch_size * world_size)
-    )  # each once, in order, and the tail left out
+    )  # each once, in order, and the tail dropped
 
 
 @settings(max_examples=400, deadline=None)
 @given(count=st.integers(0, 700), batch_size=batch_sizes, world_size=st.integers(1, 40))
-def test_evaluation_deals_every_position_once_and_evenly(count, batch_size, world_size):
+def test_evaluation_deals_every_position_once_and_evenly(
+    count: int, batch_size: int, world_size: int
+) -> None:
     ranks = all_ranks(count, batch_size, world_size, drop_last=False)
     assert sorted(position for batches in ranks for batch in batches for position in batch) == list(
         range(count)
@@ -183,7 +189,9 @@ def test_evaluation_deals_every_position_once_and_evenly(count, batch_size, worl
 
 @settings(max_examples=300, deadline=None)
 @given(count=samples, per_rank=st.integers(1, 6), drop_last=st.booleans())
-def test_global_batches_do_not_depend_on_the_world_size(count, per_rank, drop_last):
+def test_global_batches_do_not_depend_on_the_world_size(
+    count: int, per_rank: int, drop_last: bool
+) -> None:
     whole = 24 * per_rank
     expected = global_batches(all_ranks(count, whole, 1, drop_last=drop_last))
     for world_size in (2, 3, 4, 8, 24):
@@ -203,8 +211,8 @@ def test_global_batches_do_not_depend_on_the_world_size(count, per_rank, drop_la
     drop_last=st.booleans(),
 )
 def test_resuming_on_any_world_size_yields_exactly_the_rest(
-    count, before, after, per, stop, drop_last
-):
+    count: int, before: int, after: int, per: int, stop: int, drop_last: bool
+) -> None:
     global_batch = before * after * per
     uninterrupted = global_batches(all_ranks(count, after * per, before, drop_last=drop_last))
     plan = BatchPlan(count, after * per, 0, before, drop_last)
@@ -218,7 +226,9 @@ def test_resuming_on_any_world_size_yields_exactly_the_rest(
 
 @settings(max_examples=100, deadline=None)
 @given(seed=seeds, epoch=epochs, shards=shard_lists, block=st.integers(1, 200), data=st.data())
-def test_block_order_bounds_how_many_shards_are_touched(seed, epoch, shards, block, data):
+def test_block_order_bounds_how_many_shards_are_touched(
+    seed: int, epoch: int, shards: list[int], block: int, data: st.DataObject
+) -> None:
     count = sum(shards)
     order = Order(count, seed, "block", block_samples=block, shard_sizes=shards)
     first = data.draw(st.integers(0, max(0, count - block)))
@@ -226,12 +236,12 @@ def test_block_order_bounds_how_many_shards_are_touched(seed, epoch, shards, blo
     open_shards = len(np.unique(np.searchsorted(np.cumsum(shards), touched, side="right")))
     line = np.array(
         sorted(shards)
-    )  # 2 * block samples in a row, cut at any place, out of the smallest shards
+    )  # 2 * block samples in a row, cut anywhere, out of the smallest shards
     bound = int((np.cumsum(line) < 2 * block).sum()) + 2
     assert open_shards <= min(bound, len(shards))
 
 
-def test_what_is_left_out_changes_with_the_epoch():
+def test_what_is_dropped_changes_with_the_epoch() -> None:
     plan = BatchPlan(1000, 16, 0, 8)
     assert plan.dropped == 1000 % 128
     order = Order(1000, 0)
@@ -241,10 +251,10 @@ def test_what_is_left_out_changes_with_the_epoch():
     ]
     assert all(len(tail) == plan.dropped for tail in tails)
     assert all(len(one & other) < plan.dropped / 2 for one, other in itertools.pairwise(tails))
-    assert len(set().union(*tails)) > 990  # everybody's turn comes, so nobody is always left out
+    assert len(set().union(*tails)) > 990  # everybody is dropped at some time
 
 
-def test_a_billion_samples_on_4096_ranks_are_planned_without_a_table():
+def test_a_billion_samples_on_4096_ranks_are_planned_without_a_table() -> None:
     plan = BatchPlan(10**9, 64, 4095, 4096)
     order = Order(10**9, 1)
     assert plan.batches == 10**9 // (64 * 4096)
@@ -262,10 +272,18 @@ def test_a_billion_samples_on_4096_ranks_are_planned_without_a_table():
         (lambda: BatchPlan(10, 1, 2, 2), "rank"),
         (lambda: BatchPlan(10, 1, start=11), "samples_seen"),
         (lambda: Order(10, 0, "blocks"), "full, block"),
+        (lambda: BatchPlan(10, 2**63), r"batch_size=9223372036854775808.*below 2\^63"),
+        (lambda: BatchPlan(10, 1, start=-1), "samples_seen=-1"),
+        (lambda: Order(-1), "samples=-1"),
+        (lambda: Order(10, 2**63), "seed=9223372036854775808"),
+        (lambda: Order(10, -(2**63) - 1), "seed=-9223372036854775809"),
+        (lambda: Order(10, 0.5), "seed=0.5: give a whole number"),  # type: ignore[arg-type]
         (lambda: Order(10, 0, "block", block_samples=0), "block"),
         (lambda: Order(10, 0, shard_sizes=[4, 5]), "pack"),
     ],
 )
-def test_impossible_plans_are_refused_with_what_to_do(make, message):
+def test_impossible_plans_are_refused_with_what_to_do(
+    make: Callable[[], object], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         make()

@@ -1,9 +1,13 @@
 """The U-Net is the PyTorch Hub one: names, shapes, values."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from portrait_dist.errors import InputError
 from portrait_dist.models import UNet
 
 
@@ -35,11 +39,11 @@ def hub_forward(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor
     def block(module: str, name: str, x: torch.Tensor) -> torch.Tensor:
         for i in (1, 2):
             x = F.conv2d(x, state[f"{module}.{name}conv{i}.weight"], padding=1)
-            norm = {
-                key: state[f"{module}.{name}norm{i}.{key}"]
-                for key in ("running_mean", "running_var", "weight", "bias")
-            }
-            x = F.batch_norm(x, **norm, training=False, eps=1e-5).relu()
+            mean, var, weight, bias = (
+                state[f"{module}.{name}norm{i}.{entry}"]
+                for entry in ("running_mean", "running_var", "weight", "bias")
+            )
+            x = F.batch_norm(x, mean, var, weight, bias, training=False, eps=1e-5).relu()
         return x
 
     def up(level: int, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
@@ -75,36 +79,36 @@ def hub_state(features: int = 32) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_it_has_the_hub_models_parameters_by_name_and_shape():
+def test_it_has_the_hub_models_parameters_by_name_and_shape() -> None:
     model = UNet(in_channels=3, out_channels=1, init_features=32)
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == hub_shapes()
     assert list(model.state_dict()) == list(hub_shapes())
     assert sum(parameter.numel() for parameter in model.parameters()) == 7_763_041
 
 
-def test_a_hub_state_dict_loads_strictly_and_gives_the_hub_models_output(tmp_path):
+def test_a_hub_state_dict_loads_strictly_and_gives_the_hub_models_output(tmp_path: Path) -> None:
     torch.save(hub_state(), tmp_path / "hub.pt")
     model = UNet()
     model.load_state_dict(torch.load(tmp_path / "hub.pt", weights_only=True), strict=True)
-    picture = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    image = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        ours, theirs = model.eval()(picture), hub_forward(hub_state(), picture)
+        ours, theirs = model.eval()(image), hub_forward(hub_state(), image)
     assert ours.shape == (2, 1, 64, 96)
     assert theirs.std() > 0.05  # not a constant that anything would match
     assert (ours - theirs).abs().max() <= 1e-6
 
 
-def test_forward_is_the_sigmoid_of_the_logits():
+def test_forward_is_the_sigmoid_of_the_logits() -> None:
     model = UNet(init_features=4).eval()
-    picture = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(model(picture), torch.sigmoid(model(picture, return_logits=True)))
-    torch.testing.assert_close(model(picture, return_logits=True), model.logits(picture))
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(model(image), torch.sigmoid(model(image, return_logits=True)))
+    torch.testing.assert_close(model(image, return_logits=True), model.logits(image))
 
 
-def test_group_norm_shares_nothing_across_samples():
+def test_group_norm_shares_nothing_across_samples() -> None:
     model = UNet(init_features=4, norm="group").train()
-    pictures = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(model(pictures)[:1], model(pictures[:1]))
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(model(images)[:1], model(images[:1]))
     assert set(model.state_dict()) == {
         name
         for name in hub_shapes()
@@ -113,11 +117,30 @@ def test_group_norm_shares_nothing_across_samples():
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_settings_build_the_same_network_again(norm):
-    model = UNet(in_channels=4, out_channels=2, init_features=6, norm=norm)
-    UNet(**model.settings).load_state_dict(model.state_dict())
+@pytest.mark.parametrize("channels", [(3, 1), (4, 1), (3, 2)])
+def test_settings_build_the_same_network_again(norm: str, channels: tuple[int, int]) -> None:
+    model = UNet(*channels, init_features=6, norm=norm)
+    settings: dict[str, Any] = model.settings
+    UNet(**settings).load_state_dict(model.state_dict())
 
 
-def test_a_size_that_does_not_halve_four_times_is_named():
-    with pytest.raises(ValueError, match="multiples of 16, not 40×32"):
+def test_settings_are_what_checkpoints_always_held() -> None:
+    assert UNet(init_features=6, norm="group").settings == {"init_features": 6, "norm": "group"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"norm": "layer"}, "norm=layer: it is batch or group"),
+        ({"init_features": 0}, "at least 1 channel"),
+        ({"in_channels": -3}, "at least 1 channel"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        UNet(**arguments)
+
+
+def test_a_size_that_does_not_halve_four_times_is_named() -> None:
+    with pytest.raises(InputError, match="multiples of 16, not 40×32"):
         UNet(init_features=2)(torch.zeros(1, 3, 40, 32))
