@@ -321,7 +321,9 @@ class PortraitSegmenter:
         x = self._normalised(torch.from_numpy(np.stack(small)))
         network = int8.quantise(self.model, x[::2])
         exact = fused.for_inference(self.model, self.device, "fp32")
-        agreement = fused.mask_iou(*(fused.binary_masks(form, x[1::2]) for form in (network, exact)))
+        agreement = fused.mask_iou(
+            *(fused.binary_masks(form, x[1::2]) for form in (network, exact))
+        )
         if agreement >= fused.MIN_MASK_IOU:
             self.network, self.precision = network, "int8"
         return agreement
