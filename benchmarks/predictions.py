@@ -1,12 +1,14 @@
-"""How good full-resolution masks are: ways to fit photos of other shapes to the network, the mean with the mirrored photo,
-and refinement along edges.
+r"""How good full-resolution masks are: fits of other shapes, mirrored averages, refined edges.
 
-    python benchmarks/predictions.py --checkpoint runs/NAME/ckpt_best.pth --data prepared --split val test --json out.json
+    python benchmarks/predictions.py --checkpoint runs/NAME/ckpt_best.pth --data prepared \
+        --split val test --json out.json
 
-Every picture is compared with its matte at the picture's own resolution. For the shapes, windows are cut out of the upright
-pictures around the person (the person is close, and cut by the frame), and the person is set into wide frames at the frame's
-full height, before the blurred background of the next picture (the person is far; only pictures whose person hardly touches
-the sides). The network sees nothing but that window or frame. ``images_per_second`` is prediction and scoring together.
+Every picture is compared with its matte at the picture's own resolution. For the shapes, windows
+are cut out of the upright pictures around the person (the person is close, and cut by the frame),
+and the person is set into wide frames at the frame's full height, before the blurred background of
+the next picture (the person is far; only pictures whose person hardly touches the sides). The
+network sees nothing but that window or frame. ``images_per_second`` is prediction and scoring
+together.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def window(picture: np.ndarray, alpha: np.ndarray, aspect: float | None) -> Pair
 
 
 def frames(loaded: list[Pair], aspect: float) -> list[Pair]:
-    """Wide frames of the pictures' height, the person in the middle, the next picture's blurred background behind."""
+    """Make wide frames: the person in the middle, the next image's blurred background behind."""
     made = []
     for (picture, alpha), (other, other_alpha) in zip(loaded, loaded[1:] + loaded[:1], strict=True):
         if max(alpha[:, :4].mean(), alpha[:, -4:].mean()) > 0.35 * 255:

@@ -1,6 +1,7 @@
-"""Score a checkpoint on a split: every sample once, on one rank or on many, with sums that add up exactly.
+"""Score a checkpoint on a split: every sample once, on one rank or on many, added up exactly.
 
-There is one scoring loop, :class:`Scorer`; ``portrait-dist evaluate`` and ``portrait-dist report`` both run it.
+There is one scoring loop, :class:`Scorer`; ``portrait-dist evaluate`` and ``portrait-dist report``
+both run it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ EXAMPLES = 4
 
 @dataclass(frozen=True)
 class SampleScores:
-    """Scores of one sample, as :func:`portrait_dist.metrics.per_sample` defines them; ``iou`` cuts both masks at 0.5."""
+    """Scores of one sample, as :func:`portrait_dist.metrics.per_sample` defines them.
+
+    ``iou`` cuts both masks at 0.5.
+    """
 
     iou: float
     mae: float
@@ -78,7 +82,7 @@ class ScoredSample(SampleRow):
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Precision, recall and IoU with the foreground above one threshold, pixels pooled over the split."""
+    """Precision, recall and IoU above one threshold, pixels pooled over the split."""
 
     thresholds: float
     precision: float
@@ -90,8 +94,9 @@ class CurvePoint:
 class SplitScores:
     """Scores of a split.
 
-    ``iou``, ``precision`` and ``recall`` pool the pixels of all samples and cut at 0.5; ``mean_iou`` to ``gradient_error`` are
-    means over the samples; ``best_threshold`` is the one with the largest pooled IoU.
+    ``iou``, ``precision`` and ``recall`` pool the pixels of all samples and cut at 0.5;
+    ``mean_iou`` to ``gradient_error`` are means over the samples; ``best_threshold`` is the one
+    with the largest pooled IoU.
     """
 
     split: str
@@ -147,7 +152,7 @@ class Scorer:
         self._criterion = SoftIoULoss(0.5, 0.5)
 
     def score(self, batches: Iterable[Batch]) -> Iterator[ScoredSample]:
-        """Yield every sample of the batches in order; its images are views of its batch, see ``copy``."""
+        """Yield every sample of the batches in order; its images are views of its batch."""
         for batch in batches:
             predictions, columns = self._score_batch(batch)
             images, alphas = batch.image.numpy(), batch.alpha.numpy()
@@ -175,9 +180,10 @@ class Scorer:
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Multiply float32 numbers as float32: without TF32 on GPUs and without bfloat16 on CPUs, whatever the caller has set.
+    """Multiply float32 numbers as float32, whatever the caller has set.
 
-    TF32 keeps 10 bits of the mantissa; a score would depend on the machine. The caller's settings come back afterwards.
+    That is without TF32 on GPUs and without bfloat16 on CPUs. TF32 keeps 10 bits of the mantissa; a
+    score would depend on the machine. The caller's settings come back afterwards.
     """
     backends = torch.backends
     switches = (
@@ -294,7 +300,8 @@ def size_of_shards(
     """Return ``size`` where the shards can be read at it.
 
     Raises:
-        InputError: no shards there, or they were packed at another size than the checkpoint was trained at.
+        InputError: no shards there, or they were packed at another size than the checkpoint was
+            trained at.
     """
     from portrait_dist.data.shards.reader import ShardSet
 
@@ -321,7 +328,10 @@ def write_examples(
 
     Args:
         found: what :func:`evaluate` returned for this checkpoint and these shards.
-        checkpoint, shards, device, size: as for :func:`evaluate`.
+        checkpoint: as for :func:`evaluate`.
+        shards: likewise.
+        device: likewise.
+        size: likewise.
         folder: for ``SPLIT-worst.png`` and ``SPLIT-median.png``; made where it does not exist.
 
     Returns:
@@ -366,7 +376,11 @@ def score_positions(
     """Score a few samples of a split, such as the worst ones; only these are read and decoded.
 
     Args:
-        checkpoint, shards, split, device, size: as for :func:`evaluate`.
+        checkpoint: as for :func:`evaluate`.
+        shards: likewise.
+        split: likewise.
+        device: likewise.
+        size: likewise.
         positions: numbers of the samples in the split.
     """
     model, info = load_model(checkpoint)

@@ -1,7 +1,7 @@
-"""What every network input has in common: types, default size, mean and standard deviation, normalisation.
+"""What every network input has in common: types, default size, normalisation.
 
-Training, evaluation, prediction and export read these facts here, so that a photo reaches the network as the training images
-did.
+Training, evaluation, prediction and export read these facts here, so that a photo reaches the
+network as the training images did.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ DEFAULT_SIZE = (256, 256)
 """(H, W) in pixels of the network's input, as in the SuperGradients tutorial."""
 
 DEFAULT_ASPECT = 600 / 800
-"""Width / height of AISegment's images before they are resized, for checkpoints that do not say it."""
+"""Width / height of AISegment's images before they are resized, for checkpoints that do not say it.
+"""
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-"""Mean and standard deviation of ImageNet's training images, RGB in [0, 1] (torchvision's pretrained models use them)."""
+"""Mean and standard deviation of ImageNet's training images, RGB in [0, 1] (torchvision's
+pretrained models use them)."""
 
 SCALE = (1 / (255 * np.array(STD))).astype(np.float32)
 OFFSET = (-np.array(MEAN) / STD).astype(np.float32)
@@ -43,7 +45,8 @@ def normalise(images: torch.Tensor, alphas: torch.Tensor) -> tuple[torch.Tensor,
         alphas: uint8 [B, H, W].
 
     Returns:
-        Images, float32 [B, 3, H, W] in channels-last memory, and alphas, float32 [B, 1, H, W] in [0, 1].
+        Images, float32 [B, 3, H, W] in channels-last memory, and alphas, float32 [B, 1, H, W] in
+        [0, 1].
     """
     return normalise_levels(images.float()).permute(0, 3, 1, 2), alphas[:, None].float().div_(255)
 

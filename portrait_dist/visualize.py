@@ -1,4 +1,4 @@
-"""Images to look at: a contact sheet of a split, and grids of predictions. Pure functions from arrays to PIL images.
+"""Images to look at: contact sheets and grids of predictions, from arrays to PIL images.
 
 Images are uint8 [H, W, 3], alphas uint8 [H, W] or float [H, W] in [0, 1].
 """
@@ -26,7 +26,7 @@ GAP, TEXT = 6, 13
 
 
 def overlay(image: ImageArray, alpha: AnyAlpha) -> ImageArray:
-    """Fade the background to grey, tint the person green and draw the 0.5 level of alpha in yellow."""
+    """Fade the background to grey, tint the person green, draw alpha's 0.5 level in yellow."""
     opacity = as_fraction(alpha)[..., None]
     grey = image.mean(axis=2, keepdims=True) * 0.45 + 110
     tinted = image * 0.78 + np.array(PERSON) * 0.22
@@ -50,7 +50,10 @@ def checkerboard(height: int, width: int, square: int = 8) -> ImageArray:
 
 
 def errors(image: ImageArray, alpha: AnyAlpha, prediction: AnyAlpha) -> ImageArray:
-    """Dim the image and mark missed person in orange and wrong background in red, as strong as the error is."""
+    """Dim the image and mark missed person in orange and wrong background in red.
+
+    The colours are as strong as the error is.
+    """
     difference = as_fraction(prediction) - as_fraction(alpha)
     result = image * 0.35 + 60
     for colour, size in ((MISSED, -difference), (WRONG, difference)):
@@ -94,7 +97,7 @@ def contact_sheet(
     captions: Sequence[str],
     augmented: Sequence[Sequence[ImageArray]] = (),
 ) -> Image.Image:
-    """Draw one row for each sample: image, matte, overlay, cut-out, then what augmentation makes of it.
+    """Draw one row for each sample: image, matte, overlay, cut-out, augmented images.
 
     Args:
         images: uint8, each [H, W, 3].
@@ -163,7 +166,7 @@ def _grey(alpha: AnyAlpha) -> ImageArray:
 
 
 def _edge(inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Find the pixels of a region that touch its outside; the border of the image does not count."""
+    """Find the pixels of a region that touch its outside, except at the image's border."""
     padded = np.pad(inside, 1, mode="edge")
     core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return inside & ~core

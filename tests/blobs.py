@@ -1,4 +1,4 @@
-"""A small network trained within seconds to find a bright ellipse, as a checkpoint: for tests of prediction and export."""
+"""A small network trained within seconds to find a bright ellipse, as a checkpoint."""
 
 from pathlib import Path
 
@@ -14,8 +14,12 @@ from portrait_dist.preprocessing import DEFAULT_ASPECT, MEAN, STD
 SIZE = (64, 64)
 
 
-def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """RGB uint8 [H, W, 3] with a reddish ellipse before a bluish ground, and its alpha, float32 [H, W]."""
+def photo(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a reddish ellipse before a bluish ground.
+
+    Returns:
+        RGB uint8 [H, W, 3] and its alpha, float32 [H, W].
+    """
     random = np.random.default_rng(seed)
     alpha = np.zeros((height, width), np.float32)
     side = min(height, width)
@@ -34,8 +38,8 @@ def picture(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def framed(height: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Such a picture of any shape, letterboxed to the network's size: figures of many sizes, with bars."""
-    image, alpha = picture(height, width, seed)
+    """Letterbox such an image of any shape to the network's size: ellipses of many sizes."""
+    image, alpha = photo(height, width, seed)
     placement = fit_photo(height, width, SIZE, "letterbox", DEFAULT_ASPECT)
     layer = shrink(np.repeat((alpha * 255).astype(np.uint8)[..., None], 3, axis=2), placement)[
         ..., 0

@@ -1,8 +1,4 @@
-"""``evaluate``: score a checkpoint on a split.
-
-portrait-dist evaluate --checkpoint runs/NAME/ckpt_best.pth --data shards --split test
-torchrun --nproc-per-node 2 -m portrait_dist evaluate --checkpoint runs/NAME/ckpt_best.pth --data shards
-"""
+"""``evaluate``: score a checkpoint on a split."""
 
 from __future__ import annotations
 
@@ -21,7 +17,10 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   portrait-dist evaluate --checkpoint runs/first/ckpt_best.pth --data shards --split test
-  portrait-dist evaluate --checkpoint runs/first/ckpt_best.pth --data shards --per-sample scores.csv --pictures worst
+  portrait-dist evaluate --checkpoint runs/first/ckpt_best.pth --data shards \\
+    --per-sample scores.csv --pictures worst
+  torchrun --nproc-per-node 2 -m portrait_dist evaluate \\
+    --checkpoint runs/first/ckpt_best.pth --data shards
 """
 
 
@@ -31,7 +30,8 @@ def _summary(result: dict[str, Any]) -> str:
         f"IoU {result['iou']:.4f} (all pixels), {result['mean_iou']:.4f} (mean over images)\n"
         f"precision {result['precision']:.4f}, recall {result['recall']:.4f}; "
         f"IoU is largest above {result['best_threshold']:g}\n"
-        f"boundary IoU {result['boundary_iou']:.4f}, gradient error {result['gradient_error']:.3f}\n"
+        f"boundary IoU {result['boundary_iou']:.4f}, "
+        f"gradient error {result['gradient_error']:.3f}\n"
         f"MAE {result['mae']:.5f}, MSE {result['mse']:.5f}, loss {result['loss']:.4f}"
     )
 

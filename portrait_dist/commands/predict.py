@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   portrait-dist predict --checkpoint runs/first/ckpt_best.pth photo.jpg --out cutouts
-  portrait-dist predict --checkpoint runs/first/ckpt_best.pth holiday/ 'more/**/*.png' --out cutouts --background blur
-  portrait-dist predict --checkpoint runs/first/ckpt_best.pth photo.jpg --out cutouts --background beach.jpg --force
-  portrait-dist predict --checkpoint runs/first/ckpt_best.pth hazy.jpg --out cutouts --levels 0.3 0.7
+  portrait-dist predict --checkpoint runs/first/ckpt_best.pth holiday/ 'more/**/*.png' \\
+    --out cutouts --background blur
+  portrait-dist predict --checkpoint runs/first/ckpt_best.pth photo.jpg --out cutouts \\
+    --background beach.jpg --force
+  portrait-dist predict --checkpoint runs/first/ckpt_best.pth hazy.jpg --out cutouts \\
+    --levels 0.3 0.7
 """
 
 
@@ -82,9 +85,9 @@ def _summary(result: PredictResult) -> str:
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "fp32", "bf16", "int8"]),
-    help="Arithmetic of the network. auto: bf16 where the processor multiplies it, else fp32. int8, "
-    "for hundreds of photos on a CPU: calibrated with 64 of them, used where masks keep IoU 0.999 "
-    "with fp32's.",
+    help="Arithmetic of the network. auto: bf16 where the processor multiplies it, else fp32. "
+    "int8, for hundreds of photos on a CPU: calibrated with 64 of them, used where masks keep IoU "
+    "0.999 with fp32's.",
 )
 @click.option(
     "--size",

@@ -1,7 +1,8 @@
-"""``portrait-dist predict``: masks and cut-outs of many photos, each photo's files written whole or not at all.
+"""``portrait-dist predict``: masks and cut-outs of many photos, none of them half-written.
 
-Reading, the network and writing overlap: threads read and shrink photos before they are needed and finish and write masks
-afterwards, while this thread runs the network. A photo that cannot be done is noted and never stops the others.
+Reading, the network and writing overlap: threads read and shrink photos before they are needed and
+finish and write masks afterwards, while this thread runs the network. A photo that cannot be done
+is noted and never stops the others.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CALIBRATION_PHOTOS = 64
-"""Photos, spread over all, that show ``--precision int8`` the ranges of the network's activations."""
+"""Photos, spread over all, that show ``--precision int8`` the ranges of the activations."""
 FAILURES_NAMED = 20
 """Photos that the error line names; the JSON result has all."""
 
@@ -96,15 +97,21 @@ def predict_files(
         image_format: see :func:`portrait_dist.inference.outputs.plan_outputs`.
         force: overwrite outputs that exist, and do every photo again.
         batch_size: photos that go through the network together.
-        part, parts: do only every ``parts``-th photo, from number ``part`` on; names are those of one process.
+        part: number of this part, from 0.
+        parts: do only every ``parts``-th photo, from number ``part`` on; names are those of one
+            process.
         size: (H, W) of training, for a checkpoint that does not say it.
-        options: of :class:`portrait_dist.inference.segmenter.PortraitSegmenter`; ``precision`` may also be ``int8``, calibrated
-            with up to 64 of the photos and used where the masks stay what they were.
+        options: of :class:`portrait_dist.inference.segmenter.PortraitSegmenter`; ``precision`` may
+            also be ``int8``, calibrated with up to 64 of the photos and used where the masks stay
+            what they were.
 
     Raises:
-        InputError: nothing to do, an output exists, ``out`` cannot be written, or the options are wrong; nothing was written.
-        DamagedDataError: some photos could not be done. The others are done; its ``result`` is what is returned otherwise.
-        PortraitDistError: the disk is full or failed; what is done stays, and the same command continues.
+        InputError: nothing to do, an output exists, ``out`` cannot be written, or the options are
+            wrong; nothing was written.
+        DamagedDataError: some photos could not be done. The others are done; its ``result`` is what
+            is returned otherwise.
+        PortraitDistError: the disk is full or failed; what is done stays, and the same command
+            continues.
     """
     out = Path(out)
     plan = plan_outputs(out, kinds=kinds, image_format=image_format, background=background)
@@ -130,7 +137,7 @@ def predict_files(
     with journal:
         result = work.carry_out(len(photos) - len(todo), dict(found.skipped))
     if parts == 1:
-        journal.remove()  # nothing is left to continue; the journals of parts are read by the others
+        journal.remove()  # nothing is left to continue; a part's journal is read by the others
     return result
 
 
@@ -142,7 +149,10 @@ def _without_int8(options: SegmenterOptions) -> SegmenterOptions:
 
 
 def _calibrate(segmenter: PortraitSegmenter, photos: Sequence[Photo]) -> None:
-    """Let the segmenter compute in 8-bit integers where that keeps the masks; every part calibrates with the same photos."""
+    """Let the segmenter compute in 8-bit integers where that keeps the masks.
+
+    Every part calibrates with the same photos, so that all parts decide alike.
+    """
     agreement = segmenter.calibrate(_readable(spread(photos, CALIBRATION_PHOTOS)))
     verdict = "8-bit integers" if agreement >= fused.MIN_MASK_IOU else "too low, so floating point"
     print(f"masks in 8-bit integers against fp32: IoU {agreement:.4f}; {verdict}", file=sys.stderr)

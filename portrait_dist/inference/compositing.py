@@ -1,7 +1,7 @@
-"""Images out of a photo and its alpha: the person cut out, before another background, and beside the photo.
+"""Images out of a photo and its alpha: the person cut out, and put before another background.
 
-The cut-out carries the person's own colours: where alpha is between 0 and 1 the photo shows a mixture with the old background,
-which would stay as a fringe before a new one.
+The cut-out carries the person's own colours: where alpha is between 0 and 1 the photo shows a
+mixture with the old background, which would stay as a fringe before a new one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Background = Callable[[ImageArray, Alpha], Array | None]
 """Function of (photo, alpha) that gives the new background, None for a transparent one."""
 
 WORKING_SIDE = 800
-"""Local mean colours are smooth: they are computed with the photo's shorter side at most this long."""
+"""Local mean colours are smooth: they are computed with the photo's shorter side at most this long.
+"""
 REACH = (1 / 24, 1 / 72)
 """Radius of the two passes' neighbourhoods, as fractions of the photo's shorter side."""
 BLUR = 1 / 40
@@ -38,8 +39,8 @@ PANEL_HEIGHT = 800
 def foreground_colours(photo: ImageArray, alpha: Alpha) -> Array:
     """Estimate the person's own colours.
 
-    Two passes of blur fusion: local mean colours of foreground F and background B, weighted by alpha, then the part of
-    each pixel that the mixture I = αF + (1-α)B leaves unexplained.
+    Two passes of blur fusion: local mean colours of foreground F and background B, weighted by
+    alpha, then the part of each pixel that the mixture I = αF + (1-α)B leaves unexplained.
 
     Args:
         photo: RGB uint8 [H, W, 3].
@@ -73,9 +74,10 @@ def foreground_colours(photo: ImageArray, alpha: Alpha) -> Array:
 def _local_means(
     foreground: Array, background: Array, alpha: Alpha, radius: int
 ) -> tuple[Array, Array]:
-    """Average the colours of foreground and background over a box, weighted by alpha² and (1 - alpha)².
+    """Average both colours over a box, weighted by alpha² and (1 - alpha)².
 
-    Squares instead of the paper's plain weights: mixed pixels count less, which halves the fringe of wide soft edges.
+    Squares instead of the paper's plain weights: mixed pixels count less, which halves the fringe
+    of wide soft edges.
     """
     box = (2 * radius + 1, 2 * radius + 1)
     smallest = 1e-5
@@ -89,7 +91,7 @@ def _local_means(
 
 
 def _unmix(image: Array, alpha: Alpha, foreground: Array, background: Array) -> Array:
-    """Correct the foreground's mean by its part of what the mixture of both means does not explain."""
+    """Correct the foreground's mean by its part of what mixing both means does not explain."""
     weight = alpha[..., None]
     return np.clip(
         foreground + weight * (image - weight * foreground - (1 - weight) * background), 0, 1
@@ -100,8 +102,9 @@ def parse_background(text: str) -> Background:
     """Make the function that draws what stands behind the person.
 
     Args:
-        text: ``transparent``, a colour (``white``, ``#1e90ff``), ``blur`` (the photo itself, out of focus), or the path of an
-            image, which is scaled to cover the photo and cropped around its middle.
+        text: ``transparent``, a colour (``white``, ``#1e90ff``), ``blur`` (the photo itself, out of
+            focus), or the path of an image, which is scaled to cover the photo and cropped around
+            its middle.
 
     Raises:
         InputError: neither a colour nor an image file.
@@ -131,10 +134,12 @@ def blurred(photo: ImageArray, alpha: Alpha) -> Array:
     scale = min(1.0, WORKING_SIDE / 2 / min(height, width))
     small = (max(1, round(width * scale)), max(1, round(height * scale)))
     image = cv2.resize(photo, small, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-    # The fourth power: at soft edges the photo shows a mixture with the person, which hardly counts as background.
+    # The fourth power: at soft edges the photo shows a mixture with the person, which hardly counts
+    # as background.
     behind = (1 - cv2.resize(alpha, small, interpolation=cv2.INTER_AREA)[..., None]) ** 4
     sigma = BLUR * min(small)
-    # Where the person hides the background for far around, what little is seen of it is spread by the widest blur.
+    # Where the person hides the background for far around, what little is seen of it is spread by
+    # the widest blur.
     weight = np.full_like(behind, 1e-6)
     colour = weight * image.mean((0, 1))
     for spread, trust in ((sigma, 1.0), (4 * sigma, 1e-2), (16 * sigma, 1e-4)):
@@ -171,7 +176,8 @@ def cut_out(photo: ImageArray, alpha: Alpha, background: Background | None = Non
         background: from :func:`parse_background`; transparent when not given.
 
     Returns:
-        uint8: RGBA [H, W, 4] with a transparent background (colours not multiplied by alpha), else RGB [H, W, 3].
+        uint8: RGBA [H, W, 4] with a transparent background (colours not multiplied by alpha), else
+            RGB [H, W, 3].
     """
     foreground = foreground_colours(photo, alpha)
     scene = background(photo, alpha) if background else None
@@ -181,7 +187,9 @@ def cut_out(photo: ImageArray, alpha: Alpha, background: Background | None = Non
 
 
 def side_by_side(photo: ImageArray, alpha: Alpha, cutout: ImageArray) -> ImageArray:
-    """Put photo, mask and cut-out into one RGB image, at most 800 pixels high; a checkerboard shows transparency.
+    """Put photo, mask and cut-out into one RGB image, at most 800 pixels high.
+
+    A checkerboard shows where the cut-out is transparent.
 
     Args:
         photo: RGB uint8 [H, W, 3].

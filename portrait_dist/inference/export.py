@@ -1,8 +1,9 @@
 """A trained network as one file for other programs: ONNX, or PyTorch's exported program (.pt2).
 
-Both take RGB images with values from 0 to 1; the normalisation is inside. The batch size is free, height and width are those
-of training. The file is checked against the network before it is written, and says itself what goes in and comes out: ONNX
-in its metadata, .pt2 in the extra file ``metadata.json``.
+Both take RGB images with values from 0 to 1; the normalisation is inside. The batch size is free,
+height and width are those of training. The file is checked against the network before it is
+written, and says itself what goes in and comes out: ONNX in its metadata, .pt2 in the extra file
+``metadata.json``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from portrait_dist.preprocessing import MEAN, STD
 ExportFormat = Literal["onnx", "pt2"]
 FORMATS: tuple[ExportFormat, ...] = ("onnx", "pt2")
 TOLERANCE = 1e-4
-"""Largest difference of a probability that counts as the same network; fp32 rounding makes about 1e-6."""
+"""Largest difference of a probability that counts as the same network; fp32 rounding makes about
+1e-6."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def export(
 
     Raises:
         InputError: no such checkpoint or format, the file exists, or it cannot be written.
-        PortraitDistError: the file does not compute what the network does, or the disk is full; nothing is written.
+        PortraitDistError: the file does not compute what the network does, or the disk is full;
+            nothing is written.
     """
     from portrait_dist.checkpoints import input_geometry, load_model
 

@@ -1,7 +1,8 @@
-"""What ``predict`` has done in its output folder, so that the same command continues where it was interrupted.
+"""What ``predict`` has done in its output folder, so that the same command continues there.
 
-One line of JSON is appended before the outputs of a photo are written and one after: a photo that was begun and not ended is
-done again, and its files are known to be this command's own. A journal belongs to one part; every part reads all of them.
+One line of JSON is appended before the outputs of a photo are written and one after: a photo that
+was begun and not ended is done again, and its files are known to be this command's own. A journal
+belongs to one part; every part reads all of them.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ class Journal:
                         self._done[entry["name"]] = entry["done"]
 
     def is_done(self, photo: Photo, targets: list[Path]) -> bool:
-        """Were the photo's outputs written with these settings, is it still the same file, and are they there?"""
+        """Say whether the photo, unchanged, was done with these settings, and its outputs exist."""
         if photo.path == STDIN or self._done.get(photo.name) != _identity(photo.path):
             return False
         return all(_size(path) > 0 for path in targets)
 
     def is_ours(self, photo: Photo) -> bool:
-        """Did this command begin to write the photo's outputs before?"""
+        """Say whether this command began to write the photo's outputs before."""
         return photo.name in self._begun
 
     def begin(self, photo: Photo) -> None:

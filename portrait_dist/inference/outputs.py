@@ -23,7 +23,8 @@ SUFFIX_OF: dict[ImageFormat, str] = {"png": ".png", "webp": ".webp", "jpeg": ".j
 LARGEST_SIDE: dict[ImageFormat, int] = {"png": 1 << 20, "webp": 16383, "jpeg": 65500}
 """Pixels that the format (or its encoder) holds in one direction."""
 QUALITY = 95
-"""Of JPEG and WebP. Masks in WebP are lossless (OpenCV: a quality above 100), because every level of alpha counts."""
+"""Of JPEG and WebP. Masks in WebP are lossless (OpenCV: a quality above 100), because every level
+of alpha counts."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class OutputPlan:
         return {kind: encode(planes[kind], self.image_format) for kind in self.kinds}
 
     def write(self, name: str, encoded: Mapping[str, bytes]) -> list[str]:
-        """Write the files of one photo; where one cannot be written, those that were not there before go again.
+        """Write the files of one photo; where one fails, remove those that are new.
 
         Raises:
             InputError: the name is too long, or the folder may not be written.
@@ -94,12 +95,13 @@ def plan_outputs(
     Args:
         folder: of the outputs.
         kinds: some of ``mask``, ``cutout`` and ``side-by-side``.
-        image_format: PNG holds everything exactly; WebP holds transparency, its colours are slightly lossy; JPEG holds no
-            transparency, and alpha and colours are slightly lossy.
+        image_format: PNG holds everything exactly; WebP holds transparency, its colours are
+            slightly lossy; JPEG holds no transparency, and alpha and colours are slightly lossy.
         background: see :func:`portrait_dist.inference.compositing.parse_background`.
 
     Raises:
-        InputError: an unknown kind or format, an unknown background, or a transparent cut-out as JPEG.
+        InputError: an unknown kind or format, an unknown background, or a transparent cut-out as
+            JPEG.
         DamagedDataError: the background's image cannot be read.
     """
     if not kinds or any(kind not in KINDS for kind in kinds):
@@ -123,7 +125,7 @@ def encode(image: ImageArray, image_format: ImageFormat) -> bytes:
     limit = LARGEST_SIDE[image_format]
     if max(image.shape[:2]) > limit:
         raise InputError(
-            f"{image.shape[1]}x{image.shape[0]} pixels: {image_format} holds at most {limit} pixels "
+            f"{image.shape[1]}x{image.shape[0]} pixels: {image_format} holds at most {limit} "
             "a side; choose --format png"
         )
     order = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}

@@ -39,7 +39,8 @@ class Photo:
 
     Attributes:
         path: of the file.
-        name: of its outputs under ``--out``, without ``.mask.png``; with the subfolder in which it was found.
+        name: of its outputs under ``--out``, without ``.mask.png``; with the subfolder in which it
+            was found.
     """
 
     path: Path
@@ -80,14 +81,16 @@ class Found:
 def find_photos(paths: Sequence[str], out: Path) -> Found:
     """Find the photos that paths name, each once, in order.
 
-    Folders are searched to the bottom. Hidden files, files of other types, and what ``predict`` wrote before are left out.
+    Folders are searched to the bottom. Hidden files, files of other types, and what ``predict``
+    wrote before are left out.
 
     Args:
         paths: photos, folders and patterns.
         out: the output folder; where it lies within a folder it is not searched.
 
     Raises:
-        InputError: an empty path, an address, a path that does not exist, a pattern or folder without photos.
+        InputError: an empty path, an address, a path that does not exist, a pattern or folder
+            without photos.
     """
     found = Found()
     relative: dict[Path, Path] = {}
@@ -103,14 +106,15 @@ def find_photos(paths: Sequence[str], out: Path) -> Found:
 
 
 def _photos_of(text: str, out: Path, found: Found) -> list[tuple[Path, Path]]:
-    """Photos of one path of the command line, each with its path relative to the folder it was found in."""
+    """Find the photos of one path, each with its path relative to the folder it was found in."""
     if not text.strip():
         raise InputError(
             "a PATH is empty; give a photo, a folder or a pattern (is a variable unset?)"
         )
     if ADDRESS.match(text):
         raise InputError(
-            f"{text.partition('://')[0]}://…: an address; predict reads files, download the photo first"
+            f"{text.partition('://')[0]}://…: an address; predict reads files, so download the "
+            "photo first"
         )
     if text == "-":
         return [(STDIN, Path("stdin"))]
@@ -154,7 +158,7 @@ def _in_folder(folder: Path, out: Path, found: Found) -> list[Path]:
 
 
 def _is_wanted(path: Path, found: Found) -> bool:
-    """Take a file as a photo? One of another type is counted, one that is no file is noted as unusable."""
+    """Decide whether a file is a photo; count other types, and note what is no file."""
     if path.name.startswith(".") or path.is_dir():
         return False
     if path.stem.endswith(tuple(f".{kind}" for kind in KINDS)):
@@ -173,8 +177,8 @@ def _is_wanted(path: Path, found: Found) -> bool:
 def name_outputs(photos: dict[Path, Path]) -> list[Photo]:
     """Name what is made of each photo, such that no two names are equal.
 
-    A photo keeps its name (and its subfolder). Where names clash, those photos keep their suffix too; where that is not
-    enough, the folders in which they differ; at last they are numbered.
+    A photo keeps its name (and its subfolder). Where names clash, those photos keep their suffix
+    too; where that is not enough, the folders in which they differ; at last they are numbered.
 
     Args:
         photos: photo → its path relative to the folder it was found in.
@@ -200,7 +204,7 @@ def _clashing(names: dict[Path, str]) -> list[Path]:
 
 
 def keep_part(photos: list[Photo], part: int, parts: int) -> list[Photo]:
-    """Keep the photos of one part of several: every ``parts``-th, from number ``part`` on. Names stay as they were."""
+    """Keep every ``parts``-th photo, from number ``part`` on."""
     return photos[part::parts]
 
 
@@ -220,7 +224,8 @@ def read_photo(source: PhotoSource) -> ImageArray:
         RGB uint8 [H, W, 3].
 
     Raises:
-        InputError: no such file, no permission, not a file, too many pixels, or an array of another shape or type.
+        InputError: no such file, no permission, not a file, too many pixels, or an array of another
+            shape or type.
         DamagedDataError: the file is no photo, or damaged.
     """
     if isinstance(source, np.ndarray):

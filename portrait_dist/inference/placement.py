@@ -1,12 +1,14 @@
 """Where a photo lies in the network's input, and the ways there and back.
 
-The network was trained on upright images of one aspect ratio (600×800 in the AISegment set), resized to its input size.
-``benchmarks/predictions.py`` measures the choices (``fit``) on photos of other shapes:
+The network was trained on upright images of one aspect ratio (600×800 in the AISegment set),
+resized to its input size. ``benchmarks/predictions.py`` measures the choices (``fit``) on photos of
+other shapes:
 
-- ``letterbox`` (the default): the photo keeps its aspect ratio under the resizing of training; its longer side fills the
-  input and the rest continues its edge pixels, as the augmentation of training does.
-- ``cover``: as above, but its shorter side fills the input and the longer one sticks out. The network is fully convolutional
-  and takes that larger image whole.
+- ``letterbox`` (the default): the photo keeps its aspect ratio under the resizing of training; its
+  longer side fills the input and the rest continues its edge pixels, as the augmentation of
+  training does.
+- ``cover``: as above, but its shorter side fills the input and the longer one sticks out. The
+  network is fully convolutional and takes that larger image whole.
 - ``squash``: the whole photo is resized to the input, whatever its shape.
 """
 
@@ -26,7 +28,8 @@ Fit = Literal["letterbox", "cover", "squash"]
 FITS: tuple[Fit, ...] = ("letterbox", "cover", "squash")
 
 LARGEST_STRETCH = 4
-"""With ``cover``, the network's input is at most this many times the training size; longer panoramas are squeezed."""
+"""With ``cover``, the network's input is at most this many times the training size; longer
+panoramas are squeezed."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ def fit_photo(height: int, width: int, size: tuple[int, int], fit: Fit, aspect: 
     """Lay a photo of ``height`` × ``width`` pixels into the network's input.
 
     Args:
-        height, width: of the photo.
+        height: of the photo.
+        width: of the photo.
         size: (H, W) of the training images.
         fit: see this module's docstring.
         aspect: width / height of the training images before they were resized to ``size``.
@@ -71,7 +75,10 @@ def _rounded(side: float) -> int:
 
 
 def shrink(photo: ImageArray, placement: Placement) -> ImageArray:
-    """Make the network's input, uint8 [H, W, 3]: antialiased bilinear, as in training, and its edge pixels continued."""
+    """Make the network's input, uint8 [H, W, 3].
+
+    Antialiased bilinear, as in training; around the photo its edge pixels are continued.
+    """
     top, left, height, width = placement.inner
     small = np.asarray(Image.fromarray(photo).resize((width, height), Image.Resampling.BILINEAR))
     bottom, right = placement.height - top - height, placement.width - left - width

@@ -1,7 +1,8 @@
-"""Finish a mask: drop islands at the network's resolution, and let alpha follow the photo's edges at the photo's own.
+"""Finish a mask: drop islands, and let alpha follow the photo's edges at full resolution.
 
-The edge filter is a published closed-form one made of box blurs: no training, a cost that grows with the pixels only.
-OpenCV has it in opencv-contrib only, which cannot be installed beside opencv-python-headless; hence it is written out here.
+The edge filter is a published closed-form one made of box blurs: no training, a cost that grows
+with the pixels only. OpenCV has it in opencv-contrib only, which cannot be installed beside
+opencv-python-headless; hence it is written out here.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ Array = NDArray[np.floating[Any]]
 """float32 [H, W] or [H, W, C]."""
 
 WORKING_SIDE = 800
-"""The filter's coefficients are computed with the shorter side at most this long; only their use is at full resolution."""
+"""The filter's coefficients are computed with the shorter side at most this long; only their use is
+at full resolution."""
 
 
 def keep_largest(alpha: Alpha) -> Alpha:
     """Keep the largest connected person and set the islands around it to 0, with their soft edges.
 
-    A person is a connected region above 0.5 (diagonal neighbours count). A pixel belongs to the region that is nearest.
+    A person is a connected region above 0.5 (diagonal neighbours count). A pixel belongs to the
+    region that is nearest.
 
     Args:
         alpha: float32 [H, W] in [0, 1].
@@ -62,14 +65,17 @@ def refine_alpha(
         photo: RGB uint8 [H, W, 3].
         alpha: float32 [H, W] in [0, 1], enlarged from the network's resolution.
         pixels: how many pixels of the photo one pixel of the network spans.
-        radius: of the filter, in pixels of the network. Both defaults are the best of ``benchmarks/predictions.py``.
-        smoothness: the regularisation epsilon, in squared colour units of [0, 1]: what is flatter is averaged.
+        radius: of the filter, in pixels of the network. Both defaults are the best of
+            ``benchmarks/predictions.py``.
+        smoothness: the regularisation epsilon, in squared colour units of [0, 1]: what is flatter
+            is averaged.
 
     Returns:
         float32 [H, W] in [0, 1].
 
     Reference:
-        He, Sun and Tang, "Guided Image Filtering", TPAMI 2013; He and Sun, "Fast Guided Filter", arXiv:1505.00996.
+        He, Sun and Tang, "Guided Image Filtering", TPAMI 2013; He and Sun, "Fast Guided Filter",
+        arXiv:1505.00996.
     """
     guide = photo.astype(np.float32) / 255
     scale = min(1.0, WORKING_SIDE / min(alpha.shape))
@@ -107,9 +113,10 @@ def _full_size(array: Array, shape: tuple[int, ...]) -> Array:
 def _linear_model(
     guide: Array, alpha: Alpha, radius: int, smoothness: float
 ) -> tuple[Array, Array]:
-    """Fit, per pixel, a [H, W, 3] and b [H, W] of alpha ≈ a·guide + b to the box around it, by least squares.
+    """Fit a [H, W, 3] and b [H, W] of alpha ≈ a·guide + b to the box around every pixel.
 
-    The 3×3 systems are solved by LDLᵀ, written out: a third of the time of NumPy's solver, which calls LAPACK for every pixel.
+    The 3×3 systems of least squares are solved by LDLᵀ, written out: a third of the time of NumPy's
+    solver, which calls LAPACK for every pixel.
     """
     mean, mean_alpha = _box(guide, radius), _box(alpha, radius)
 

@@ -50,7 +50,13 @@ class SegmenterOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class PreparedPhoto:
-    """A photo ready for the network: ``photo`` uint8 [H, W, 3], ``small`` the network's input, and where it lies in it."""
+    """A photo ready for the network.
+
+    Attributes:
+        photo: uint8 [H, W, 3].
+        small: the network's input.
+        placement: where the photo lies in it.
+    """
 
     photo: ImageArray
     small: ImageArray
@@ -64,20 +70,24 @@ class PortraitSegmenter:
         model: a trained network; it is not changed.
         size: (H, W) of its training images.
         device: ``auto`` (the GPU if there is one), ``cpu`` or ``cuda``.
-        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it, see :mod:`portrait_dist.models.fused`.
-        fit: how photos of other shapes are brought to the network's size, see :mod:`portrait_dist.inference.placement`.
-        refine: sharpen alpha along the edges of the full-size photo, see :mod:`portrait_dist.inference.refine`. On, because
-            the boundary scores of ``benchmarks/predictions.py`` improve.
-        mirror: predict the mirrored photo too and average the two, as test-time augmentation does; the network runs twice.
-            On for the same reason.
+        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it, see
+            :mod:`portrait_dist.models.fused`.
+        fit: how photos of other shapes are brought to the network's size, see
+            :mod:`portrait_dist.inference.placement`.
+        refine: sharpen alpha along the edges of the full-size photo, see
+            :mod:`portrait_dist.inference.refine`. On, because the boundary scores of
+            ``benchmarks/predictions.py`` improve.
+        mirror: predict the mirrored photo too and average the two, as test-time augmentation does;
+            the network runs twice. On for the same reason.
         largest: keep the largest connected person only and drop islands.
         aspect: width / height of the training images before they were resized to ``size``.
-        levels: (low, high) of the network's alpha that become 0 and 1, linear in between: removes the haze that a network
-            leaves where it is not sure. At ``0.3, 0.7`` the border between person and background stays where it was, at 0.5.
+        levels: (low, high) of the network's alpha that become 0 and 1, linear in between: removes
+            the haze that a network leaves where it is not sure. At ``0.3, 0.7`` the border between
+            person and background stays where it was, at 0.5.
 
     Raises:
-        InputError: an unknown ``fit`` or ``precision``, a ``size`` that the network cannot take, an ``aspect`` that is not
-            positive, or ``levels`` that are not 0 <= low < high <= 1.
+        InputError: an unknown ``fit`` or ``precision``, a ``size`` that the network cannot take, an
+            ``aspect`` that is not positive, or ``levels`` that are not 0 <= low < high <= 1.
     """
 
     def __init__(
@@ -105,7 +115,7 @@ class PortraitSegmenter:
             )
         if any(side < STRIDE or side % STRIDE for side in size):
             raise InputError(
-                f"size is {size[0]}x{size[1]}; the network takes sides that are multiples of {STRIDE}"
+                f"size {size[0]}x{size[1]}: the network takes sides that are multiples of {STRIDE}"
             )
         if not 0 < aspect < float("inf"):
             raise InputError(f"aspect is width / height, a positive number, not {aspect:g}")
@@ -131,7 +141,7 @@ class PortraitSegmenter:
         size: tuple[int, int] | None = None,
         **options: Unpack[SegmenterOptions],
     ) -> PortraitSegmenter:
-        """Make a segmenter from a checkpoint of ``portrait-dist train``; its size and aspect are those of training.
+        """Make a segmenter from a checkpoint; its size and aspect are those of training.
 
         Args:
             path: a .pth file.
@@ -162,12 +172,13 @@ class PortraitSegmenter:
         """Predict the alpha of one photo, or of a list of them.
 
         Args:
-            photos: a path, a PIL image or an uint8 array (see :func:`portrait_dist.inference.photos.read_photo`), or a list
-                or tuple of these.
+            photos: a path, a PIL image or an uint8 array (see
+                :func:`portrait_dist.inference.photos.read_photo`), or a list or tuple of these.
             batch_size: photos that go through the network together; they need not have one size.
 
         Returns:
-            float32 [H, W] at the photo's own upright resolution, from 0 (background) to 1 (person); a list gives a list.
+            float32 [H, W] at the photo's own upright resolution, from 0 (background) to 1 (person);
+            a list gives a list.
 
         Raises:
             InputError, DamagedDataError: a photo cannot be read; the message names it.
@@ -181,7 +192,8 @@ class PortraitSegmenter:
     ) -> Iterator[tuple[ImageArray, Alpha]]:
         """Yield (photo, alpha) in order; about four times ``batch_size`` photos are in memory.
 
-        Threads read photos, shrink them and bring masks to full size while this thread runs the network.
+        Threads read photos, shrink them and bring masks to full size while this thread runs the
+        network.
 
         Args:
             photos: as for ``predict``.
@@ -215,9 +227,10 @@ class PortraitSegmenter:
     def predict_prepared(
         self, photos: Iterable[PreparedPhoto], batch_size: int = 8
     ) -> Iterator[tuple[PreparedPhoto, Alpha]]:
-        """Yield each prepared photo with the network's alpha at the network's size, float32, in order.
+        """Yield each prepared photo with the network's alpha, float32 at the network's size.
 
-        The next batch is started before the one before it is waited for, so that a GPU is not idle between them.
+        The next batch is started before the one before it is waited for, so that a GPU is not idle
+        between them.
         """
         waiting = iter(photos)
         before: list[tuple[PreparedPhoto, _Row]] = []
@@ -228,7 +241,7 @@ class PortraitSegmenter:
         yield from ((photo, row.wait()) for photo, row in before)
 
     def _start(self, batch: Sequence[PreparedPhoto]) -> list[_Row]:
-        """Start the network on a batch; photos whose inputs have one size go through it together."""
+        """Start the network on a batch; inputs of one size go through it together."""
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, photo in enumerate(batch):
             by_size.setdefault((photo.placement.height, photo.placement.width), []).append(i)
@@ -283,20 +296,24 @@ class PortraitSegmenter:
         return refine_alpha(photo.photo, alpha, max(height / inner_height, width / inner_width))
 
     def calibrate(self, photos: Iterable[PhotoSource]) -> float:
-        """Compute in 8-bit integers from now on, where this keeps the masks; for CPUs (see :mod:`portrait_dist.models.int8`).
+        """Compute in 8-bit integers from now on, where this keeps the masks.
 
-        Every second photo shows the ranges of the network's activations; masks of the others are compared with float32's. It
-        takes four times as long as to predict them in bfloat16.
+        For CPUs, see :mod:`portrait_dist.models.int8`.
+
+        Every second photo shows the ranges of the network's activations; masks of the others are
+        compared with float32's. It takes four times as long as to predict them in bfloat16.
 
         Args:
-            photos: at least 2, better 64 or more, as different as those to come. What they do not show (activations larger
-                than any of theirs) is clipped.
+            photos: at least 2, better 64 or more, as different as those to come. What they do not
+                show (activations larger than any of theirs) is clipped.
 
         Returns:
-            Intersection over union of the masks with float32's. Below ``fused.MIN_MASK_IOU`` the segmenter stays as it was.
+            Intersection over union of the masks with float32's. Below ``fused.MIN_MASK_IOU`` the
+            segmenter stays as it was.
 
         Raises:
-            InputError: fewer than 2 photos, a GPU, a CPU without 8-bit dot products, or a network with group norms.
+            InputError: fewer than 2 photos, a GPU, a CPU without 8-bit dot products, or a network
+                with group norms.
             DamagedDataError: a photo cannot be read.
         """
         if self.device.type != "cpu" or not int8.is_supported():
@@ -306,7 +323,8 @@ class PortraitSegmenter:
             )
         if self.model.norm != "batch":
             raise InputError(
-                "only a network with batch norms can compute in 8-bit integers; this one has group norms"
+                "only a network with batch norms can compute in 8-bit integers; "
+                "this one has group norms"
             )
         fit: Fit = "letterbox" if self.fit == "cover" else self.fit  # all of one size
         read = map(read_photo, photos)

@@ -1,4 +1,4 @@
-"""``evaluate`` scores every sample once, exactly, and refuses what it could not write before it scores."""
+"""``evaluate`` scores every sample once and refuses first what it could not write."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def test_the_worst_samples_come_first_and_are_scored_as_in_the_split(
 def test_scores_are_computed_in_full_float32_and_the_settings_come_back(
     checkpoint: Path, tiny_shards: Path
 ) -> None:
-    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    backends: Any = torch.backends
+    switches = (backends.cuda.matmul, backends.mkldnn.matmul)
     before = [switch.fp32_precision for switch in switches]
     seen: list[list[str]] = []
     model, _ = load_model(checkpoint)

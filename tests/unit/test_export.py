@@ -1,4 +1,4 @@
-"""An exported file computes what the network does, for any batch size, and says what goes in and comes out."""
+"""An exported file computes what the network does and says what goes in and comes out."""
 
 import json
 import os

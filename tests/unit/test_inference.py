@@ -1,4 +1,4 @@
-"""Alpha comes at the picture's own resolution and upright, whatever the picture; finishing filters do what they say."""
+"""Alpha comes at the photo's own resolution and upright; finishing filters do what they say."""
 
 import numpy as np
 import pytest
@@ -38,10 +38,10 @@ def iou(alpha, truth):
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("shape", [(160, 120), (120, 213), (97, 101), (300, 90)])
 def test_alpha_finds_the_figure_at_the_pictures_own_resolution(segmenter, shape, fit):
-    picture, truth = blobs.picture(shape[0], shape[1], seed=100)
+    photo, truth = blobs.photo(shape[0], shape[1], seed=100)
     alpha = PortraitSegmenter(
         segmenter.model, segmenter.size, fit=fit, device="cpu", precision="fp32"
-    ).predict(picture)
+    ).predict(photo)
     assert alpha.shape == shape
     assert alpha.dtype == np.float32
     assert 0 <= alpha.min() <= alpha.max() <= 1
@@ -49,31 +49,31 @@ def test_alpha_finds_the_figure_at_the_pictures_own_resolution(segmenter, shape,
 
 
 def test_a_photo_turned_by_its_exif_orientation_is_predicted_upright(segmenter, tmp_path):
-    picture, truth = blobs.picture(160, 120, seed=101)
+    photo, truth = blobs.photo(160, 120, seed=101)
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side: turn it clockwise to see it upright
-    Image.fromarray(np.rot90(picture)).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(segmenter.predict(tmp_path / "turned.png"), segmenter.predict(picture))
+    Image.fromarray(np.rot90(photo)).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(segmenter.predict(tmp_path / "turned.png"), segmenter.predict(photo))
     assert iou(segmenter.predict(tmp_path / "turned.png"), truth) > 0.8
 
 
 def test_a_list_gives_in_order_what_each_picture_gives_alone(segmenter):
     shapes = [(160, 120), (120, 160), (80, 60), (160, 120), (97, 101)]
-    pictures = [blobs.picture(*shape, seed=seed)[0] for seed, shape in enumerate(shapes)]
-    for alpha, picture in zip(segmenter.predict(pictures, batch_size=3), pictures, strict=True):
-        np.testing.assert_allclose(alpha, segmenter.predict(picture), atol=1e-5)
+    photos = [blobs.photo(*shape, seed=seed)[0] for seed, shape in enumerate(shapes)]
+    for alpha, photo in zip(segmenter.predict(photos, batch_size=3), photos, strict=True):
+        np.testing.assert_allclose(alpha, segmenter.predict(photo), atol=1e-5)
     assert segmenter.predict([]) == []
 
 
 def test_paths_pil_images_and_arrays_of_one_picture_give_one_alpha(segmenter, tmp_path):
-    picture, _ = blobs.picture(80, 60, seed=102)
-    Image.fromarray(picture).save(tmp_path / "photo.png")
-    opaque = np.dstack([picture, np.full(picture.shape[:2], 255, np.uint8)])
-    expected = segmenter.predict(picture)
+    photo, _ = blobs.photo(80, 60, seed=102)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    opaque = np.dstack([photo, np.full(photo.shape[:2], 255, np.uint8)])
+    expected = segmenter.predict(photo)
     for same in (
         tmp_path / "photo.png",
         str(tmp_path / "photo.png"),
-        Image.fromarray(picture),
+        Image.fromarray(photo),
         opaque,
         Image.fromarray(opaque),
     ):
@@ -88,16 +88,16 @@ def test_pictures_of_any_colour_mode_are_read(tmp_path, mode):
         if mode == "I;16"
         else grey.convert(mode)
     )
-    image.save(tmp_path / "picture.tif")
-    assert read_photo(tmp_path / "picture.tif").shape == (20, 30, 3)
-    assert read_photo(tmp_path / "picture.tif").min() >= 253
+    image.save(tmp_path / "photo.tif")
+    assert read_photo(tmp_path / "photo.tif").shape == (20, 30, 3)
+    assert read_photo(tmp_path / "photo.tif").min() >= 253
 
 
 def test_bad_pictures_are_named_with_what_to_do(segmenter, tmp_path):
     whole = tmp_path / "whole.jpg"
-    Image.fromarray(blobs.picture(200, 200, seed=103)[0]).save(whole)
+    Image.fromarray(blobs.photo(200, 200, seed=103)[0]).save(whole)
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:1500])
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no photo")
     for name, kind in (
         ("cut.jpg", DamagedDataError),
         ("text.jpg", DamagedDataError),
@@ -110,12 +110,12 @@ def test_bad_pictures_are_named_with_what_to_do(segmenter, tmp_path):
 
 
 def test_bf16_gives_the_masks_of_fp32(segmenter):
-    picture, _ = blobs.picture(160, 120, seed=104)
+    photo, _ = blobs.photo(160, 120, seed=104)
     low = PortraitSegmenter(
         segmenter.model, segmenter.size, device="cpu", precision="bf16"
-    ).predict(picture)
-    assert iou(low, segmenter.predict(picture)) > 0.98
-    assert not np.array_equal(low, segmenter.predict(picture))
+    ).predict(photo)
+    assert iou(low, segmenter.predict(photo)) > 0.98
+    assert not np.array_equal(low, segmenter.predict(photo))
 
 
 @given(height=st.integers(1, 5000), width=st.integers(1, 5000))
@@ -146,10 +146,10 @@ def test_an_upright_picture_of_the_training_shape_fills_the_network_exactly():
 
 
 def test_what_a_letterbox_adds_continues_the_pictures_edge():
-    picture, _ = blobs.picture(100, 200, seed=107)
+    photo, _ = blobs.photo(100, 200, seed=107)
     placement = fit_photo(100, 200, (64, 64), "letterbox", 0.75)
     top, left, height, width = placement.inner
-    small = shrink(picture, placement)
+    small = shrink(photo, placement)
     inner = small[top : top + height, left : left + width]
     assert (small.shape, left, width) == ((64, 64, 3), 0, 64)
     assert 0 < top < 64 - height
@@ -159,10 +159,10 @@ def test_what_a_letterbox_adds_continues_the_pictures_edge():
 
 def test_levels_make_what_the_network_is_sure_of_whole_and_leave_the_border_where_it_is(segmenter):
     options = {"size": segmenter.size, "device": "cpu", "precision": "fp32", "refine": False}
-    picture, _ = blobs.picture(64, 64, seed=106)
-    plain = PortraitSegmenter(segmenter.model, **options, fit="squash").predict(picture)
+    photo, _ = blobs.photo(64, 64, seed=106)
+    plain = PortraitSegmenter(segmenter.model, **options, fit="squash").predict(photo)
     hard = PortraitSegmenter(segmenter.model, **options, fit="squash", levels=(0.3, 0.7)).predict(
-        picture
+        photo
     )
     assert (
         plain.shape == segmenter.size
@@ -182,15 +182,15 @@ def test_left_and_right_are_treated_alike_unless_the_mean_with_the_mirrored_pict
         "refine": False,
         "fit": "squash",
     }
-    picture, truth = blobs.picture(64, 64, seed=108)
+    photo, truth = blobs.photo(64, 64, seed=108)
     both, one = (
         PortraitSegmenter(segmenter.model, **options, mirror=mirror) for mirror in (True, False)
     )
     np.testing.assert_allclose(
-        both.predict(picture[:, ::-1]), both.predict(picture)[:, ::-1], atol=1e-5
+        both.predict(photo[:, ::-1]), both.predict(photo)[:, ::-1], atol=1e-5
     )
-    assert abs(one.predict(picture[:, ::-1]) - one.predict(picture)[:, ::-1]).max() > 0.01
-    assert iou(both.predict(picture), truth) > 0.8
+    assert abs(one.predict(photo[:, ::-1]) - one.predict(photo)[:, ::-1]).max() > 0.01
+    assert iou(both.predict(photo), truth) > 0.8
 
 
 @pytest.mark.parametrize(
@@ -237,15 +237,15 @@ def test_options_that_make_no_sense_are_refused(segmenter, options, message):
 
 
 def test_refined_alpha_follows_the_pictures_edge():
-    picture, truth = blobs.picture(400, 300, seed=105)
+    photo, truth = blobs.photo(400, 300, seed=105)
     small = Image.fromarray(truth).resize((19, 25), Image.Resampling.BILINEAR)
     coarse = np.roll(np.asarray(small.resize((300, 400), Image.Resampling.BILINEAR)), 8, axis=1)
-    refined = refine_alpha(picture, coarse, 16)
+    refined = refine_alpha(photo, coarse, 16)
     assert refined.shape == truth.shape
     assert refined.dtype == np.float32
     assert 0 <= refined.min() <= refined.max() <= 1
     assert 1 - iou(refined, truth) < 0.25 * (1 - iou(coarse, truth))
-    assert np.allclose(refine_alpha(picture, np.ones_like(truth), 16), 1, atol=1e-3)
+    assert np.allclose(refine_alpha(photo, np.ones_like(truth), 16), 1, atol=1e-3)
 
 
 def fringe():
@@ -283,23 +283,23 @@ def test_backgrounds_are_colours_pictures_blur_or_nothing(tmp_path):
         ("#1e90ff", (30, 144, 255)),
         (str(tmp_path / "sea.png"), (0, 0, 255)),
     ):
-        picture = cut_out(photo, alpha, parse_background(text))
-        assert picture.shape == (480, 360, 3)
-        assert tuple(picture[0, 0]) == colour
-        assert np.abs(picture[240, 180].astype(int) - photo[240, 180]).max() <= 2
+        image = cut_out(photo, alpha, parse_background(text))
+        assert image.shape == (480, 360, 3)
+        assert tuple(image[0, 0]) == colour
+        assert np.abs(image[240, 180].astype(int) - photo[240, 180]).max() <= 2
     assert abs(int(cut_out(photo, alpha, parse_background("blur"))[0, 0, 1]) - 178) <= 3
     with pytest.raises(InputError, match="Did you mean 'white'"):
         parse_background("whte")
 
 
 def test_a_side_by_side_picture_has_three_panels_of_at_most_800_pixels_height():
-    picture, alpha = blobs.picture(1200, 900, seed=106)
-    assert side_by_side(picture, alpha, cut_out(picture, alpha)).shape == (800, 1800, 3)
+    photo, alpha = blobs.photo(1200, 900, seed=106)
+    assert side_by_side(photo, alpha, cut_out(photo, alpha)).shape == (800, 1800, 3)
 
 
 def test_predictions_leave_the_callers_arrays_alone(segmenter):
-    picture, _ = blobs.picture(64, 64, seed=107)
-    copy = picture.copy()
-    alpha = segmenter.predict(picture)
-    cut_out(picture, alpha)
-    assert np.array_equal(picture, copy)
+    photo, _ = blobs.photo(64, 64, seed=107)
+    copy = photo.copy()
+    alpha = segmenter.predict(photo)
+    cut_out(photo, alpha)
+    assert np.array_equal(photo, copy)

@@ -110,7 +110,7 @@ def trained() -> UNet:
 
 
 def photos(first: int, count: int) -> list[np.ndarray]:
-    return [blobs.picture(96, 72, seed=seed)[0] for seed in range(first, first + count)]
+    return [blobs.photo(96, 72, seed=seed)[0] for seed in range(first, first + count)]
 
 
 def test_a_segmenter_that_keeps_its_masks_computes_in_bytes_after_calibration() -> None:

@@ -1,4 +1,4 @@
-"""``predict`` writes what it says, for every photo that can be done, and never over something else."""
+"""``predict`` writes what it says, for every photo that can be done, and overwrites nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def photos(tmp_path: Path) -> Path:
     for seed, (name, shape) in enumerate(
         {"one.jpg": (80, 60), "two.png": (60, 80), "more/three.jpg": (90, 90)}.items()
     ):
-        Image.fromarray(blobs.picture(*shape, seed=seed)[0]).save(folder / name)
+        Image.fromarray(blobs.photo(*shape, seed=seed)[0]).save(folder / name)
     (folder / "._one.jpg").write_bytes(b"macOS")
     (folder / "notes.txt").write_text("no photo")
     return folder

@@ -1,0 +1,83 @@
+"""Breaks of the guarantees of prediction, export and evaluation."""
+
+from tests.mutation import Mutation
+
+PREDICT = "tests/unit/test_predict.py::test_"
+EVALUATE = "tests/unit/test_evaluate.py::test_"
+EXPORT = "tests/unit/test_export.py::test_"
+INFERENCE = "tests/unit/test_inference.py::test_"
+
+MUTATIONS = [
+    Mutation(
+        file="portrait_dist/inference/batch.py",
+        old="        except (InputError, DamagedDataError) as error:\n            message = str(error)\n",
+        new="        except DamagedDataError as error:\n            message = str(error)\n",
+        test=PREDICT + "no_single_photo_stops_the_others_and_each_is_named_with_what_is_wrong",
+        why="no single photo ends predict for the others",
+    ),
+    Mutation(
+        file="portrait_dist/inference/photos.py",
+        old="    if not stat.S_ISREG(mode):\n",
+        new="    if stat.S_ISDIR(mode):\n",
+        test=PREDICT + "no_single_photo_stops_the_others_and_each_is_named_with_what_is_wrong",
+        why="a pipe among the photos is named and not waited for",
+    ),
+    Mutation(
+        file="portrait_dist/inference/batch.py",
+        old="        if not journal.is_ours(photo):\n",
+        new="        if photo is None:\n",
+        test=PREDICT + "nothing_is_overwritten_without_force",
+        why="predict overwrites nothing without --force",
+    ),
+    Mutation(
+        file="portrait_dist/inference/batch.py",
+        old="        if journal.is_done(photo, targets):\n            continue\n",
+        new="",
+        test=PREDICT + "on_a_full_disk_what_is_done_stays_and_the_same_command_continues",
+        why="an interrupted predict continues and does nothing twice",
+    ),
+    Mutation(
+        file="portrait_dist/checkpoints.py",
+        old="    if assumed and distributed.rank() == 0:\n",
+        new="    if assumed and distributed.rank() == 1:\n",
+        test=PREDICT + "an_old_checkpoint_that_does_not_say_its_size_is_named_with_what_is_assumed",
+        why="a size or an aspect is never guessed in silence",
+    ),
+    Mutation(
+        file="portrait_dist/commands/evaluate.py",
+        old="            files.check_writable(path)\n",
+        new="            pass\n",
+        test=EVALUATE + "an_output_that_cannot_be_written_is_refused_before_anything_is_read",
+        why="an output that cannot be written is refused before the long work",
+    ),
+    Mutation(
+        file="portrait_dist/evaluation.py",
+        old='            switch.fp32_precision = "ieee"\n',
+        new="            pass\n",
+        test=EVALUATE + "scores_are_computed_in_full_float32_and_the_settings_come_back",
+        why="scores are computed in full float32 whatever the caller has set",
+    ),
+    Mutation(
+        file="portrait_dist/evaluation.py",
+        old="    for first in range(0, len(positions), batch_size):\n",
+        new="    positions = range(dataset.samples)\n"
+        "    for first in range(0, len(positions), batch_size):\n",
+        test=EVALUATE
+        + "pictures_of_the_worst_and_the_median_samples_read_only_these_samples_again",
+        why="pictures of the worst samples need no second pass over the split",
+    ),
+    Mutation(
+        file="portrait_dist/inference/export.py",
+        old="self.network((image - self.mean) / self.std)",
+        new="self.network(image - self.mean)",
+        test=EXPORT + "an_onnx_file_computes_the_networks_alpha_and_documents_itself",
+        why="an exported file computes what the network does",
+    ),
+    Mutation(
+        file="portrait_dist/inference/refine.py",
+        old="    return np.where(distances[0] <= distances[1], alpha, np.float32(0))\n",
+        new="    return np.where(others, np.float32(0), alpha)\n",
+        test=INFERENCE + "islands_go_with_their_soft_edges_and_the_largest_person_keeps_its_own",
+        why="islands are dropped with their soft edges",
+    ),
+]
