@@ -9,7 +9,7 @@ import click
 
 from portrait_dist.commands import command
 
-DOCTOR_EXAMPLES = """\b
+EXAMPLES = """\b
 Examples:
   portrait-dist doctor
   portrait-dist doctor --path /scratch/runs --shards /scratch/shards
@@ -25,14 +25,14 @@ def _line(check: dict[str, str]) -> str:
     return f"{check['status']:5s} {check['name']:14s} {check['found']}{advice}"
 
 
-def _doctor_summary(result: dict[str, Any]) -> str:
+def _summary(result: dict[str, Any]) -> str:
     warnings = sum(check["status"] == "warn" for check in result["checks"])
     return "everything works" + (
         f", {warnings} thing{'s' * (warnings > 1)} could be better" if warnings else ""
     )
 
 
-@command("doctor", summary=_doctor_summary, epilog=DOCTOR_EXAMPLES)
+@command("doctor", summary=_summary, epilog=EXAMPLES)
 @click.option(
     "--path",
     default=".",
@@ -45,11 +45,11 @@ def _doctor_summary(result: dict[str, Any]) -> str:
 )
 @click.option("--gpu", is_flag=True, help="No usable GPU is a failure.")
 def doctor(path: Path, shards: str | None, gpu: bool) -> dict[str, Any]:
-    """What this machine can run, what is missing or slow, and what to do about it.
+    """Say what this machine can run, what is missing or slow, and what to do about it.
 
-    Looks at Python and packages, GPU and driver, NCCL, compiler, cores, memory, file handles, disk, locks, decoders and SLURM.
-    It takes some seconds and writes one file of 64 MB for a moment. --json gives ok and checks: name, status (ok, warn or fail),
-    found, advice.
+    Looks at Python and packages, GPU and driver, NCCL, compiler, cores, memory, file handles, disk,
+    locks, decoders and SLURM. It takes some seconds and writes one file of 64 MB for a moment.
+    --json gives ok and checks: name, status (ok, warn or fail), found, advice.
     """
     import dataclasses
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from portrait_dist.commands import command
+
+if TYPE_CHECKING:
+    from portrait_dist.runs.report import Report
 
 EXAMPLES = """\b
 Examples:
@@ -16,12 +19,12 @@ Examples:
 """
 
 
-def _summary(result: dict[str, Any]) -> str:
-    if result["val_iou"] is None:
-        return f"{result['file']}, without pictures: {result['no_pictures']}"
-    return (
-        f"{result['file']}: validation IoU {result['val_iou']:.4f} on {result['samples']} samples"
-    )
+def _summary(result: Report) -> str:
+    if result.val_iou is None:
+        text = f"{result.file}, without images: {result.no_pictures}"
+    else:
+        text = f"{result.file}: validation IoU {result.val_iou:.4f} on {result.samples} samples"
+    return f"{text}\nwithout settings: {result.no_settings}" if result.no_settings else text
 
 
 @command("report", summary=_summary, epilog=EXAMPLES)
@@ -42,7 +45,7 @@ def _summary(result: dict[str, Any]) -> str:
     default=8,
     show_default=True,
     type=click.IntRange(0, 100),
-    help="Pictures, and as many worst cases.",
+    help="Images in the gallery, and as many worst cases.",
 )
 @click.option(
     "--at-most",
@@ -53,11 +56,14 @@ def _summary(result: dict[str, Any]) -> str:
 @click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])
 )
-def report(run: Path, out: Path | None, **options: Any) -> dict[str, Any]:
-    """Curves, pictures, worst cases and settings of a run, in one HTML file that needs no network.
+def report(
+    run: Path, out: Path | None, shards: str | None, samples: int, at_most: int, device: str
+) -> Report:
+    """Write curves, images, worst cases and settings of a run into one HTML file.
 
-    RUN is the run's folder, also of a run that is still going on. Every validation sample is scored with the best checkpoint.
+    The file needs no network. RUN is the run's folder, also of a run that is still training. Every
+    validation sample is scored with the best checkpoint.
     """
-    from portrait_dist.runs.report.collect import write_report
+    from portrait_dist.runs.report import write_report
 
-    return write_report(run, out, **options)
+    return write_report(run, out, shards=shards, samples=samples, at_most=at_most, device=device)

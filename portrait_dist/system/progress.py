@@ -1,4 +1,7 @@
-"""Progress of long work: a bar on a terminal, a line every ten seconds elsewhere. On stderr, and on rank 0 only."""
+"""Progress of long work on stderr, on rank 0 only.
+
+A bar on a terminal, a line every ten seconds elsewhere.
+"""
 
 from __future__ import annotations
 

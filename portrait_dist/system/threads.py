@@ -16,7 +16,8 @@ def submit_in_order(
 ) -> Generator[tuple[A, Future[B]], None, None]:
     """Call a function for each item on a pool; yield item and future in order.
 
-    At most ``ahead`` calls are running or waiting, so memory does not grow with the number of items.
+    At most ``ahead`` calls are running or waiting, so memory does not grow with the number of
+    items.
     """
     waiting: deque[tuple[A, Future[B]]] = deque()
     for item in items:

@@ -1,16 +1,15 @@
-"""The report of a run: right figures, one file, nothing from outside, readable on a phone."""
+"""The report of a run: right numbers, one file, nothing from outside, readable on a phone."""
 
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import math
 import os
 import re
-import shlex
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from importlib import metadata
@@ -20,12 +19,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
-from portrait_dist import cli, config, metrics
+from portrait_dist import config, metrics
 from portrait_dist.errors import DamagedDataError, InputError
-from portrait_dist.runs.report import collect, page, svg
+from portrait_dist.runs.folder import RunFolder
+from portrait_dist.runs.report import collect, page, svg, write_report
 from portrait_dist.system import info
+from tests.cli import assert_one_line, call
+
+BOMB = b"a0: &a0 {x: y}\n" + b"".join(
+    b"a%d: &a%d {%s}\n" % (n, n, b", ".join(b"k%d: *a%d" % (k, n - 1) for k in range(9)))
+    for n in range(1, 9)
+)
+"""A YAML file whose anchors stand for 9^8 values."""
 
 CHROMIUM = next(
     (
@@ -52,8 +58,8 @@ def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     from portrait_dist.training import main
 
     root = tmp_path_factory.mktemp("runs")
-    words = [*KEYS, f"data.shards={tiny_shards}", f"run.root={root}", "run.name=first"]
-    main.train(config.load("aisegment_unet", words))
+    overrides = [*KEYS, f"data.shards={tiny_shards}", f"run.root={root}", "run.name=first"]
+    main.train(config.load("aisegment_unet", overrides))
     return root / "first"
 
 
@@ -61,19 +67,14 @@ def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def html(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its report."""
     out = tmp_path_factory.mktemp("report") / "report.html"
-    collect.write_report(finished, out, samples=4, device="cpu")
+    write_report(finished, out, samples=4, device="cpu")
     return out
-
-
-def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [event for event in events if event["kind"] == kind]
 
 
 def run_of_lines(folder: Path, *events: dict[str, Any]) -> Path:
     """A run folder that holds these lines and no checkpoint."""
     folder.mkdir()
-    place = {
+    position = {
         "time": 1e9,
         "steps_per_epoch": 10,
         "max_epochs": 5,
@@ -81,35 +82,26 @@ def run_of_lines(folder: Path, *events: dict[str, Any]) -> Path:
         "world_size": 2,
     }
     (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps(place | event) + "\n" for event in events)
+        "".join(json.dumps(position | event) + "\n" for event in events)
     )
     return folder
 
 
-def invoke(*words: str) -> tuple[int, str]:
-    """Exit code and output of the command line, in this process."""
-    runner = CliRunner()
-    result = runner.invoke(cli.portrait_dist, list(words), standalone_mode=False)
-    return getattr(
-        result.exception, "exit_code", 0 if result.exception is None else 1
-    ), result.output
-
-
-def test_the_figure_of_the_report_is_that_of_the_best_epoch(finished: Path, tmp_path: Path) -> None:
-    result = collect.write_report(finished, tmp_path / "r.html", device="cpu")
-    best = max(event["val_iou"] for event in lines(finished, "epoch"))
-    assert result["samples"] == 7
-    assert result["val_iou"] == pytest.approx(best, abs=1e-12)
+def test_the_iou_of_the_report_is_that_of_the_best_epoch(finished: Path, tmp_path: Path) -> None:
+    result = write_report(finished, tmp_path / "r.html", device="cpu")
+    best = max(event.val_iou or 0 for event in RunFolder(finished).events().of_kind("epoch"))
+    assert result.samples == 7
+    assert result.val_iou == pytest.approx(best, abs=1e-12)
     assert f"{best:.4f}" in (tmp_path / "r.html").read_text()
 
 
-def test_worst_cases_are_the_lowest_iou_first_and_pictures_are_their_own(
+def test_worst_cases_are_the_lowest_iou_first_and_images_are_their_own(
     finished: Path, tiny_shards: Path
 ) -> None:
-    from portrait_dist.checkpoints import load_model
+    from portrait_dist.evaluation import load_scored_model
 
-    model, info = load_model(finished / "ckpt_best.pth")
-    scores = collect.score(model, str(tiny_shards), info.size, pictures=3, device="cpu")
+    model, size = load_scored_model(finished / "ckpt_best.pth")
+    scores = collect.score(model, str(tiny_shards), size, images=3, device="cpu")
     assert [sample.scores.iou for sample in scores.worst] == sorted(scores.ious)[:3]
     assert len({sample.key for sample in scores.gallery}) == 3
     assert len(scores.ious) == scores.split_samples == 7
@@ -127,13 +119,13 @@ def test_worst_cases_are_the_lowest_iou_first_and_pictures_are_their_own(
 def test_scoring_some_samples_takes_them_from_all_over_the_split(
     finished: Path, tiny_shards: Path
 ) -> None:
-    from portrait_dist.checkpoints import load_model
+    from portrait_dist.evaluation import load_scored_model
 
-    model, info = load_model(finished / "ckpt_best.pth")
-    every = collect.score(model, str(tiny_shards), info.size, pictures=7, device="cpu")
-    some = collect.score(model, str(tiny_shards), info.size, pictures=7, at_most=3, device="cpu")
+    model, size = load_scored_model(finished / "ckpt_best.pth")
+    every = collect.score(model, str(tiny_shards), size, images=7, device="cpu")
+    some = collect.score(model, str(tiny_shards), size, images=7, at_most=3, device="cpu")
     assert [sample.key for sample in some.gallery] == [
-        every.gallery[place].key for place in (0, 2, 4)
+        every.gallery[position].key for position in (0, 2, 4)
     ]
     assert some.split_samples == 7
 
@@ -163,7 +155,7 @@ def test_the_file_refers_to_nothing_outside_itself(html: Path) -> None:
     assert list(html.parent.iterdir()) == [html]
 
 
-def test_pictures_in_the_file_are_whole() -> None:
+def test_images_in_the_file_are_whole() -> None:
     import io
 
     from PIL import Image
@@ -192,14 +184,14 @@ def test_the_machine_that_a_run_recorded_stands_in_the_report(tmp_path: Path) ->
     folder = run_of_lines(
         tmp_path / "run", {"kind": "start", "epoch": 0, "step": 0, "machine": info.machine()}
     )
-    collect.write_report(folder, tmp_path / "r.html")
+    write_report(folder, tmp_path / "r.html")
     assert f"<td>cores</td><td>{info.cores()}</td>" in (tmp_path / "r.html").read_text()
     assert info.cpu_name() in (tmp_path / "r.html").read_text()
 
 
 def test_the_command_in_the_report_gives_the_configuration_of_the_run(finished: Path) -> None:
-    words = shlex.split(page._words(collect.read_run(finished)))
-    again = config.load(words[1], words[2:])
+    arguments = page.train_arguments(collect.read_run(finished))
+    again = config.load(arguments[1], arguments[2:])
     again.run.name = "first"
     assert again.to_yaml() == (finished / "config.yaml").read_text()
 
@@ -211,46 +203,131 @@ def test_a_run_without_checkpoint_or_shards_still_gets_its_curves(
     shutil.copytree(finished, folder)
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(re.sub(r"shards: .*", f"shards: {tmp_path}/gone", text))
-    result = collect.write_report(folder, samples=2)
-    assert (result["samples"], result["val_iou"]) == (0, None)
+    result = write_report(folder, samples=2)
+    assert (result.samples, result.val_iou) == (0, None)
     page = (folder / "report.html").read_text()
     assert "<polyline" in page
     assert f"{tmp_path}/gone" in page
     (folder / "ckpt_best.pth").unlink()
     (folder / "ckpt_latest.pth").unlink()
-    assert "no checkpoint" in collect.write_report(folder)["no_pictures"]
+    assert "no checkpoint" in write_report(folder).no_pictures
 
 
 def test_shards_given_and_wrong_are_an_error_and_a_damaged_checkpoint_too(
     finished: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="nowhere"):
-        collect.write_report(finished, tmp_path / "r.html", shards=str(tmp_path / "nowhere"))
+        write_report(finished, tmp_path / "r.html", shards=str(tmp_path / "nowhere"))
     folder = tmp_path / "damaged"
     shutil.copytree(finished, folder)
     os.truncate(folder / "ckpt_best.pth", 100)
     with pytest.raises(DamagedDataError, match="ckpt_best"):
-        collect.write_report(folder, tmp_path / "r.html")
+        write_report(folder, tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 
 
-def test_wrong_input_has_exit_code_2(tmp_path: Path, finished: Path) -> None:
-    assert invoke("report", str(tmp_path / "none"))[0] == 2
-    assert invoke("report", str(tmp_path))[0] == 2
-    assert (
-        invoke("report", str(finished), "--out", str(tmp_path / "no" / "r.html"), "--samples", "0")[
-            0
-        ]
-        == 2
-    )
-    assert list(tmp_path.iterdir()) == []
+def test_wrong_input_is_one_line_before_anything_is_scored(tmp_path: Path, finished: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_one_line(call("report", tmp_path / "none"), 2, "there is no such run folder")
+    assert_one_line(call("report", tmp_path), 2, "not a run folder")
+    for out, message in (
+        (tmp_path / "no" / "r.html", "there is no folder"),
+        (tmp_path / "file" / "r.html", "there is no folder"),
+        (tmp_path, "directory"),
+        ("", "is a folder; give the path of a file"),
+    ):
+        result = call("report", finished, "--out", out)
+        assert_one_line(result, 2, message)
+        assert "batches" not in result.stderr
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+    assert not (finished / "report.html").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_of_lines(tmp_path / "run", {"kind": "start", "epoch": 0, "step": 0})
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    assert_one_line(call("report", folder), 1, "report.html: not written, the disk is full")
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_run_that_has_only_begun_gets_a_report(tmp_path: Path) -> None:
     folder = run_of_lines(tmp_path / "new", {"kind": "start", "epoch": 0, "step": 0})
-    code, output = invoke("report", str(folder))
-    assert (code, "without pictures" in output) == (0, True)
-    assert "no figures yet" in (folder / "report.html").read_text()
+    result = call("report", folder)
+    assert (result.exit_code, "without images" in result.stdout) == (0, True)
+    assert "no numbers yet" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        (BOMB, "anchors"),
+        (b"a: &a [*a]", "anchors"),
+        (b"[" * 5000, "nested too deeply"),
+        (b"data: x\ntrain: {batch_size: x}\n", "train.batch_size"),
+        ("name: Jürgen".encode("latin-1"), "not UTF-8"),
+        (b"train: [1, 2]", "train"),
+        (b"run: {name: \x00}", "control character"),
+        (b"'", "not YAML"),
+        (b"", "config.yaml is empty"),
+    ],
+)
+def test_a_report_is_written_whatever_stands_in_the_configuration(
+    tmp_path: Path, content: bytes, shown: str
+) -> None:
+    folder = run_of_lines(tmp_path / "run", {"kind": "start", "epoch": 0, "step": 0})
+    (folder / "config.yaml").write_bytes(content)
+    result = call("report", folder)
+    assert result.exit_code == 0, result
+    assert shown in (folder / "report.html").read_text()
+
+
+def test_what_differs_is_told_apart_by_the_recipe_of_the_run(finished: Path) -> None:
+    rows = {row.key: row for row in collect.read_run(finished).settings.rows()}
+    recipe, defaults = config.load("aisegment_unet"), config.load()
+    assert rows["train.batch_size"].changed
+    assert rows["train.batch_size"].base == str(recipe.train.batch_size)
+    of_the_recipe = [
+        key
+        for key in rows
+        if config.value_of(recipe, key) != config.value_of(defaults, key) and key != "recipe"
+    ]
+    given = {override.partition("=")[0] for override in KEYS}
+    assert set(of_the_recipe) - given
+    assert not any(rows[key].changed for key in set(of_the_recipe) - given)
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_report_finds_its_shards_wherever_it_is_made(
+    finished: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: bool
+) -> None:
+    """Training ran in ``there`` with relative paths; old runs did not note where that was."""
+    there = tmp_path / "there"
+    shutil.copytree(finished, there / "runs" / "first")
+    shutil.copytree(tiny_shards, there / "shards")
+    config_file, metrics_file = (
+        there / "runs" / "first" / name for name in ("config.yaml", "metrics.jsonl")
+    )
+    text = re.sub(r"shards: .*", "shards: shards", config_file.read_text())
+    config_file.write_text(re.sub(r"root: .*", "root: runs", text))
+    shards = str(there / "shards") if noted else None
+    events = [
+        json.dumps(json.loads(line) | ({"shards": shards} if "shards" in line else {}))
+        for line in metrics_file.read_text().splitlines()
+    ]
+    metrics_file.write_text("\n".join(events) + "\n")
+    monkeypatch.chdir("/")
+    run = collect.read_run(there / "runs" / "first")
+    assert collect.find_shards(run) == collect.ShardsLocation(str(there / "shards"))
+    if not noted:
+        shutil.move(there / "runs" / "first", tmp_path / "first")
+        lost = collect.find_shards(collect.read_run(tmp_path / "first"))
+        assert "relative to the folder where training ran" in lost.problem
 
 
 def test_what_a_run_wrote_cannot_become_markup(tmp_path: Path) -> None:
@@ -259,7 +336,7 @@ def test_what_a_run_wrote_cannot_become_markup(tmp_path: Path) -> None:
         {"kind": "start", "epoch": 0, "step": 0},
         {"kind": "error", "message": "<script>alert(1)</script> & more"},
     )
-    collect.write_report(folder, tmp_path / "r.html")
+    write_report(folder, tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
     assert "<script" not in text
     assert "<b>run" not in text
@@ -301,17 +378,28 @@ def test_what_was_run_twice_after_a_crash_counts_once_and_what_is_not_finite_is_
             "lr": 0.1,
         },
     )
-    events = collect.read_run(folder).events
-    assert page._points(page._epochs(events), "loss") == [(1.0, 0.5), (2.0, 0.3)]
-    assert page._points(page._epochs(events), "val_loss") == [(2.0, 0.3)]
-    collect.write_report(folder, tmp_path / "r.html")
+    progress = page.deduplicated(collect.read_run(folder).events)
+    epochs = [event for event in progress if event.kind == "epoch"]
+    assert page.points(epochs, "loss") == [(1.0, 0.5), (2.0, 0.3)]
+    assert page.points(epochs, "val_loss") == [(2.0, 0.3)]
+    write_report(folder, tmp_path / "r.html")
     assert "0.4321" not in (tmp_path / "r.html").read_text()
-    assert "went on after a stop (1)" in (tmp_path / "r.html").read_text()
+    assert "was resumed after a stop (1)" in (tmp_path / "r.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("low", "high"),
-    [(0.0, 1.0), (0.131, 0.1312), (-3e-5, 8e-5), (0.0, 0.0), (5.0, 5.0), (1.0, 3e7), (0, 99)],
+    [
+        (0.0, 1.0),
+        (0.131, 0.1312),
+        (-3e-5, 8e-5),
+        (0.0, 0.0),
+        (5.0, 5.0),
+        (1.0, 3e7),
+        (0, 99),
+        (0.0, 5e-324),
+        (-1e299, 1e299),
+    ],
 )
 def test_ticks_are_round_and_hold_the_values(low: float, high: float) -> None:
     found = svg.ticks(low, high)
@@ -347,7 +435,7 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         read_commands, self.commands = os.pipe()
         self.answers, write_answers = os.pipe()
-        words = [
+        command = [
             str(CHROMIUM),
             "--headless",
             "--no-sandbox",
@@ -360,7 +448,7 @@ class Browser:
             "-c",
             f'exec "$@" 3<&{read_commands} 4>&{write_answers}',
             "bash",
-            *words,
+            *command,
             "about:blank",
         ]
         quiet = subprocess.DEVNULL
@@ -406,9 +494,12 @@ class Browser:
         )["result"]["value"]
 
     def end(self) -> None:
+        """End the browser and wait for its children, which hold the other end of the pipe."""
         self.process.terminate()
         self.process.wait(20)
         os.close(self.commands)
+        while os.read(self.answers, 1 << 20):
+            pass
         os.close(self.answers)
 
 
@@ -423,7 +514,6 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
         started.call(f"{domain}.enable")
     yield started
     started.end()
-    time.sleep(0.2)  # its children still write into the profile
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page is only checked as text")
@@ -470,13 +560,13 @@ def test_a_real_browser_shows_it_without_errors_requests_or_sideways_scrolling(
         if seen["method"] == "Network.requestWillBeSent"
     ]
     assert {url for url in requested if not url.startswith("data:")} == {html.as_uri()}
-    told = [
+    reported = [
         seen
         for seen in browser.events
         if seen["method"]
         in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
     ]
-    assert told == []
+    assert reported == []
 
 
 def contrast(one: str, other: str) -> float:

@@ -1,1 +1,97 @@
-"""One HTML file about a run."""
+"""``portrait-dist report``: one HTML file about a run, to keep, mail or open without a network.
+
+    portrait-dist report runs/first --out first.html
+
+The curves come from ``metrics.jsonl``, the settings from ``config.yaml``, versions from the
+checkpoint. Every validation sample is scored anew with the best checkpoint, which gives the
+gallery, the worst cases and the spread of IoU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from portrait_dist import files
+from portrait_dist.errors import InputError
+
+if TYPE_CHECKING:
+    from portrait_dist.runs.report.collect import Run, ScoredRun, ShardsLocation
+
+
+@dataclass(frozen=True)
+class Report:
+    """A written report.
+
+    Args:
+        file: the HTML file.
+        samples: how many validation samples were scored.
+        val_iou: their IoU with all pixels pooled; None when nothing was scored.
+        no_pictures: why nothing was scored, or an empty string.
+        no_settings: why the settings are missing, or an empty string.
+    """
+
+    file: str
+    samples: int
+    val_iou: float | None
+    no_pictures: str
+    no_settings: str
+
+
+def write_report(
+    folder: Path,
+    out: Path | None = None,
+    *,
+    shards: str | None = None,
+    samples: int = 8,
+    at_most: int = 0,
+    device: str = "auto",
+) -> Report:
+    """Write the report of a run, whole or not at all.
+
+    Args:
+        folder: the run's folder.
+        out: the HTML file; ``report.html`` in the run's folder by default.
+        shards: folder or address of the shards; those that the run was trained on by default.
+        samples: images in the gallery, and as many worst cases; 0 scores nothing.
+        at_most: validation samples to score, spread evenly over the split; 0 means all.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        InputError: no run there; ``shards`` was given and is none; ``out`` cannot be written.
+        DamagedDataError: a damaged sample or checkpoint.
+        PortraitDistError: the disk is full.
+    """
+    from portrait_dist.runs.report import collect, page
+
+    run = collect.read_run(folder)
+    out = run.folder.report if out is None else out
+    files.check_writable(out)
+    location = collect.find_shards(run, shards)
+    scored: ScoredRun | None = None
+    reason = _why_not(run, location, samples)
+    if not reason:
+        try:
+            scored = collect.score_run(run, location.path, samples, at_most, device)
+        except InputError as error:
+            if shards:
+                raise
+            reason = str(error)
+    files.write_text(out, page.render(run, location, scored, reason))
+    return Report(
+        file=str(out),
+        samples=scored.scores.samples if scored else 0,
+        val_iou=scored.scores.iou if scored else None,
+        no_pictures=reason,
+        no_settings=run.settings.problem,
+    )
+
+
+def _why_not(run: Run, location: ShardsLocation, samples: int) -> str:
+    """Say why no image can be scored; empty where they can."""
+    if samples == 0:
+        return "No images were asked for (--samples 0)."
+    if run.checkpoint is None:
+        return "The run has no checkpoint yet."
+    return location.problem

@@ -1,41 +1,72 @@
-"""``portrait-dist report``: one HTML file about a run, to keep, mail or open without a network.
-
-    portrait-dist report runs/first --out first.html
-
-The curves come from ``metrics.jsonl``, the configuration from ``config.yaml``, versions from the checkpoint; every validation
-sample is scored anew with the best checkpoint, which gives the gallery, the worst cases and the spread of IoU.
-"""
+"""What the report shows: everything that a run's folder says, and the scores of its checkpoint."""
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from portrait_dist.errors import InputError, PortraitDistError
-from portrait_dist.runs.folder import RunFolder
-from portrait_dist.runs.status import run_status
+from portrait_dist.errors import InputError
+from portrait_dist.runs.folder import Events, RunFolder
+from portrait_dist.runs.report.settings import RunSettings, read_settings
+from portrait_dist.runs.status import RunStatus, run_status
+from portrait_dist.system.address import is_address
 
 if TYPE_CHECKING:
     from portrait_dist.data.stream.loader import Batch
     from portrait_dist.evaluation import SampleScores, ScoredSample
     from portrait_dist.models import UNet
 
-CHECKPOINTS = ("ckpt_best.pth", "ckpt_latest.pth")
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a run's folder says.
+
+    Args:
+        folder: the run's folder.
+        status: where the run stands.
+        events: lines of metrics.jsonl.
+        settings: of config.yaml.
+        checkpoint: the best or latest one, None without one.
+        versions: package → version, of the checkpoint.
+        machine: of rank 0; see :func:`portrait_dist.system.info.machine`.
+    """
+
+    folder: RunFolder
+    status: RunStatus
+    events: Events
+    settings: RunSettings
+    checkpoint: Path | None
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
 
 
-@dataclass
+@dataclass(frozen=True)
+class ShardsLocation:
+    """Where the shards of a run are.
+
+    Args:
+        path: folder or address; empty where it is not known.
+        problem: why they cannot be read, as far as that is known without opening them.
+    """
+
+    path: str
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class Scores:
-    """What the checkpoint does on the validation split.
+    """What a checkpoint does on the validation split.
 
-    ``iou`` pools all pixels, as training does; ``means`` are means over the samples; ``ious`` has every sample's own;
-    ``gallery`` is spread evenly over the split, ``worst`` has the lowest IoU first.
+    Args:
+        split_samples: samples in the split.
+        iou: all pixels pooled, as in training.
+        means: means over the scored samples.
+        ious: every scored sample's own.
+        gallery: samples spread evenly over the split.
+        worst: samples with the lowest IoU, the lowest first.
     """
 
     split_samples: int
@@ -47,144 +78,122 @@ class Scores:
 
     @property
     def samples(self) -> int:
+        """How many samples were scored."""
         return len(self.ious)
 
 
-@dataclass
-class Run:
-    """Everything known of a run: ``events`` of metrics.jsonl, ``config`` as nested dict, ``checkpoint`` and its ``versions``."""
+@dataclass(frozen=True)
+class ScoredRun:
+    """Scores of a run's checkpoint, and facts of the shards that they were taken on."""
 
-    folder: Path
-    status: dict[str, Any]
-    events: list[dict[str, Any]]
-    config: dict[str, Any]
-    config_text: str
-    checkpoint: Path | None
-    versions: dict[str, str] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=dict)
-    shards: str = ""
-    shards_about: dict[str, Any] = field(default_factory=dict)
-    scores: Scores | None = None
-    no_scores: str = ""
-
-
-def write_report(
-    folder: Path,
-    out: Path | None = None,
-    *,
-    shards: str | None = None,
-    samples: int = 8,
-    at_most: int = 0,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Write the report of a run, atomically.
-
-    Args:
-        folder: the run's folder.
-        out: the HTML file; ``report.html`` in the run's folder by default.
-        shards: folder or address of the shards; those of the run's configuration by default.
-        samples: pictures in the gallery, and as many worst cases; 0 leaves the scoring out.
-        at_most: validation samples to score, spread evenly over the split; 0 means all.
-        device: ``auto``, ``cpu`` or ``cuda``.
-
-    Returns:
-        ``file``, ``samples`` (scored) and ``val_iou`` (pixels pooled; None when nothing was scored).
-
-    Raises:
-        InputError: no run there; ``shards`` was given and is none; ``out`` cannot be written.
-        DamagedDataError: a damaged sample or checkpoint.
-    """
-    from portrait_dist.runs.report.page import page
-
-    run = read_run(folder)
-    run.shards = shards or str((run.config.get("data") or {}).get("shards") or "")
-    run.no_scores = _why_not(run, samples)
-    if not run.no_scores:
-        try:
-            _score_into(run, samples, at_most, device)
-        except InputError as error:
-            if shards:
-                raise
-            run.no_scores = str(error)
-    out = out or folder / "report.html"
-    _write(out, page(run))
-    return {
-        "file": str(out),
-        "samples": run.scores.samples if run.scores else 0,
-        "val_iou": run.scores.iou if run.scores else None,
-        "no_pictures": run.no_scores,
-    }
-
-
-def _why_not(run: Run, samples: int) -> str:
-    """Why no picture can be scored, or nothing."""
-    if samples == 0:
-        return "No pictures were asked for (--samples 0)."
-    if run.checkpoint is None:
-        return "The run has no checkpoint yet."
-    return "" if run.shards else "The run's configuration names no shards; give them with --data."
+    scores: Scores
+    shards: Mapping[str, str]
 
 
 def read_run(folder: Path) -> Run:
     """Read what a run's folder says.
 
     Raises:
-        InputError: there is no run, or its config.yaml is not YAML.
+        InputError: there is no run.
         DamagedDataError: the checkpoint is damaged.
     """
-    status = dataclasses.asdict(run_status(folder))
-    path = folder / "config.yaml"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    try:
-        config = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise InputError(
-            f"{path}: not YAML; restore it, or move it away to report without it"
-        ) from error
-    events = [
-        {name: value for name, value in dataclasses.asdict(event).items() if value is not None}
-        for event in RunFolder(folder).events()
-    ]
-    checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).exists()), None)
-    run = Run(folder, status, events, config if isinstance(config, dict) else {}, text, checkpoint)
+    status = run_status(folder)
+    run_folder = RunFolder(folder)
+    events, checkpoint = run_folder.events(), run_folder.checkpoint
+    versions: Mapping[str, str] = {}
     if checkpoint:
         from portrait_dist.checkpoints import read_info
 
-        run.versions = dict(read_info(checkpoint).packages)
-    run.machine = next(
-        (event["machine"] for event in reversed(events) if isinstance(event.get("machine"), dict)),
-        {},
+        versions = read_info(checkpoint).packages
+    return Run(
+        folder=run_folder,
+        status=status,
+        events=events,
+        settings=read_settings(run_folder.config),
+        checkpoint=checkpoint,
+        versions=versions,
+        machine=events.latest("machine") or {},
     )
-    return run
 
 
-def _score_into(run: Run, samples: int, at_most: int, device: str) -> None:
-    from portrait_dist.checkpoints import load_model
+def find_shards(run: Run, given: str | None = None) -> ShardsLocation:
+    """Find the shards that a run was trained on, wherever the report is made.
+
+    A relative ``data.shards`` is relative to the folder where training ran. A run notes the
+    absolute path when it starts. For old runs that folder follows from where the run's folder is,
+    if ``run.root`` is relative too.
+
+    Args:
+        run: the run.
+        given: what the user says instead.
+    """
+    if given:
+        return ShardsLocation(given)
+    if noted := run.events.latest("shards"):
+        return ShardsLocation(noted)
+    setting = run.settings.values.get("data.shards") or ""
+    if not setting:
+        return ShardsLocation("", "The run's settings name no shards; give them with --data.")
+    if is_address(setting) or Path(setting).is_absolute():
+        return ShardsLocation(setting)
+    for base in (_folder_of_training(run), Path()):
+        if base is not None and (base / setting).is_dir():
+            return ShardsLocation(str(base / setting))
+    return ShardsLocation(
+        setting,
+        f"data.shards={setting} is relative to the folder where training ran, which this run did "
+        "not note; give the shards with --data.",
+    )
+
+
+def _folder_of_training(run: Run) -> Path | None:
+    """Return the folder that a relative ``run.root`` is relative to; None where it is not known."""
+    root = run.settings.values.get("run.root") or ""
+    folder = run.folder.path.resolve()
+    parts = Path(root).parts
+    if not parts or Path(root).is_absolute() or folder.parent.parts[-len(parts) :] != parts:
+        return None
+    return folder.parents[len(parts)]
+
+
+def score_run(run: Run, shards: str, images: int, at_most: int, device: str) -> ScoredRun:
+    """Score a run's checkpoint on the validation split of its shards.
+
+    Args:
+        run: with a checkpoint.
+        shards: folder or address.
+        images: how many samples to keep for the gallery, and how many of the worst.
+        at_most: samples to score, spread evenly over the split; 0 for all.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        InputError: no shards there, shards of another size, or an empty split.
+        DamagedDataError: a damaged sample or checkpoint.
+    """
     from portrait_dist.data.shards.reader import ShardSet
-    from portrait_dist.preprocessing import DEFAULT_SIZE
+    from portrait_dist.evaluation import load_scored_model, size_of_shards
 
     assert run.checkpoint is not None
-    model, info = load_model(run.checkpoint)
-    size = info.size or DEFAULT_SIZE
-    shards = ShardSet(run.shards, "val")
-    stored = f"{shards.size[0]}x{shards.size[1]}" if shards.size else "their own size"
-    counts = {split: entry.samples for split, entry in shards.manifest.splits.items()}
-    run.shards_about = {
-        "stored": f"{stored}, {shards.codec}",
+    model, size = load_scored_model(run.checkpoint)
+    found = ShardSet(shards, "val")
+    if not found.samples:
+        raise InputError(f"{shards}: the validation split is empty; there is nothing to score")
+    size = size_of_shards(shards, "val", size, run.checkpoint)
+    stored = f"{found.size[0]}x{found.size[1]}" if found.size else "their own size"
+    counts = {name: f"{entry.samples:,}" for name, entry in found.manifest.splits.items()}
+    facts = {
+        "stored": f"{stored}, {found.codec}",
         **counts,
-        "sha256 of the validation split": shards.identity,
+        "sha256 of the validation split": str(found.identity),
     }
-    if shards.samples:
-        run.scores = score(model, run.shards, (size[0], size[1]), samples, at_most, device)
-    else:
-        run.no_scores = "The validation split is empty."
+    return ScoredRun(score(model, shards, size, images, at_most, device), facts)
 
 
 def score(
     model: UNet,
     shards: str,
     size: tuple[int, int],
-    pictures: int,
+    images: int,
     at_most: int = 0,
     device: str = "auto",
 ) -> Scores:
@@ -193,8 +202,8 @@ def score(
     Args:
         model: a U-Net in evaluation mode.
         shards: folder or address.
-        size: (H, W) of the network's input.
-        pictures: how many samples to keep for the gallery, and how many of the worst.
+        size: (H, W) of the network's input, in pixels.
+        images: how many samples to keep for the gallery, and how many of the worst.
         at_most: samples to score, spread evenly over the split; 0 for all.
         device: ``auto``, ``cpu`` or ``cuda``.
     """
@@ -204,7 +213,7 @@ def score(
     scorer = Scorer(model, pick_device(device))
     total, batches = _batches(shards, size, at_most)
     scored = min(total, at_most or total)
-    shown = {number * scored // pictures for number in range(pictures)} if pictures else set()
+    shown = {number * scored // images for number in range(images)} if images else set()
     rows: list[SampleScores] = []
     worst: list[tuple[float, int, ScoredSample]] = []  # a heap: the best of the worst is on top
     gallery: list[ScoredSample] = []
@@ -212,9 +221,9 @@ def score(
         rows.append(sample.scores)
         if number in shown:
             gallery.append(sample.copy())
-        if len(worst) < pictures or (pictures and -sample.scores.iou > worst[0][0]):
+        if len(worst) < images or (images and -sample.scores.iou > worst[0][0]):
             heapq.heappush(worst, (-sample.scores.iou, -number, sample.copy()))
-            if len(worst) > pictures:
+            if len(worst) > images:
                 heapq.heappop(worst)
     ranked = [sample for _, _, sample in sorted(worst, key=lambda item: (-item[0], -item[1]))]
     ious = [row.iou for row in rows]
@@ -222,7 +231,10 @@ def score(
 
 
 def _batches(shards: str, size: tuple[int, int], at_most: int) -> tuple[int, Iterator[Batch]]:
-    """Samples in the validation split, and its batches in order: all, or ``at_most`` samples spread over it."""
+    """Return how many samples the validation split has, and its batches in order.
+
+    These are all, or ``at_most`` samples spread evenly over the split.
+    """
     from portrait_dist.data import build_loader
     from portrait_dist.evaluation import read_positions
     from portrait_dist.system.progress import track
@@ -235,20 +247,3 @@ def _batches(shards: str, size: tuple[int, int], at_most: int) -> tuple[int, Ite
         return total, iter(track(loader, len(loader), "batches"))
     wanted = [number * total // at_most for number in range(at_most)]
     return total, read_positions(loader.dataset, wanted)
-
-
-def _write(out: Path, text: str) -> None:
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        if not out.parent.is_dir():
-            raise InputError(
-                f"{out}: there is no folder {out.parent}; make it, or give another --out"
-            )
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, out)
-    except OSError as error:
-        raise PortraitDistError(
-            f"{out}: cannot be written ({error.strerror}); give another --out"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

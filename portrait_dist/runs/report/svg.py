@@ -1,13 +1,18 @@
-"""Line charts and histograms as inline SVG: no script, no font, no file from elsewhere. Colours come from the page's CSS.
+"""Line charts and histograms as inline SVG. Colours come from the page's style sheet.
 
-Every chart is drawn 440 units wide and scales with its box; hovering a place shows its values as a tooltip.
+By hand, because matplotlib gives no tooltips under the pointer and no dark mode by style sheet,
+makes files ten times as large (a chart here is 10 kB), and would be a dependency of the package for
+this alone.
+
+Every chart is drawn 440 units wide and scales with its box.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -15,16 +20,122 @@ WIDTH, HEIGHT = 440, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 34
 MOST_POINTS = 240
 """Points drawn for each series; more are averaged in groups of neighbours."""
+SMALLEST_RANGE = 1e-300
+"""A smaller range of values counts as none: its ticks would be denormal numbers or zero."""
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """A named line; its place in the list picks the colour."""
+    """A named line; its position in the list picks the colour."""
 
     name: str
     points: Sequence[Point]
+
+
+class Axes:
+    """A drawing area with ticks on both sides; each method draws something into ``body``.
+
+    Args:
+        x_ticks: values with a label on the horizontal axis.
+        y_ticks: values with a label and a line on the vertical axis.
+        x_range: lowest and highest value of the horizontal axis.
+        y_range: likewise of the vertical axis.
+        label: of the horizontal axis.
+    """
+
+    def __init__(
+        self,
+        x_ticks: Sequence[float],
+        y_ticks: Sequence[float],
+        x_range: Point,
+        y_range: Point,
+        label: str,
+    ) -> None:
+        self._x_range, self._y_range = x_range, y_range
+        self.body: list[str] = []
+        self._draw_ticks(x_ticks, y_ticks, label)
+
+    def x(self, value: float) -> float:
+        """Return the horizontal position of a value."""
+        return _scaled(value, self._x_range, LEFT, WIDTH - RIGHT)
+
+    def y(self, value: float) -> float:
+        """Return the vertical position of a value; SVG counts from the top."""
+        return _scaled(value, self._y_range, HEIGHT - BOTTOM, TOP)
+
+    def _draw_ticks(self, x_ticks: Sequence[float], y_ticks: Sequence[float], label: str) -> None:
+        right, base = WIDTH - RIGHT, HEIGHT - BOTTOM
+        for tick in y_ticks:
+            y = self.y(tick)
+            self._line("grid", (LEFT, y), (right, y))
+            self._text((LEFT - 7, y + 4), _number(tick), "end")
+        self._line("axis", (LEFT, base), (right, base))
+        for tick in x_ticks:
+            if LEFT - 1 <= self.x(tick) <= right + 1:
+                self._text((self.x(tick), base + 15), _number(tick), "middle")
+        self._text((right, HEIGHT - 4), label, "end", 'class="label" ')
+
+    def _line(self, kind: str, start: Point, end: Point) -> None:
+        (x1, y1), (x2, y2) = start, end
+        self.body.append(
+            f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
+        )
+
+    def _text(self, at: Point, text: str, anchor: str, attributes: str = "") -> None:
+        self.body.append(
+            f'<text {attributes}x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="{anchor}">'
+            f"{escape(text)}</text>"
+        )
+
+    def _circle(self, kind: str, at: Point, radius: float) -> None:
+        x, y = self.x(at[0]), self.y(at[1])
+        self.body.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>')
+
+    def draw_series(self, number: int, points: Sequence[Point]) -> None:
+        """Draw a line, or a dot where there is one point."""
+        if len(points) == 1:
+            self._circle(f"dot s{number}", points[0], 4)
+            return
+        path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+        self.body.append(f'<polyline class="line s{number}" points="{path}"/>')
+
+    def draw_marks(self, points: Sequence[Point]) -> None:
+        """Draw a ring around each point."""
+        for point in points:
+            self._circle("mark", point, 4.5)
+
+    def draw_restarts(self, xs: Sequence[float]) -> None:
+        """Draw a vertical dashed line at each value."""
+        for x in xs:
+            self._line("restart", (self.x(x), TOP), (self.x(x), HEIGHT - BOTTOM))
+
+    def draw_bar(self, left: float, right: float, height: float, tooltip: str) -> None:
+        """Draw a bar of a histogram between two values, with a gap to its neighbours."""
+        x, y = self.x(left) + 1, self.y(height)
+        width = max(1.0, self.x(right) - 1 - x)
+        self.body.append(
+            f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
+            f'height="{max(0.0, HEIGHT - BOTTOM - y):.1f}"><title>{escape(tooltip)}</title></rect>'
+        )
+
+    def draw_tooltips(self, series: Sequence[Series], x_label: str) -> None:
+        """Draw for each x a strip that shows a line and the values while the pointer is on it."""
+        xs = sorted({x for each in series for x, _ in each.points})
+        at = [self.x(x) for x in xs]
+        # A strip reaches half-way to its neighbours, so that the pointer always meets one.
+        middles = [(before + after) / 2 for before, after in itertools.pairwise(at)]
+        edges = [float(LEFT), *middles, float(WIDTH - RIGHT)]
+        for number, x in enumerate(xs):
+            left, right = edges[number], edges[number + 1]
+            text = "\n".join([f"{x_label} {_number(round(x, 3))}", *_values_at(series, x)])
+            self.body.append(
+                f'<g class="at"><rect x="{left:.1f}" y="{TOP}" width="{max(0.5, right - left):.1f}"'
+                f' height="{HEIGHT - TOP - BOTTOM}"/>'
+                f'<line x1="{at[number]:.1f}" x2="{at[number]:.1f}" y1="{TOP}" '
+                f'y2="{HEIGHT - BOTTOM}"/><title>{escape(text)}</title></g>'
+            )
 
 
 def line_chart(
@@ -34,11 +145,11 @@ def line_chart(
     unit: str = "",
     x_label: str = "epoch",
     marks: Sequence[Point] = (),
-    lines: Sequence[float] = (),
+    restarts: Sequence[float] = (),
     floor: float | None = None,
     ceiling: float | None = None,
 ) -> str:
-    """A ``<figure>`` with one vertical axis.
+    """Draw a ``<figure>`` with one vertical axis; empty where there is no point.
 
     Args:
         title: what is shown.
@@ -46,84 +157,61 @@ def line_chart(
         unit: of the values, for the heading.
         x_label: of the horizontal axis.
         marks: points to ring.
-        lines: x values of vertical dashed lines.
-        floor, ceiling: the axis reaches at least so far; the values' own range where None.
+        restarts: x values of vertical dashed lines.
+        floor: the axis reaches at least so low; the values' own range when None.
+        ceiling: likewise upwards.
     """
-    drawn = [
-        Series(each.name, thin([p for p in each.points if math.isfinite(p[1])])) for each in series
-    ]
+    drawn = [Series(each.name, thin(_finite(each.points))) for each in series]
     drawn = [each for each in drawn if each.points]
     if not drawn:
         return ""
     xs = [x for each in drawn for x, _ in each.points]
-    ys = [y for each in drawn for _, y in each.points] + [
-        bound for bound in (floor, ceiling) if bound is not None
-    ]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    x_at = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
-    y_at = _scale(min(y_ticks[0], *ys), max(y_ticks[-1], *ys), HEIGHT - BOTTOM, TOP)
-    body = _axes(x_ticks, y_ticks, x_at, y_at, x_label)
-    body += [
-        f'<line class="restart" x1="{x_at(x):.1f}" x2="{x_at(x):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-        for x in lines
-    ]
+    ys = [y for each in drawn for _, y in each.points]
+    ys += [bound for bound in (floor, ceiling) if bound is not None]
+    y_ticks = ticks(min(ys), max(ys))
+    y_range = (min(y_ticks[0], *ys), max(y_ticks[-1], *ys))
+    axes = Axes(ticks(min(xs), max(xs)), y_ticks, (min(xs), max(xs)), y_range, x_label)
+    axes.draw_restarts(restarts)
     for number, each in enumerate(drawn, start=1):
-        path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in each.points)
-        if len(each.points) == 1:
-            body.append(
-                f'<circle class="dot s{number}" cx="{x_at(each.points[0][0]):.1f}" cy="{y_at(each.points[0][1]):.1f}" r="4"/>'
-            )
-        else:
-            body.append(f'<polyline class="line s{number}" points="{path}"/>')
-    body += [
-        f'<circle class="mark" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="4.5"/>' for x, y in marks
-    ]
-    body += _tooltips(drawn, x_at, x_label)
-    return _figure(title, unit, [each.name for each in drawn], body, _summary(title, drawn))
+        axes.draw_series(number, each.points)
+    axes.draw_marks(marks)
+    axes.draw_tooltips(drawn, x_label)
+    ends = ", ".join(
+        f"{each.name} from {each.points[0][1]:.4g} to {each.points[-1][1]:.4g}" for each in drawn
+    )
+    return _figure(title, unit, [each.name for each in drawn], axes.body, f"{title}: {ends}")
 
 
 def histogram(
     title: str, values: Sequence[float], bins: int = 20, x_label: str = "", y_label: str = "samples"
 ) -> str:
-    """A ``<figure>`` with the number of values in each bin between the lowest and the highest."""
+    """Draw a ``<figure>`` with the number of values in each bin; empty without values."""
+    values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""
     edges = ticks(min(values), max(values), wanted=bins)
-    step = edges[1] - edges[0] if len(edges) > 1 else 1.0
-    low, high = min(edges[0], min(values)), max(edges[-1], max(values))
-    start = edges[0] - step if low < edges[0] else edges[0]
-    count = max(1, math.ceil((high - start) / step - 1e-9))
-    held = [0] * count
+    start, step = edges[0], edges[1] - edges[0]
+    counts = [0] * max(1, len(edges) - 1)
     for value in values:
-        held[min(count - 1, int((value - start) / step + 1e-9))] += 1
-    y_ticks = [tick for tick in ticks(0, max(held)) if tick == int(tick)]
-    end = start + count * step
-    x_at, y_at = (
-        _scale(start, end, LEFT, WIDTH - RIGHT),
-        _scale(0, max(y_ticks[-1], *held), HEIGHT - BOTTOM, TOP),
-    )
-    body = _axes(ticks(start, end), y_ticks, x_at, y_at, x_label)
-    for number, samples in enumerate(held):
-        left, right = x_at(start + number * step) + 1, x_at(start + (number + 1) * step) - 1
-        says = (
-            f"{start + number * step:.4g} to {start + (number + 1) * step:.4g}: {samples} {y_label}"
-        )
-        body.append(
-            f'<rect class="bar" x="{left:.1f}" y="{y_at(samples):.1f}" width="{max(1.0, right - left):.1f}" '
-            f'height="{max(0.0, HEIGHT - BOTTOM - y_at(samples)):.1f}"><title>{escape(says)}</title></rect>'
-        )
+        # 1e-9: a value on an edge belongs to the bin above it, whatever the rounding did
+        counts[min(len(counts) - 1, int((value - start) / step + 1e-9))] += 1
+    end = start + len(counts) * step
+    y_ticks = [tick for tick in ticks(0, max(counts)) if tick == int(tick)]
+    y_range = (0, max(y_ticks[-1], *counts))
+    axes = Axes(ticks(start, end), y_ticks, (start, end), y_range, x_label)
+    for number, count in enumerate(counts):
+        left, right = start + number * step, start + (number + 1) * step
+        axes.draw_bar(left, right, count, f"{left:.4g} to {right:.4g}: {count} {y_label}")
     summary = f"{title}: {len(values)} {y_label} from {min(values):.4g} to {max(values):.4g}"
-    return _figure(title, y_label, [], body, summary)
+    return _figure(title, y_label, [], axes.body, summary)
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most ``most`` points: where there are more, the mean of each group of neighbours."""
+    """Return at most ``most`` points: where there are more, the means of groups of neighbours."""
     if len(points) <= most:
         return list(points)
-    groups = [
-        points[number * len(points) // most : (number + 1) * len(points) // most]
-        for number in range(most)
-    ]
+    bounds = [number * len(points) // most for number in range(most + 1)]
+    groups = [points[begin:end] for begin, end in itertools.pairwise(bounds)]
     return [
         (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
         for group in groups
@@ -131,82 +219,42 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers, 1, 2 or 5 times a power of ten apart, from about ``low`` to about ``high``; about ``wanted`` of them."""
-    if not high > low:
-        spread = abs(low) * 0.1 or 1.0
-        return ticks(low - spread, low + spread, wanted)
+    """Return about ``wanted`` round numbers from at most ``low`` to at least ``high``.
+
+    They are 1, 2 or 5 times a power of ten apart.
+    """
+    if not high - low > SMALLEST_RANGE:
+        spread = max(abs(low), abs(high)) * 0.1
+        spread = spread if spread > SMALLEST_RANGE else 1.0
+        return ticks(low - spread, high + spread, wanted)
     raw = (high - low) / wanted
-    power = 10 ** math.floor(math.log10(raw))
+    power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     digits = max(0, 1 - math.floor(math.log10(step)))
     return [round(number * step, digits) for number in range(first, last + 1)]
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """Linear map of [low, high] to [start, end]; everything to the middle where low and high are one."""
+def _finite(points: Sequence[Point]) -> list[Point]:
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+
+
+def _scaled(value: float, values: Point, start: float, end: float) -> float:
+    """Map a range of values linearly to [start, end]; to the middle where the range is empty."""
+    low, high = values
     if high <= low:
-        return lambda _: (start + end) / 2
-    return lambda value: start + (value - low) / (high - low) * (end - start)
+        return (start + end) / 2
+    return start + (value - low) / (high - low) * (end - start)
 
 
-def _axes(
-    x_ticks: Sequence[float],
-    y_ticks: Sequence[float],
-    x_at: Callable[[float], float],
-    y_at: Callable[[float], float],
-    label: str,
-) -> list[str]:
-    body = []
-    for tick in y_ticks:
-        body.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_at(tick):.1f}" y2="{y_at(tick):.1f}"/>'
-        )
-        body.append(
-            f'<text x="{LEFT - 7}" y="{y_at(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>'
-        )
-    base = HEIGHT - BOTTOM
-    body.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    for tick in x_ticks:
-        if LEFT - 1 <= x_at(tick) <= WIDTH - RIGHT + 1:
-            body.append(
-                f'<text x="{x_at(tick):.1f}" y="{base + 15}" text-anchor="middle">{_number(tick)}</text>'
-            )
-    body.append(
-        f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(label)}</text>'
-    )
-    return body
-
-
-def _tooltips(series: Sequence[Series], x_at: Callable[[float], float], x_label: str) -> list[str]:
-    """For each x a strip that shows a line and the values while the pointer is over it."""
-    places = sorted({x for each in series for x, _ in each.points})
-    values = [([x for x, _ in each.points], [y for _, y in each.points]) for each in series]
-    strips = []
-    for number, x in enumerate(places):
-        left = LEFT if number == 0 else (x_at(places[number - 1]) + x_at(x)) / 2
-        right = (
-            WIDTH - RIGHT if number == len(places) - 1 else (x_at(x) + x_at(places[number + 1])) / 2
-        )
-        says = [f"{x_label} {_number(round(x, 3))}"]
-        for each, (xs, ys) in zip(series, values, strict=True):
-            found = bisect.bisect_left(xs, x)
-            if found < len(xs) and xs[found] == x:
-                says.append(f"{each.name} {ys[found]:.5g}")
-        width, height = max(0.5, right - left), HEIGHT - TOP - BOTTOM
-        strips.append(
-            f'<g class="at"><rect x="{left:.1f}" y="{TOP}" width="{width:.1f}" height="{height}"/>'
-            f'<line x1="{x_at(x):.1f}" x2="{x_at(x):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-            f"<title>{escape(chr(10).join(says))}</title></g>"
-        )
-    return strips
-
-
-def _summary(title: str, series: Sequence[Series]) -> str:
-    parts = [
-        f"{each.name} from {each.points[0][1]:.4g} to {each.points[-1][1]:.4g}" for each in series
-    ]
-    return f"{title}: {', '.join(parts)}"
+def _values_at(series: Sequence[Series], x: float) -> list[str]:
+    """Return ``name value`` of each series that has a point at x."""
+    found = []
+    for each in series:
+        number = bisect.bisect_left(each.points, x, key=lambda point: point[0])
+        if number < len(each.points) and each.points[number][0] == x:
+            found.append(f"{each.name} {each.points[number][1]:.5g}")
+    return found
 
 
 def _figure(title: str, unit: str, names: Sequence[str], body: Sequence[str], summary: str) -> str:
@@ -218,7 +266,8 @@ def _figure(title: str, unit: str, names: Sequence[str], body: Sequence[str], su
     heading = f"<strong>{escape(title)}</strong>{f' <small>{escape(unit)}</small>' if unit else ''}"
     return (
         f'<figure class="chart"><figcaption><span>{heading}</span>{legend}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}">{"".join(body)}</svg></figure>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}">'
+        f"{''.join(body)}</svg></figure>"
     )
 
 

@@ -1,4 +1,4 @@
-"""Freed memory is there for the next arrays, without a page fault for each of their pages."""
+"""Freed memory is kept for the next arrays, without a page fault for each of their pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 from portrait_dist.inference import PortraitSegmenter
 from portrait_dist.models import UNet
 
-segmenter = PortraitSegmenter(UNet(init_features=16), (256, 256), device="cpu", precision="fp32", refine=False)
+model = UNet(init_features=16)
+segmenter = PortraitSegmenter(model, (256, 256), device="cpu", precision="fp32", refine=False)
 photos = [np.zeros((300, 250, 3), np.uint8)] * 8
 for _ in range(3):
     segmenter.predict(photos)
@@ -22,7 +23,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def test_predicting_again_takes_no_new_memory_from_the_system() -> None:
-    """The feature maps of a batch are 30,000 pages and more; given back and taken anew each of them would fault."""
+    """The feature maps of a batch are 30,000 pages and more; taken anew, each of them faults."""
     found = subprocess.run(
         [sys.executable, "-c", PREDICTIONS], check=True, capture_output=True, text=True
     )
