@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from portrait_dist import config
+from portrait_dist import config, recipes
 from portrait_dist.errors import InputError
-
-DEFAULT_RECIPE = "aisegment_unet"
 
 
 def combinations(choices: Sequence[str]) -> list[list[str]]:
@@ -71,7 +69,7 @@ def run_name(settings: config.Config, overrides: Sequence[str]) -> str:
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """Split the arguments of ``portrait-dist train`` into recipe and ``key=value`` overrides."""
-    recipe, overrides, remaining = DEFAULT_RECIPE, [], iter(arguments)
+    recipe, overrides, remaining = recipes.DEFAULT, [], iter(arguments)
     for argument in remaining:
         if argument == "--recipe":
             recipe = next(remaining, "")

@@ -170,15 +170,16 @@ def score_run(run: Run, shards: str, images: int, at_most: int, device: str) -> 
         InputError: no shards there, shards of another size, or an empty split.
         DamagedDataError: a damaged sample or checkpoint.
     """
+    from portrait_dist.checkpoints import input_geometry, load_model
     from portrait_dist.data.shards.reader import ShardSet
-    from portrait_dist.evaluation import load_scored_model, size_of_shards
+    from portrait_dist.evaluation import size_of_shards
 
     assert run.checkpoint is not None
-    model, size = load_scored_model(run.checkpoint)
+    model, info = load_model(run.checkpoint)
     found = ShardSet(shards, "val")
     if not found.samples:
         raise InputError(f"{shards}: the validation split is empty; there is nothing to score")
-    size = size_of_shards(shards, "val", size, run.checkpoint)
+    size = size_of_shards(shards, "val", input_geometry(info).size, run.checkpoint)
     stored = f"{found.size[0]}x{found.size[1]}" if found.size else "their own size"
     counts = {name: f"{entry.samples:,}" for name, entry in found.manifest.splits.items()}
     facts = {
