@@ -20,9 +20,14 @@ Examples:
 def _train_summary(result: dict[str, Any]) -> str:
     if "keys" in result:
         return _table(result["recipe"], result["keys"])
+    trained = f"{result['epochs']} epochs ({result['samples_seen']} samples"
+    first = (
+        f"trained {trained}, {result['images_per_second']} images/s)"
+        if result["images_per_second"]
+        else f"trained before, nothing to do now: {trained})"
+    )
     return (
-        f"trained {result['epochs']} epochs "
-        f"({result['samples_seen']} samples, {result['images_per_second']} images/s)\n"
+        f"{first}\n"
         f"best validation IoU {result['best_iou']:.4f}\n"
         f"checkpoint {result['checkpoint']}\n"
         f"look: tensorboard --logdir {result['run_dir']}, "

@@ -270,7 +270,7 @@ def _resume(config: Config, plan: Plan) -> str:
             f"set train.batch_size so that ranks × batch_size × accumulate is {before}"
         )
     where = "in the middle of" if info.batches is not None else "at the start of"
-    distributed.print0(f"{config.run_dir}: going on {where} epoch {info.epoch}")
+    distributed.print0(f"{config.run_dir}: resuming {where} epoch {(info.epoch or 0) + 1}")
     return "go on"
 
 
@@ -315,7 +315,7 @@ def _make_trainer(config: Config, loader: Any, device: torch.device, signals: St
         "config": dataclasses.asdict(config),
         "global_batch": train.batch_size * distributed.world_size() * train.accumulate,
     }
-    return PortraitTrainer(
+    trainer = PortraitTrainer(
         config.run_dir.name,
         str(config.run_dir.parent),
         options=options,
@@ -323,6 +323,8 @@ def _make_trainer(config: Config, loader: Any, device: torch.device, signals: St
         prepare=Prepare(config, train.seed),
         about=about,
     )
+    trainer.fixed_folder = True  # locked here, and resumed by the rules here
+    return trainer
 
 
 def _training_params(config: Config, plan: Plan, trainer: Any, resume: bool) -> dict[str, Any]:
@@ -352,6 +354,8 @@ def _training_params(config: Config, plan: Plan, trainer: Any, resume: bool) -> 
         "clip_grad_norm": train.clip_grad_norm or None,
         "mixed_precision": train.precision == "bf16",
         "torch_compile": train.compile,
+        # torch's own defaults in place of SuperGradients' reduce-overhead.
+        "torch_compile_options": {"mode": None, "dynamic": None},
         "sync_bn": train.sync_bn,
         "ema": train.ema,
         "ema_params": {"decay": train.ema_decay, "decay_type": "threshold"} if train.ema else {},

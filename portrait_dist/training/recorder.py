@@ -1,4 +1,4 @@
-"""What a run leaves to look at: ``metrics.jsonl``, TensorBoard scalars and a picture grid of validation samples."""
+"""Record a run: lines in ``metrics.jsonl``, speed and a grid of validation samples in TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from portrait_dist.training.sg_adapter import Callback, PhaseContext
 
 
 class RunRecorder(Callback):
-    """Writes the figures of each interval and epoch, on rank 0.
+    """Records each interval and epoch, on rank 0.
+
+    TensorBoard counts epochs from 1, ``metrics.jsonl`` from 0. The grid's tag ``examples/…`` sorts before the curves, the
+    speed's ``speed/…`` behind them.
 
     Args:
         trainer: the PortraitTrainer it belongs to.
-        pictures: validation samples in the picture grid of each epoch.
+        pictures: validation samples in the grid of each epoch; 0 for no grid.
     """
 
     def __init__(self, trainer: Any, pictures: int) -> None:
@@ -33,97 +36,101 @@ class RunRecorder(Callback):
         """Write the line of this start."""
         if distributed.rank() == 0:
             self.folder = RunFolder(self.trainer.checkpoints_dir_path)
-            self.folder.append(
-                "start", machine=machine(), **self._place(self.trainer.start_epoch, 0)
-            )
+            progress = self._progress(self.trainer.start_epoch, 0)
+            self.folder.append("start", machine=machine(), **progress)
 
     def on_interval(
         self, trainer: Any, context: PhaseContext, batch_idx: int, losses: dict[str, float]
     ) -> None:
-        """A line within the epoch: this rank's mean loss so far and the speed."""
+        """Write a line within the epoch: this rank's mean loss so far and the speed."""
         if self.folder:
-            loss = next(iter(losses.values()), None)
             self.folder.append(
                 "interval",
-                **self._place(context.epoch, batch_idx + 1),
-                loss=loss,
+                **self._progress(context.epoch, batch_idx + 1),
+                loss=next(iter(losses.values()), None),
                 lr=self._lr(),
                 **self._speed(),
             )
 
     def on_train_loader_end(self, context: PhaseContext) -> None:
-        """Keep the training figures for the epoch's line."""
+        """Keep the values of the training part; an epoch without validation has its line now."""
         self.train_values = dict(context.metrics_dict)
         self.speed = self._speed()
+        if self.folder and not self.trainer._should_run_validation_for_epoch(context.epoch):
+            self._record_epoch(context.epoch, {})
 
     def on_validation_loader_start(self, context: PhaseContext) -> None:
-        """Forget the pictures of the epoch before."""
+        """Forget the grid of the epoch before."""
         self.grid = None
 
     def on_validation_batch_end(self, context: PhaseContext) -> None:
-        """Keep pictures of the first validation batch of rank 0."""
-        if (
-            self.pictures
-            and self.grid is None
-            and distributed.rank() == 0
-            and hasattr(context, "batch")
-        ):
-            batch = context.batch
-            if hasattr(batch, "image"):
-                count = min(self.pictures, len(batch.image))
-                self.grid = (
-                    batch.image[:count].cpu().numpy(),
-                    batch.alpha[:count].cpu().numpy(),
-                    context.preds[:count, 0].float().cpu().numpy(),
-                    sample_iou(
-                        context.preds[:count, 0], batch.alpha[:count].float() / 255
-                    ).tolist(),
-                )
+        """Keep samples of rank 0's first validation batch."""
+        batch: Any = getattr(context, "batch", None)
+        if not self.folder or not self.pictures or self.grid is not None:
+            return
+        if hasattr(batch, "image") and hasattr(batch, "alpha"):
+            count = min(self.pictures, len(batch.image))
+            preds, alpha = context.preds[:count, 0], batch.alpha[:count]
+            self.grid = (
+                batch.image[:count].cpu().numpy(),
+                alpha.cpu().numpy(),
+                preds.float().cpu().numpy(),
+                sample_iou(preds, alpha.float() / 255).tolist(),
+            )
 
     def on_validation_loader_end(self, context: PhaseContext) -> None:
-        """Write the epoch's line, TensorBoard scalars and picture grid."""
-        if not self.folder:
-            return
-        trainer, epoch = self.trainer, context.epoch
-        values = dict(context.metrics_dict)
+        """Record the epoch with its validation."""
+        if self.folder:
+            self._record_epoch(context.epoch, dict(context.metrics_dict))
+            self._add_grid(context.epoch)
+
+    def _record_epoch(self, epoch: int, valid_values: dict[str, float]) -> None:
+        """Write the epoch's line and its speed in TensorBoard."""
+        assert self.folder is not None
+        trainer = self.trainer
         loss = trainer.loss_logging_items_names[0]
         self.folder.append(
             "epoch",
-            **self._place(epoch, trainer.steps_per_epoch),
+            **self._progress(epoch, trainer.steps_per_epoch),
             loss=self.train_values.get(loss),
             iou=self.train_values.get("SoftIoU"),
-            val_loss=values.get(loss),
-            val_iou=values.get("SoftIoU"),
+            val_loss=valid_values.get(loss),
+            val_iou=valid_values.get("SoftIoU"),
             lr=self._lr(),
             **self.speed,
         )
         scalars = {
-            "Images per second": self.speed["images_per_second"],
-            "Data wait share": self.speed["data_wait_share"],
+            "speed/images_per_second": self.speed["images_per_second"],
+            "speed/data_wait_fraction": self.speed["data_wait_share"],
         }
         if self.speed["gpu_memory_bytes"]:
-            scalars["GPU memory GB"] = self.speed["gpu_memory_bytes"] / 1e9
+            scalars["speed/gpu_memory_gb"] = self.speed["gpu_memory_bytes"] / 1e9
         for tag, value in scalars.items():
-            trainer.sg_logger.add_scalar(tag=tag, scalar_value=value, global_step=epoch)
-        if self.grid is not None:
-            import numpy as np
+            trainer.sg_logger.add_scalar(tag=tag, scalar_value=value, global_step=epoch + 1)
 
-            from portrait_dist.visualize import picture_grid
+    def _add_grid(self, epoch: int) -> None:
+        if self.grid is None:
+            return
+        import numpy as np
 
-            grid = np.asarray(picture_grid(*self.grid))
-            trainer.sg_logger.add_image(
-                tag="validation", image=grid, data_format="HWC", global_step=epoch
-            )
+        from portrait_dist.visualize import picture_grid
 
-    def _place(self, epoch: int, step: int) -> dict[str, Any]:
+        grid = np.asarray(picture_grid(*self.grid))
+        self.trainer.sg_logger.add_image(
+            tag="examples/validation", image=grid, data_format="HWC", global_step=epoch + 1
+        )
+
+    def _progress(self, epoch: int, batches: int) -> dict[str, Any]:
+        """How far the run is, ``batches`` of each rank into an epoch; batches and optimiser steps apart."""
         trainer = self.trainer
-        batches, accumulate = trainer.steps_per_epoch, trainer.batch_accumulate
+        per_epoch, accumulate = trainer.steps_per_epoch, trainer.batch_accumulate
+        steps_per_epoch = -(-per_epoch // accumulate)
         return {
             "epoch": epoch,
-            "batch": epoch * batches + step,
-            "batches_per_epoch": batches,
-            "step": epoch * -(-batches // accumulate) + -(-step // accumulate),
-            "steps_per_epoch": -(-batches // accumulate),
+            "batch": epoch * per_epoch + batches,
+            "batches_per_epoch": per_epoch,
+            "step": epoch * steps_per_epoch + -(-batches // accumulate),
+            "steps_per_epoch": steps_per_epoch,
             "max_epochs": trainer.max_epochs,
             "samples_seen": trainer.samples_seen,
             "world_size": distributed.world_size(),

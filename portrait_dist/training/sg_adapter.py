@@ -2,39 +2,48 @@
 
 It does three things:
 
-1. imports SuperGradients without the packages its training never runs and without its side effects (a log in the home
-   folder, an exception hook, muted ranks, words taken from the command line, false warnings about packages);
-2. replaces what does not run on today's torchmetrics and torch, or is wrong under torchrun;
+1. imports SuperGradients without the packages that its training never runs
+   (:mod:`portrait_dist.training.lean_import`) and without its side effects (a log in the home folder, an exception hook, muted
+   ranks, arguments taken from the command line, false warnings about packages);
+2. repairs what does not run on today's torchmetrics and torch, or is wrong under torchrun;
 3. gives :class:`AdaptedTrainer`, SuperGradients' ``Trainer`` whose private steps call public methods that a subclass fills:
    ``wrap_model``, ``restore``, ``run_training_epoch``, ``run_evaluation``, ``save_epoch``, ``make_average``.
+
+Import it, or anything of :mod:`portrait_dist.training`, before ``super_gradients``: alone, SuperGradients fails where packages
+that it does not need for training are missing. Imported afterwards it adapts a SuperGradients that is loaded already.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
-import importlib.abc
-import importlib.machinery
 import logging
-import sys
+import os
+import threading
+import time
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from portrait_dist import distributed
+from portrait_dist import checkpoints, distributed
+from portrait_dist.errors import InputError
+from portrait_dist.runs.folder import RunFolder
+from portrait_dist.training import console
+from portrait_dist.training.lean_import import lean_import
+from portrait_dist.training.sg_metrics import AccuracyMetric, ConfusionMatrixMetric
 
-# Imported by SuperGradients at module level, used only by export, plotting, S3 upload and other tasks' datasets.
-# torchmetrics, imported here too, takes matplotlib and scipy where it finds them, for plots.
+# Imported by SuperGradients at module level; used only by export, plotting, S3 upload and other tasks' datasets. Without them
+# importing it takes 12 s of CPU, with them 22 s. (It looks itself whether albumentations and deci_platform_client are there.)
 UNUSED_PACKAGES = (
-    "albumentations",
     "boto3",
     "botocore",
     "data_gradients",
-    "deci_platform_client",
     "imagesize",
     "matplotlib",
     "onnx",
@@ -45,40 +54,10 @@ UNUSED_PACKAGES = (
     "requests",
     "scipy",
 )
-_STAND_IN = "portrait_dist.not_imported"
-
-
-class _StandInType(type):
-    """Metaclass: every attribute of a stand-in class is a stand-in class, so class bodies and annotations evaluate."""
-
-    def __getattr__(cls, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _stand_in_class(name)
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__ != _STAND_IN:
-            return super().__call__(*args, **kwargs)
-        return (
-            args[0] if len(args) == 1 and callable(args[0]) else cls
-        )  # as a decorator, or a call that makes one
-
-
-def _stand_in_class(name: str) -> type:
-    return _StandInType(name, (), {"__module__": _STAND_IN})
-
-
-class _StandInModule(types.ModuleType):
-    __version__ = "0"
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _stand_in_class(name)
 
 
 class _RunFolderLog:
-    """In place of SuperGradients' ``AutoLoggerConfig``: its messages go to stderr on rank 0 and into the run folder."""
+    """In place of SuperGradients' ``AutoLoggerConfig``: messages go to stderr on rank 0 and into the run folder."""
 
     filename: str | None = None
 
@@ -122,9 +101,24 @@ def _with_format(handler: logging.Handler) -> logging.Handler:
     return handler
 
 
+_FALSE_MESSAGES = (
+    # It knows samplers only, and warns of a loader that splits the samples itself.
+    "sampler you are using might not support DDP",
+    "[CLEANUP] - Successfully",
+)
+_MESSAGES_SAID_BETTER = (
+    "Started training for",  # counts epochs from 0
+    "Using EMA with params",
+)
+_own_console = False
+"""Whether a trainer of ours trains, and its lines stand for SuperGradients'."""
+
+
 def _is_true_here(record: logging.LogRecord) -> bool:
-    """SuperGradients knows samplers only, and warns of a loader that splits the samples itself."""
-    return "sampler you are using might not support DDP" not in record.getMessage()
+    """Drop messages that are false, and those that the trainer's own lines replace."""
+    text = record.getMessage()
+    dropped = _FALSE_MESSAGES + (_MESSAGES_SAID_BETTER if _own_console else ())
+    return not any(part in text for part in dropped)
 
 
 class _NoConsoleSink:
@@ -157,58 +151,30 @@ _REPLACED: dict[str, dict[str, Any]] = {
 }
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(
-        self, fullname: str, path: Any = None, target: Any = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname in _REPLACED or fullname.partition(".")[0] in UNUSED_PACKAGES:
-            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
-        return None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return types.ModuleType(spec.name) if spec.name in _REPLACED else _StandInModule(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        vars(module).update(_REPLACED.get(module.__name__, {}))
-
-
-@contextmanager
-def _lean_import() -> Iterator[None]:
-    finder = _Finder()
-    kept = {
-        name: sys.modules.pop(name)
-        for name in list(sys.modules)
-        if name.partition(".")[0] in UNUSED_PACKAGES
-    }
-    hook, words = sys.excepthook, sys.argv
-    sys.argv = words[:1]  # it would answer the program's --help and take its --local_rank away
-    sys.meta_path.insert(0, finder)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.meta_path.remove(finder)
-        sys.excepthook, sys.argv = hook, words
-        for name in [
-            name for name, module in sys.modules.items() if isinstance(module, _StandInModule)
-        ]:
-            del sys.modules[name]
-        sys.modules.update(kept)
-
-
 def import_super_gradients() -> types.ModuleType:
-    """Import SuperGradients (and torchmetrics) as described above; later calls return the same module."""
-    with _lean_import():
-        importlib.import_module("torchmetrics")
-        return importlib.import_module("super_gradients")
+    """Import SuperGradients as described above; later calls return the same module."""
+    importlib.import_module("torchmetrics")  # with the real scipy, transformers … where they are
+    return lean_import("super_gradients", UNUSED_PACKAGES, _REPLACED)
 
 
 import_super_gradients()
 
+from super_gradients.common.environment import monitoring as _monitoring  # noqa: E402
+from super_gradients.common.environment.checkpoints_dir_utils import (  # noqa: E402
+    generate_run_id,
+    get_latest_run_id,
+    is_run_dir,
+)
 from super_gradients.common.environment.device_utils import device_config  # noqa: E402
+from super_gradients.common.sg_loggers import base_sg_logger as _base_sg_logger  # noqa: E402
 from super_gradients.common.sg_loggers.base_sg_logger import BaseSGLogger  # noqa: E402
 from super_gradients.training import Trainer  # noqa: E402
+from super_gradients.training.metrics import (  # noqa: E402
+    classification_metrics as _classification_metrics,
+)
+from super_gradients.training.metrics import (  # noqa: E402
+    segmentation_metrics as _segmentation_metrics,
+)
 from super_gradients.training.metrics.metric_utils import (  # noqa: E402
     get_metrics_results_tuple,
     get_train_loop_description_dict,
@@ -216,6 +182,10 @@ from super_gradients.training.metrics.metric_utils import (  # noqa: E402
 from super_gradients.training.sg_trainer import sg_trainer as _sg_trainer  # noqa: E402
 from super_gradients.training.utils import sg_trainer_utils  # noqa: E402
 from super_gradients.training.utils.callbacks import Callback, PhaseContext  # noqa: E402
+from super_gradients.training.utils.checkpoint_utils import (  # noqa: E402
+    StrictLoad,
+    adaptive_load_state_dict,
+)
 from super_gradients.training.utils.ema import ModelEMA  # noqa: E402
 from super_gradients.training.utils.utils import AverageMeter, unwrap_model  # noqa: E402
 from torchmetrics import MetricCollection  # noqa: E402
@@ -237,21 +207,62 @@ __all__ = [
 ]
 
 
-# ``Trainer.__init__`` builds Accuracy() and Top5(), which torchmetrics >= 0.11 refuses without a task; train() replaces them.
-_sg_trainer.Accuracy = lambda: None
-_sg_trainer.Top5 = lambda: None
-_MetricCollection = _sg_trainer.MetricCollection
-_sg_trainer.MetricCollection = lambda metrics, *args, **kwargs: _MetricCollection(
-    [metric for metric in metrics if metric is not None]
-    if isinstance(metrics, (list, tuple))
-    else metrics,
-    *args,
-    **kwargs,
-)
+# Repairs --------------------------------------------------------------------------------------------
+
+# torchmetrics >= 0.11 wants a task for these, also in the two that ``Trainer.__init__`` makes.
+for _metric in (_segmentation_metrics.IoU, _segmentation_metrics.Dice):
+    _metric.__bases__ = (ConfusionMatrixMetric,)
+_classification_metrics.Accuracy.__bases__ = (AccuracyMetric,)
+_compute_dice = _segmentation_metrics.Dice.compute
+
+
+def _compute_dice_from_a_copy(self: Any) -> torch.Tensor:
+    """Compute Dice; SuperGradients' function clears the ignored class in the counts that it is given."""
+    self.check_classes()
+    counts, self.confmat = self.confmat, self.confmat.clone()
+    try:
+        return _compute_dice(self)
+    finally:
+        self.confmat = counts
+
+
+_segmentation_metrics.Dice.compute = _compute_dice_from_a_copy
 # SuperGradients seeds with the local rank: two nodes would draw the same numbers.
 _sg_trainer.random_seed = lambda is_ddp, device, seed: distributed.seed_everything(seed)
 # It wraps sys.excepthook at each train(): every error would be printed twice.
 _sg_trainer.sg_trainer_utils.log_uncaught_exceptions = _nothing
+
+
+class _JoinedSystemMonitor(_monitoring.SystemMonitor):
+    """SuperGradients' monitor, whose thread has ended when it is closed, so that it never writes to a closed file."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._started, self._closing = threading.Event(), threading.Event()
+        super().__init__(*args, **kwargs)
+        self._started.wait()
+        for statistic in self.stat_aggregators:
+            # TensorBoard sorts by name: 'system' behind 'loss', 'System' before it.
+            statistic.name = statistic.name.replace("System/", "system/")
+
+    def _run(self) -> None:
+        self._thread = threading.current_thread()
+        self._started.set()
+        self._init_stat_aggregators()
+        while self.running:
+            for _ in range(self.n_samples_per_aggregate):
+                self._sample()
+                if self._closing.wait(self.sample_interval):
+                    break
+            self._aggregate_and_write()
+
+    def close(self) -> None:
+        """Stop and wait for the thread."""
+        super().close()
+        self._closing.set()
+        self._thread.join()
+
+
+_base_sg_logger.SystemMonitor = _JoinedSystemMonitor
 
 
 def use_device(device: torch.device) -> None:
@@ -265,38 +276,93 @@ def use_device(device: torch.device) -> None:
     device_config.multi_gpu = MultiGPUMode.DISTRIBUTED_DATA_PARALLEL if ranks else MultiGPUMode.OFF
 
 
+@contextmanager
+def _exchanged(module: Any, **members: Any) -> Iterator[None]:
+    """Exchange names of a module for a while."""
+    before = {name: getattr(module, name) for name in members}
+    vars(module).update(members)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+@contextmanager
+def _console_of(trainer: AdaptedTrainer) -> Iterator[None]:
+    """Show the trainer's own lines in place of SuperGradients' tables, which are wrong for several ranks."""
+    global _own_console
+    before, _own_console = _own_console, True
+    try:
+        with (
+            _exchanged(_sg_trainer, log_main_training_params=_nothing),
+            _exchanged(
+                sg_trainer_utils,
+                display_epoch_summary=lambda epoch, **_: trainer.report_epoch(epoch),
+            ),
+        ):
+            yield
+    finally:
+        _own_console = before
+
+
 class AdaptedTrainer(Trainer):
     """SuperGradients' Trainer with its private steps turned into public methods.
 
+    A training without ``resume`` never writes into a folder that holds a run: the first run of a name lies in
+    ``<ckpt_root_dir>/<experiment_name>/``, later ones in ``RUN_<date and time>`` folders in it, as stock SuperGradients names
+    them. ``resume=True`` continues the latest of them, ``run_id="RUN_…"`` that one.
+
     Args:
-        experiment_name: name of the run; its folder is ``<ckpt_root_dir>/<experiment_name>``.
-        ckpt_root_dir: folder of all runs.
+        experiment_name: name of the run.
+        ckpt_root_dir: folder of all runs; the environment's ``CKPT_ROOT_DIR``, else ``./checkpoints``, when not given.
+        device: refused with SuperGradients' advice, as by its own Trainer.
+        multi_gpu: refused likewise.
     """
 
     checkpoint_writer: Callable[[str, dict[str, Any]], None]
     net: Any
     train_monitored_values: dict[str, Any]
+    _epoch_start_logging_values: dict[str, float]
     model_weight_averaging: Any
+    images_per_second: float
+    data_wait_share: float
 
-    def __init__(self, experiment_name: str, ckpt_root_dir: str | None = None) -> None:
+    fixed_folder = False
+    """Whether to train into ``<ckpt_root_dir>/<experiment_name>/`` itself whatever it holds. The command line sets it: it holds
+    that folder's lock and has decided whether to resume."""
+
+    def __init__(
+        self,
+        experiment_name: str,
+        ckpt_root_dir: str | None = None,
+        *,
+        device: str | None = None,
+        multi_gpu: Any = None,
+    ) -> None:
         if distributed.is_initialized() and device_config.assigned_rank != distributed.rank():
             use_device(distributed.pick_device())
         super().__init__(
-            experiment_name=experiment_name, ckpt_root_dir=ckpt_root_dir or "checkpoints"
+            experiment_name=experiment_name,
+            device=device,
+            multi_gpu=multi_gpu,
+            ckpt_root_dir=ckpt_root_dir or os.environ.get("CKPT_ROOT_DIR") or "checkpoints",
         )
+        self._best_epoch: int | None = None
+        self._best_before = 0.0
+        self._epochs_began: float | None = None
 
-    # What a subclass fills ------------------------------------------------------------------------------------------
+    # What a subclass fills --------------------------------------------------------------------------
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
         """Move a model to the device and wrap it for training."""
         raise NotImplementedError
 
-    def restore(self) -> dict[str, Any]:
-        """Set ``checkpoints_dir_path``; load the model where a run goes on; return the checkpoint, or {}."""
+    def restore(self, checkpoint: Path) -> dict[str, Any]:
+        """Load the model of a checkpoint, and return the checkpoint."""
         raise NotImplementedError
 
     def run_training_epoch(self, context: PhaseContext, show: bool) -> dict[str, float]:
-        """One training epoch; mean losses and metrics by name."""
+        """Train one epoch; return mean losses and metrics by name."""
         raise NotImplementedError
 
     def run_evaluation(
@@ -310,7 +376,7 @@ class AdaptedTrainer(Trainer):
         title: str,
         max_batches: int | None,
     ) -> dict[str, float]:
-        """One pass over a loader; mean losses and metrics by name."""
+        """Pass over a loader once; return mean losses and metrics by name."""
         raise NotImplementedError
 
     def save_epoch(
@@ -324,22 +390,156 @@ class AdaptedTrainer(Trainer):
         raise NotImplementedError
 
     def make_average(self) -> Any:
-        """The object that averages the best models: ``get_average_model(net, validation_results_dict)`` and ``cleanup()``."""
+        """Make the object that averages the best models: ``get_average_model(net, values)`` and ``cleanup()``."""
         raise NotImplementedError
 
-    # SuperGradients' private steps ----------------------------------------------------------------------------------
+    # What it does itself ----------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> None:
+        """Train; arguments and training parameters as of SuperGradients' ``Trainer.train``."""
+        with _console_of(self):
+            super().train(*args, **kwargs)
+
+    @classmethod
+    def train_from_config(cls, cfg: Any) -> tuple[nn.Module, Any]:
+        """Train by a recipe of SuperGradients, with this class."""
+        with _exchanged(_sg_trainer, Trainer=cls):
+            return super().train_from_config(cfg)
+
+    @classmethod
+    def evaluate_from_config(cls, cfg: Any) -> tuple[nn.Module, Any]:
+        """Evaluate by a recipe of SuperGradients, with this class."""
+        with _exchanged(_sg_trainer, Trainer=cls):
+            return super().evaluate_from_config(cfg)
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """Name of each loss and metric → its name in the field; see :func:`console.field_names`."""
+        losses = list(self.loss_logging_items_names or ())
+        metrics = [*self._titles(self.train_metrics), *self._titles(self.valid_metrics)]
+        return console.field_names([*losses, *metrics], losses)
+
+    @staticmethod
+    def _titles(metrics: MetricCollection | None) -> list[str]:
+        return [] if metrics is None else list(_sg_trainer.get_metrics_titles(metrics))
+
+    def in_field_names(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The values under their names in the field."""
+        names = self.field_names
+        return {names.get(name, name): float(value) for name, value in values.items()}
+
+    def report_epoch(self, epoch: int) -> None:
+        """Print the lines of an epoch. Called on rank 0, not in silent mode.
+
+        Args:
+            epoch: counted from 0.
+        """
+        validated = self._should_run_validation_for_epoch(epoch)
+        valid = self.in_field_names(_current(self.valid_monitored_values)) if validated else {}
+        left = self.max_epochs - epoch - 1
+        since = time.monotonic() - (self._epochs_began or 0.0)
+        per_epoch = since / (epoch + 1 - self.start_epoch)
+        lines = console.epoch_line(
+            epoch + 1,
+            self.max_epochs,
+            self.in_field_names(_current(self.train_monitored_values)),
+            valid,
+            best=self._best_text(epoch) if validated else "",
+            images_per_second=self.images_per_second,
+            wait_fraction=self.data_wait_share,
+            seconds_left=left * per_epoch if left else None,
+        )
+        distributed.print0(lines)
+        if self.test_loaders and (epoch + 1) % self.run_test_freq == 0:
+            tested = _current(self.test_monitored_values)
+            distributed.print0(f"  test  {console.values_text(tested)}")
+
+    def _best_text(self, epoch: int) -> str:
+        watched = self.valid_monitored_values.get(self.metric_to_watch)
+        if watched is None or not self.training_params.save_model:
+            return ""
+        name = self.field_names.get(self.metric_to_watch, self.metric_to_watch)
+        if self.best_metric != self._best_before:
+            self._best_epoch = epoch + 1
+            return f"best {name} so far, saved as {self.ckpt_best_name}"
+        when = f" (epoch {self._best_epoch})" if self._best_epoch else ""
+        return f"best {name} {self.best_metric:.4f}{when}"
+
+    # SuperGradients' private steps ------------------------------------------------------------------
 
     def _net_to_device(self) -> None:
         self.net = self.wrap_model(self.net)
-        self.training_params.torch_compile = (
-            False if self.training_params is not None else None
-        )  # wrap_model compiles
+        if self.training_params is not None:
+            self.training_params.torch_compile = False  # wrap_model compiles
 
     def _load_checkpoint_to_model(self) -> None:
-        self.checkpoint = self.restore()
+        self._refuse_what_is_not_honoured()
+        # Rank 0 looks and decides: the folder may change while another rank looks.
+        chosen = distributed.on_every_rank(
+            lambda: self._choose_folder() if distributed.rank() == 0 else None
+        )
+        folder, path = distributed.gather_objects(chosen)[0] or (None, None)
+        self.checkpoints_dir_path = str(folder)
+        self.checkpoint = self.restore(path) if path else {}
         self.load_checkpoint = bool(self.checkpoint)
         self.start_epoch = self.checkpoint.get("epoch", 0)
         self._eval_before_resume = False
+        self._best_epoch, self._epochs_began = None, None
+
+    def _refuse_what_is_not_honoured(self) -> None:
+        if self.training_params.resume_from_remote_sg_logger:
+            raise InputError(
+                "resume_from_remote_sg_logger=True: not supported here; download the checkpoint and give its path as "
+                "resume_path"
+            )
+
+    def _choose_folder(self) -> tuple[Path, Path | None]:
+        """The folder to train into, and the checkpoint to continue from."""
+        params = self.training_params
+        root = Path(self.ckpt_root_dir) / self.experiment_name
+        run_id = getattr(params, "run_id", None)
+        if self.fixed_folder:
+            resumed = params.resume_path or (root / params.ckpt_name if params.resume else None)
+            return root, Path(resumed) if resumed else None
+        if run_id is not None:
+            if not (root / run_id).is_dir():
+                raise InputError(
+                    f"run_id={run_id}: there is no such folder in {root}; "
+                    f"it has {', '.join(_run_ids(root)) or 'none'}"
+                )
+            return root / run_id, Path(params.resume_path or root / run_id / params.ckpt_name)
+        if params.resume and not params.resume_path:
+            latest = get_latest_run_id(self.experiment_name, str(self.ckpt_root_dir))
+            folder = root / latest if latest else root
+            return folder, folder / params.ckpt_name
+        folder = root
+        if _holds_a_run(root):
+            folder = root / generate_run_id()
+            if not params.silent_mode:
+                distributed.print0(f"{root}: holds a run; this one is saved in {folder}")
+        return folder, Path(params.resume_path) if params.resume_path else None
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Load a checkpoint's ``net`` as ``resume_strict_load`` says; strictly by default.
+
+        Args:
+            state: the checkpoint.
+
+        Raises:
+            RuntimeError: the checkpoint is of another model.
+        """
+        strict: Any = self.training_params.resume_strict_load
+        net = unwrap_model(self.net)
+        if isinstance(strict, str):
+            strict = StrictLoad(strict)
+        # The parameter's default is False, which is not told from a wish; a partly loaded run would go on in silence.
+        if strict is StrictLoad.OFF:
+            missing = net.load_state_dict(state["net"], strict=False)
+            distributed.print0(f"resume_strict_load=OFF: {missing}")
+        else:
+            adaptive_load_state_dict(
+                net, state, StrictLoad.ON if strict in (True, False) else strict
+            )
 
     def _initialize_sg_logger_objects(
         self, additional_configs_to_log: dict[str, Any] | None = None
@@ -348,8 +548,26 @@ class AdaptedTrainer(Trainer):
             self.training_params.sg_logger = "portrait_dist_logger"
         AtomicSGLogger.writer = staticmethod(self.checkpoint_writer)
         super()._initialize_sg_logger_objects(additional_configs_to_log)
+        # train() ends each epoch with the learning rates, which _write_scalars_to_logger has logged already.
+        add_scalars = self.sg_logger.add_scalars
+
+        def add_scalars_if_any(tag_scalar_dict: dict[str, Any], global_step: Any = None) -> None:
+            if tag_scalar_dict:
+                add_scalars(tag_scalar_dict=tag_scalar_dict, global_step=global_step)
+
+        self.sg_logger.add_scalars = add_scalars_if_any
+
+    def _set_train_metrics(self, train_metrics_list: Any) -> None:
+        super()._set_train_metrics(train_metrics_list=train_metrics_list)
+        _add_directions(self.train_metrics, self.greater_train_metrics_is_better)
+
+    def _set_valid_metrics(self, valid_metrics_list: Any) -> None:
+        super()._set_valid_metrics(valid_metrics_list=valid_metrics_list)
+        _add_directions(self.valid_metrics, self.greater_valid_metrics_is_better)
 
     def _train_epoch(self, context: PhaseContext, silent_mode: bool = False) -> tuple[float, ...]:
+        self._best_before = self.best_metric
+        self._epochs_began = self._epochs_began or time.monotonic()
         self.net.train()
         self._reset_metrics()
         self.train_metrics.to(device_config.device)
@@ -371,7 +589,7 @@ class AdaptedTrainer(Trainer):
         dataset_name: str = "",
         max_batches: int | None = None,
     ) -> dict[str, float]:
-        """One pass over ``data_loader``; see SuperGradients' Trainer.evaluate for the arguments."""
+        """Pass over ``data_loader`` once; see SuperGradients' Trainer.evaluate for the arguments."""
         context = PhaseContext(
             net=self.net,
             epoch=epoch,
@@ -388,16 +606,24 @@ class AdaptedTrainer(Trainer):
             loss_logging_items_names=self.loss_logging_items_names,
         )
         validating = evaluation_type.name == "VALIDATION"
-        title = f"Validating epoch {epoch}" if validating else f"Testing {dataset_name}".strip()
         return self.run_evaluation(
             data_loader,
             metrics,
             context,
             show=not silent_mode,
             validating=validating,
-            title=title,
+            title=self._title_of_evaluation(validating, epoch, dataset_name),
             max_batches=max_batches,
         )
+
+    def _title_of_evaluation(self, validating: bool, epoch: int | None, dataset_name: str) -> str:
+        if not validating:
+            return f"test {dataset_name}".strip()
+        if epoch is None:
+            return "validation"
+        if epoch == self.max_epochs:
+            return "validation of the averaged model"
+        return f"validation of epoch {epoch + 1}"
 
     def _save_checkpoint(
         self,
@@ -407,21 +633,39 @@ class AdaptedTrainer(Trainer):
         validation_results_dict: dict[str, float] | None = None,
         context: PhaseContext = None,
     ) -> None:
+        if validation_results_dict is None:
+            self.sg_logger.add_checkpoint(
+                tag="ckpt_latest_weights_only.pth",
+                state_dict={"net": unwrap_model(self.net).state_dict()},
+                global_step=epoch,
+            )
+            return
         assert epoch is not None
-        self.save_epoch(epoch, train_metrics_dict or {}, validation_results_dict or {}, context)
+        self.save_epoch(epoch, train_metrics_dict or {}, validation_results_dict, context)
+
+    def processing_params(self) -> dict[str, Any]:
+        """The ``processing_params`` entry of a checkpoint, for networks with SuperGradients' ``predict``; else {}."""
+        found = self._get_preprocessing_from_valid_loader()
+        return {} if found is None else {"processing_params": found}
 
     def _init_monitored_items(self) -> None:
-        average, self.training_params.average_best_models = (
-            self.training_params.average_best_models,
-            False,
-        )
+        average = self.training_params.average_best_models
+        self.training_params.average_best_models = False
         super()._init_monitored_items()
         self.training_params.average_best_models = average
+        known = self.greater_valid_metrics_is_better.get(self.metric_to_watch)
+        if known is not None and known != self.greater_metric_to_watch_is_better:
+            distributed.print0(
+                f"warning: greater_metric_to_watch_is_better={self.greater_metric_to_watch_is_better}, but "
+                f"{self.metric_to_watch} says that {'more' if known else 'less'} is better"
+            )
         if average and self.model_weight_averaging is None:
             self.model_weight_averaging = self.make_average()
 
     def _init_loss_logging_names(self, loss_logging_items: Any) -> None:
-        if len(loss_logging_items) == 1:  # a loss that returns a scalar, whatever parts it can name
+        parts = getattr(self.criterion, "component_names", None)
+        if len(loss_logging_items) == 1 and parts is not None and len(parts) != 1:
+            # A loss that returns a scalar, whatever parts it can name.
             self.loss_logging_items_names = [self.criterion.__class__.__name__]
         else:
             super()._init_loss_logging_names(loss_logging_items)
@@ -437,35 +681,147 @@ class AdaptedTrainer(Trainer):
             warnings.simplefilter("ignore")
             return FusedEMA.from_params(self.net, **ema_params)
 
-    # Parts that the loops of a subclass call ------------------------------------------------------------------------
+    def _get_epoch_start_logging_values(self) -> dict[str, float]:
+        """Learning rates, under the tags that the epoch's values have too."""
+        groups = self.optimizer.param_groups
+        if len(groups) == 1:
+            return {"lr": groups[0]["lr"]}
+        return {f"lr/{group.get('name', i)}": group["lr"] for i, group in enumerate(groups)}
+
+    def _write_scalars_to_logger(
+        self, metrics: dict[str, float], epoch: int, inference_time: float, tag: str
+    ) -> None:
+        """Write an epoch's values as ``loss/train``, ``iou/val`` …; steps count from 1."""
+        if self.ddp_silent_mode:
+            return
+        part = {"Train": "train", "Valid": "val", "Test": "test"}[tag]
+        scalars = {}
+        for name, value in metrics.items():
+            data_set, _, of_set = name.partition(":") if part == "test" else ("", "", name)
+            field = self.field_names.get(of_set or name, of_set or name)
+            scalars[f"{field}/{part}{f'_{data_set}' if of_set and data_set else ''}"] = value
+        if part == "train":
+            scalars |= self._epoch_start_logging_values
+            self._epoch_start_logging_values = {}
+        self.sg_logger.add_scalars(
+            tag_scalar_dict=scalars | {f"seconds/{part}": inference_time}, global_step=epoch + 1
+        )
+
+    def _validate_final_average_model(
+        self,
+        context: PhaseContext,
+        checkpoint_dir_path: str,
+        cleanup_snapshots_pkl_file: bool = False,
+    ) -> None:
+        """Validate the average of the best models, and say and log its values."""
+        distributed.barrier()  # rank 0 has written it
+        path = Path(checkpoint_dir_path) / self.average_model_checkpoint_filename
+        if not path.is_file():  # save_model=False
+            return
+        net = unwrap_model(self.net)
+        kept = copy.deepcopy(net.state_dict())
+        net.load_state_dict(checkpoints.read(path)["net"])
+        context.update_context(epoch=self.max_epochs)
+        values = self._validate_epoch(context, silent_mode=self.training_params.silent_mode)
+        net.load_state_dict(kept)
+        if self.ddp_silent_mode:
+            return
+        named = self.in_field_names(values)
+        if not self.training_params.silent_mode:
+            distributed.print0(f"averaged model: validation {console.values_text(named)}")
+        self.sg_logger.add_scalars(
+            tag_scalar_dict={f"{name}/val_averaged_model": value for name, value in named.items()},
+            global_step=self.max_epochs,
+        )
+        if cleanup_snapshots_pkl_file:
+            self.model_weight_averaging.cleanup()
+
+    # Parts that the loops of a subclass call --------------------------------------------------------
 
     def compute_loss(
         self, outputs: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss to minimise, detached values to log)."""
+        """Compute (loss to minimise, detached values to log)."""
         loss, items = self._get_losses(outputs, targets)
         return loss, items
 
     def name_losses(self) -> None:
         """Name the loss items where no batch has named them yet."""
-        self._init_loss_logging_names([0.0])
+        parts = getattr(self.criterion, "component_names", None)
+        self._init_loss_logging_names([0.0] * len(parts or (0,)))
 
     def metric_values(self, metrics: MetricCollection) -> tuple[torch.Tensor, ...]:
-        """Values of all metrics, over all ranks (one collective per state)."""
+        """Compute all metrics, over all ranks (one collective per state)."""
         return get_metrics_results_tuple(metrics)
 
     def named_values(self, values: Sequence[Any], metrics: MetricCollection) -> dict[str, float]:
-        """Losses and metric values by name, as Python numbers."""
+        """Name losses and metric values, as Python numbers."""
         return get_train_loop_description_dict(
             tuple(values), metrics, self.loss_logging_items_names
         )
+
+    def values_so_far(self, losses: Sequence[float], metrics: MetricCollection) -> dict[str, float]:
+        """Name this rank's losses and metrics so far, without a collective. Waits for the device.
+
+        Args:
+            losses: this rank's mean losses so far.
+            metrics: their values are computed from this rank's sums alone.
+        """
+        found: dict[str, Any] = {}
+        for name, metric in metrics.items(keep_base=True, copy_state=False):
+            if metric._update_count:
+                synchronises, metric._to_sync = metric._to_sync, False
+                try:
+                    found[name] = metric.compute()
+                finally:
+                    metric._to_sync, metric._computed = synchronises, None
+        flat = _sg_trainer_flatten(found)
+        named = dict(zip(self.loss_logging_items_names or (), losses, strict=False))
+        return self.in_field_names({**named, **flat})
+
+
+def _sg_trainer_flatten(values: Mapping[str, Any]) -> dict[str, float]:
+    """One number for each name; metrics that give several numbers at once are left out."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        for key, one in value.items() if isinstance(value, dict) else [(name, value)]:
+            if not isinstance(one, torch.Tensor) or one.numel() == 1:
+                flat[key] = float(one)
+    return flat
+
+
+def _current(monitored: Mapping[str, Any]) -> dict[str, float]:
+    """Current values of SuperGradients' monitored values, as far as there are some."""
+    return {name: one.current for name, one in monitored.items() if one.current is not None}
+
+
+def _add_directions(metrics: MetricCollection, directions: dict[str, bool | None]) -> None:
+    """Take torchmetrics' ``higher_is_better`` where SuperGradients' own ``greater_is_better`` is missing."""
+    for name, metric in metrics.items():
+        if directions.get(name) is None and metric.higher_is_better is not None:
+            directions[name] = metric.higher_is_better
+
+
+def _run_ids(root: Path) -> list[str]:
+    return sorted(path.name for path in root.glob("*") if path.is_dir() and is_run_dir(path.name))
+
+
+def _holds_a_run(root: Path) -> bool:
+    """Whether a folder has what a run leaves, of ours or of stock SuperGradients."""
+    folder = RunFolder(root)
+    return bool(
+        folder.metrics.exists()
+        or any(root.glob("*.pth"))
+        or any(root.glob("events.out.tfevents*"))
+        or _run_ids(root)
+    )
 
 
 class FusedEMA(ModelEMA):
     """SuperGradients' ModelEMA, updated by a few fused kernels instead of two for each tensor."""
 
     def update(self, model: nn.Module, step: int, total_steps: int) -> None:
-        """ema = decay · ema + (1 - decay) · model for every floating-point tensor of the state dict."""
+        """Set ema = decay · ema + (1 - decay) · model for every floating-point tensor of the state dict."""
         decay = self.decay_function(self.decay, step, total_steps)
         pairs = [
             (ours, theirs.detach())
@@ -483,9 +839,30 @@ class FusedEMA(ModelEMA):
 
 
 class AtomicSGLogger(BaseSGLogger):
-    """SuperGradients' base logger, whose checkpoints are either the old or the new file, never half."""
+    """SuperGradients' base logger, whose checkpoints are either the old or the new file, never half.
+
+    The system monitor is off unless ``sg_logger_params`` says ``monitor_system=True``.
+    """
 
     writer: Callable[[str, dict[str, Any]], None]
+
+    def __init__(self, *args: Any, monitor_system: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, monitor_system=monitor_system, **kwargs)
+
+    def add_scalars(self, tag_scalar_dict: dict[str, Any], global_step: int | None = None) -> None:
+        """Write the values of an epoch into TensorBoard and the text log.
+
+        Args:
+            tag_scalar_dict: tag → value.
+            global_step: the epoch, counted from 1.
+        """
+        if distributed.rank() != 0:
+            return
+        for tag, value in tag_scalar_dict.items():
+            self.add_scalar(tag, float(value), global_step)
+        self.tensorboard_writer.flush()
+        values = "\t".join(f"{tag}: {float(value)}" for tag, value in tag_scalar_dict.items())
+        self._write_to_log_file([f"\nepoch {global_step}/{self.max_global_steps}  {values}"])
 
     def _save_checkpoint(self, path: str, state_dict: dict[str, Any]) -> None:
         type(self).writer(path, state_dict)

@@ -12,7 +12,6 @@ import contextlib
 import inspect
 import json
 import random
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from portrait_dist import checkpoints, distributed
 from portrait_dist.errors import InputError, Stopped
@@ -29,6 +27,7 @@ from portrait_dist.runs.folder import LATEST
 from portrait_dist.system.info import versions
 from portrait_dist.system.malloc import keep_freed_memory
 from portrait_dist.training.averaging import AverageOfBest
+from portrait_dist.training.console import EpochProgress
 from portrait_dist.training.device_batches import DeviceBatches, TensorBatch
 from portrait_dist.training.preemption import SAVE, STOP, Agreement, StopNotice, StopSignals
 from portrait_dist.training.sg_adapter import AdaptedTrainer, PhaseContext, unwrap_model
@@ -93,6 +92,7 @@ class PortraitTrainer(AdaptedTrainer):
         signals: noted stop signals, looked at between two steps.
         prepare: turns a batch of the stream into (inputs, targets) on the device; plain (inputs, targets) batches need none.
         about: entries for the checkpoints' ``portrait_dist`` dict (model settings, size, configuration).
+        device, multi_gpu: refused with advice, as by SuperGradients' Trainer.
     """
 
     def __init__(
@@ -104,8 +104,10 @@ class PortraitTrainer(AdaptedTrainer):
         signals: StopSignals | None = None,
         prepare: Any = None,
         about: dict[str, Any] | None = None,
+        device: str | None = None,
+        multi_gpu: Any = None,
     ) -> None:
-        super().__init__(experiment_name, ckpt_root_dir)
+        super().__init__(experiment_name, ckpt_root_dir, device=device, multi_gpu=multi_gpu)
         keep_freed_memory()
         self.options = options or LoopOptions()
         self.signals = signals or StopSignals()
@@ -144,7 +146,8 @@ class PortraitTrainer(AdaptedTrainer):
         if ranks and params is not None and params.sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if params is not None and params.torch_compile:
-            model.compile()  # in place: the names in the state dict stay as they are
+            # In place: the names in the state dict stay as they are.
+            model.compile(**params.torch_compile_options)
         if ranks and params is not None:
             gpu = [self.torch_device.index] if self.torch_device.type == "cuda" else None
             model = nn.parallel.DistributedDataParallel(
@@ -180,21 +183,15 @@ class PortraitTrainer(AdaptedTrainer):
         done = self._start_epoch(context)
         steps = self.steps_per_epoch
         batches = DeviceBatches(self.train_loader, self.torch_device, limit=steps - done, done=done)
-        bar = tqdm(
-            initial=done,
-            total=steps,
-            desc=f"Train epoch {context.epoch}",
-            disable=not _visible(show),
-            dynamic_ncols=True,
-        )
-        with bar, contextlib.closing(batches):
+        title = f"epoch {context.epoch + 1}/{self.max_epochs}"
+        with EpochProgress(title, steps, done, show) as progress, contextlib.closing(batches):
             for batch_idx, batch in enumerate(batches, start=done):
                 self._train_step(batch, batch_idx, context)
                 self.samples_seen += len(batch) * distributed.world_size()
                 self._between_steps(context, batch_idx, batches.position)
-                bar.update()
-                if (batch_idx + 1) % self.options.log_every_steps == 0:
-                    self._show_progress(context, batch_idx, batches, bar)
+                progress.advance()
+                if progress.due or (batch_idx + 1) % self.options.log_every_steps == 0:
+                    self._show_progress(context, batch_idx, batches, progress)
         self.images_per_second, self.data_wait_share = batches.rate, batches.wait_share
         self._finish_training_part(context, batches.position)
         return self._reduce(context.loss_avg_meter, self.train_metrics)
@@ -324,7 +321,8 @@ class PortraitTrainer(AdaptedTrainer):
         if agreed == STOP:
             self._save_within_epoch(context, position)
             self._stop(
-                context, f"epoch {context.epoch}, step {batch_idx + 1} of {self.steps_per_epoch}"
+                context,
+                f"epoch {context.epoch + 1}, step {batch_idx + 1} of {self.steps_per_epoch}",
             )
         elif agreed == SAVE or (options.save_every_steps and step % options.save_every_steps == 0):
             self._save_within_epoch(context, position)
@@ -333,7 +331,7 @@ class PortraitTrainer(AdaptedTrainer):
         """The last exchange may ask for a stop; then note what the checkpoint of this epoch needs of every rank."""
         if self.agreement.finish() == STOP:
             self._save_within_epoch(context, position)
-            self._stop(context, f"the end of epoch {context.epoch}")
+            self._stop(context, f"the end of epoch {context.epoch + 1}")
         own = checkpoints.host_copy(_random_state())
         self._rank_states = distributed.gather_objects(own)
         self._last_position = position
@@ -357,22 +355,18 @@ class PortraitTrainer(AdaptedTrainer):
         )
 
     def _show_progress(
-        self, context: PhaseContext, batch_idx: int, batches: DeviceBatches, bar: Any
+        self, context: PhaseContext, batch_idx: int, batches: DeviceBatches, progress: EpochProgress
     ) -> None:
         self.images_per_second, self.data_wait_share = batches.rate, batches.wait_share
         if distributed.rank() != 0:
             return
-        losses = dict(
-            zip(self.loss_logging_items_names, context.loss_avg_meter.average, strict=False)
-        )
-        bar.set_postfix({**losses, "images/s": f"{self.images_per_second:.1f}"})
-        for callback in self.phase_callbacks:
-            if hasattr(callback, "on_interval"):
-                callback.on_interval(self, context, batch_idx, losses)
-        if not sys.stderr.isatty():
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            where = f"epoch {context.epoch}  step {batch_idx + 1}/{self.steps_per_epoch}"
-            distributed.print0(f"{where}  {shown}  {self.images_per_second:.1f} images/s")
+        means = context.loss_avg_meter.average
+        losses = dict(zip(self.loss_logging_items_names, means, strict=False))
+        if (batch_idx + 1) % self.options.log_every_steps == 0 or not progress.on_terminal:
+            for callback in self.phase_callbacks:
+                if hasattr(callback, "on_interval"):
+                    callback.on_interval(self, context, batch_idx, losses)
+        progress.show(self.values_so_far(means, self.train_metrics), self.images_per_second)
 
     def _reduce(self, meter: LossMeter, metrics: Any) -> dict[str, float]:
         """Mean losses and metrics over the samples of all ranks."""
@@ -414,7 +408,7 @@ class PortraitTrainer(AdaptedTrainer):
         batches = DeviceBatches(loader, self.torch_device, limit=limit)
         stopped = False
         with (
-            tqdm(total=limit, desc=title, disable=not _visible(show), dynamic_ncols=True) as bar,
+            EpochProgress(title, limit, visible=show) as progress,
             contextlib.closing(batches),
             torch.no_grad(),
         ):
@@ -433,7 +427,9 @@ class PortraitTrainer(AdaptedTrainer):
                 if self.criterion is not None:
                     context.update_context(loss_log_items=self.compute_loss(outputs, targets)[1])
                 after(context)
-                bar.update()
+                progress.advance()
+                if progress.due:
+                    progress.show({}, batches.rate)
                 if validating and (stopped := self.notice.raised(bool(self.signals.received))):
                     break
         if validating:
@@ -453,34 +449,29 @@ class PortraitTrainer(AdaptedTrainer):
         distributed.sum_over_ranks([flag])
         if flag.item() > 0:
             self._save_within_epoch(context, self._last_position)
-            self._stop(context, f"validation of epoch {context.epoch}")
+            self._stop(context, f"validation of epoch {context.epoch + 1}")
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
-    def restore(self) -> dict[str, Any]:
-        """Set the run's folder; with ``resume`` load its latest checkpoint into the model.
+    def restore(self, checkpoint: Path) -> dict[str, Any]:
+        """Load a checkpoint into the model, and take over how far its run was.
 
         Raises:
-            InputError: nothing to resume, or a checkpoint of another model.
+            InputError: there is no such checkpoint, or it is of another model.
         """
         params = self.training_params
-        folder = Path(self.ckpt_root_dir) / self.experiment_name
-        self.checkpoints_dir_path = str(folder)
-        if not (params.resume or params.resume_path):
-            return {}
-        path = Path(params.resume_path or folder / params.ckpt_name)
-        state = checkpoints.read(path)
+        state = checkpoints.read(checkpoint)
         try:
-            unwrap_model(self.net).load_state_dict(state["net"])
+            self.load_weights(state)
         except RuntimeError as error:
             raise InputError(
-                f"{path}: holds another model ({' '.join(str(error).split())[:160]}); choose another run.name"
+                f"{checkpoint}: holds another model ({' '.join(str(error).split())[:160]}); choose another run.name"
             ) from error
         about = state.get("portrait_dist", {})
         self.samples_seen = int(about.get("samples_seen", 0))
         self._best_ckpt_metrics = state.get("_best_ckpt_metrics")
         self.best_metric = float(about.get("best_metric", state.get("acc", 0.0)))
-        best = folder / self.training_params.ckpt_best_name
+        best = Path(self.checkpoints_dir_path) / params.ckpt_best_name
         if best.is_file():
             better = max if params.greater_metric_to_watch_is_better else min
             self.best_metric = better(self.best_metric, float(checkpoints.read(best)["acc"]))
@@ -510,9 +501,6 @@ class PortraitTrainer(AdaptedTrainer):
                 tag=self.ckpt_best_name, state_dict=state, global_step=epoch
             )
             self.phase_callback_handler.on_validation_end_best_epoch(context)
-            distributed.print0(
-                f"best so far: {self.metric_to_watch} {value:.4f}, saved as {self.ckpt_best_name}"
-            )
         self.sg_logger.add_checkpoint(tag=LATEST, state_dict=state, global_step=epoch)
         if epoch in self.training_params.save_ckpt_epoch_list:
             self.sg_logger.add_checkpoint(
@@ -524,7 +512,7 @@ class PortraitTrainer(AdaptedTrainer):
             rest = {
                 name: state[name]
                 for name in ("acc", "epoch", "metrics", "packages", "portrait_dist")
-            }
+            } | self.processing_params()
             self.sg_logger.add_checkpoint(
                 tag=self.average_model_checkpoint_filename,
                 state_dict={"net": mean, **rest},
@@ -558,6 +546,7 @@ class PortraitTrainer(AdaptedTrainer):
                 "ranks": self._rank_states,
                 "position": None,
             },
+            **self.processing_params(),
         }
         if self.ema:
             state["ema_net"] = unwrap_model(self.ema_model.ema).state_dict()
@@ -627,11 +616,6 @@ class PortraitTrainer(AdaptedTrainer):
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and value.ndim == 4:
                     state[name] = value.contiguous(memory_format=torch.channels_last)
-
-
-def _visible(show: bool) -> bool:
-    """Bars are for terminals; elsewhere there is a line now and then."""
-    return show and sys.stderr.isatty()
 
 
 def _random_state() -> dict[str, Any]:

@@ -257,12 +257,15 @@ def test_tensorboard_and_metrics_file_hold_the_same_curves(
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     curves = {
-        "train_customsegloss": "loss",
-        "train_softiou": "iou",
-        "valid_customsegloss": "val_loss",
-        "valid_softiou": "val_iou",
+        "loss/train": "loss",
+        "iou/train": "iou",
+        "loss/val": "val_loss",
+        "iou/val": "val_iou",
     }
-    curves |= {"images_per_second": "images_per_second", "data_wait_share": "data_wait_share"}
+    curves |= {
+        "speed/images_per_second": "images_per_second",
+        "speed/data_wait_fraction": "data_wait_share",
+    }
     for tag, name in curves.items():
         assert [event.value for event in events.Scalars(tag)] == pytest.approx(
             [line[name] for line in epochs], rel=1e-5
