@@ -250,9 +250,9 @@ class _Work:
         """
         readers, writers = ThreadPoolExecutor(cores()), ThreadPoolExecutor(cores())
         try:
-            reads = submit_in_order(readers, self._read, self.photos, ahead=2 * self.batch_size)
+            reads = submit_in_order(readers, self._read, self.photos, limit=2 * self.batch_size)
             predicted = self._predicted(reads)
-            for item, writing in submit_in_order(writers, self._write, predicted, ahead=cores()):
+            for item, writing in submit_in_order(writers, self._write, predicted, limit=cores()):
                 if (written := self._outcome(item[0], writing)) is not None:
                     yield written
         finally:  # what has begun is finished, so that nothing is half-written

@@ -204,7 +204,7 @@ class PortraitSegmenter:
         """
         workers = cores()
         with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(workers) as finishers:
-            reads = submit_in_order(readers, self._read, photos, ahead=2 * batch_size)
+            reads = submit_in_order(readers, self._read, photos, limit=2 * batch_size)
             predicted = self.predict_prepared((read.result() for _, read in reads), batch_size)
             for _, finished in submit_in_order(finishers, self._finish, predicted, batch_size):
                 yield finished.result()

@@ -5,8 +5,8 @@ on the first node). That starts one torchrun per node with srun (:mod:`portrait_
 
 When SLURM tells the job that its time is nearly over (USR2) or that it is preempted (TERM), the
 ranks save at a step boundary and end; then the job asks for ``scontrol requeue``, and the next
-attempt resumes. Signals go this way: SLURM → job → srun → torchrun → ranks. :func:`decide` says
-what follows from the end of an attempt.
+attempt resumes. Signals take the way SLURM → job → srun → torchrun →
+ranks. :func:`decide` says what follows from the end of an attempt.
 """
 
 from __future__ import annotations

@@ -12,17 +12,17 @@ B = TypeVar("B")
 
 
 def submit_in_order(
-    pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], ahead: int
+    pool: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], limit: int
 ) -> Generator[tuple[A, Future[B]], None, None]:
     """Call a function for each item on a pool; yield item and future in order.
 
-    At most ``ahead`` calls are running or waiting, so memory does not grow with the number of
+    At most ``limit`` calls are running or waiting, so memory does not grow with the number of
     items.
     """
     waiting: deque[tuple[A, Future[B]]] = deque()
     for item in items:
         waiting.append((item, pool.submit(function, item)))
-        if len(waiting) > ahead:
+        if len(waiting) > limit:
             yield waiting.popleft()
     yield from waiting
 
@@ -30,10 +30,13 @@ def submit_in_order(
 def map_in_order(
     function: Callable[[A], B], items: Iterable[A], workers: int
 ) -> Generator[B, None, None]:
-    """``map`` on threads of its own; at most four results a thread are waiting. Close it to cancel what has not begun."""
+    """Map a function over items on threads of its own; yield results in order.
+
+    At most four results a thread are waiting. Close the generator to cancel what has not begun.
+    """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="map-in-order")
     try:
-        for _, future in submit_in_order(pool, function, items, ahead=4 * workers - 1):
+        for _, future in submit_in_order(pool, function, items, limit=4 * workers - 1):
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -156,15 +156,17 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        places = {
+        suffixes = {
             "key-file": "key",
             "socket": "socket",
             "pid-file": "pid",
             "log-file": "log",
             "seed-file": "seed",
         }
-        words = [f"--{option}={self.folder}/munge.{suffix}" for option, suffix in places.items()]
-        self._start_daemon("munged", "--foreground", "--force", "--num-threads=2", *words)
+        options = [
+            f"--{option}={self.folder}/munge.{suffix}" for option, suffix in suffixes.items()
+        ]
+        self._start_daemon("munged", "--foreground", "--force", "--num-threads=2", *options)
         self.until((self.folder / "munge.socket").exists, 10, "munged listens")
 
     def start_node(self, name: str) -> None:
@@ -228,10 +230,10 @@ class Cluster:
             if not entry.name.isdigit() or int(entry.name) == os.getpid():
                 continue
             try:
-                words = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+                parts = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
             except OSError:
                 continue
-            variables = dict(word.partition("=")[::2] for word in words)
+            variables = dict(part.partition("=")[::2] for part in parts)
             if variables.get(MARK) == str(self.folder) and _alive(int(entry.name)):
                 yield int(entry.name), variables
 
@@ -273,7 +275,7 @@ class Cluster:
     def job(self, number: int | str) -> dict[str, str]:
         """Return what scontrol knows of a job: JobState, Restarts, ExitCode, Reason and more."""
         text = self.command("scontrol", "show", "job", str(number), "--oneliner")
-        return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
+        return dict(part.partition("=")[::2] for part in text.split() if "=" in part)
 
     def wait(self, number: int | str, seconds: float = 120) -> dict[str, str]:
         """Wait until a job is over; returns what ``job`` does."""

@@ -136,7 +136,7 @@ def _until_trained_in_attempt(cluster: Cluster, attempt: int, run: Path, log: Pa
 
     def trained() -> bool:
         found = lines(run)
-        starts = [place for place, line in enumerate(found) if line["kind"] == "start"]
+        starts = [number for number, line in enumerate(found) if line["kind"] == "start"]
         epochs = (
             [line for line in found[starts[-1] :] if line["kind"] == "epoch"]
             if len(starts) == attempt

@@ -32,7 +32,7 @@ def test_two_nodes_train_one_model_and_a_signal_to_one_script_saves_and_stops_bo
         "NPROC_PER_NODE": "1",
         "MASTER_PORT": str(_free_port()),
     }
-    words = [
+    arguments = [
         f"data.shards={tiny_shards}",
         f"run.root={tmp_path}",
         "run.name=run",
@@ -45,7 +45,7 @@ def test_two_nodes_train_one_model_and_a_signal_to_one_script_saves_and_stops_bo
             variables = environment | {"NODE_RANK": rank}
             nodes.append(
                 subprocess.Popen(
-                    [str(LAUNCH / "torchrun.sh"), *words], env=variables, stdout=log, stderr=log
+                    [str(LAUNCH / "torchrun.sh"), *arguments], env=variables, stdout=log, stderr=log
                 )
             )
     try:

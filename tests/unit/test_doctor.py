@@ -159,11 +159,16 @@ def test_completion_prints_the_script_of_each_shell(shell: str) -> None:
     assert "portrait-dist" in script(shell, portrait_dist)
 
 
+def test_bash_puts_no_space_behind_a_key() -> None:
+    """The line is patched into click's template: a template that changed would lose it silently."""
+    assert "[[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace" in script("bash", portrait_dist)
+
+
 def complete(*typed: str) -> list[str]:
-    """What a real bash offers for the last word."""
+    """Return what a real bash offers for the last argument."""
     done = call_process("completion", "bash")
     assert done.exit_code == 0, done.stderr
-    listed = " ".join(f"'{word}'" for word in typed)
+    listed = " ".join(f"'{argument}'" for argument in typed)
     lines = [
         done.stdout,
         f"COMP_WORDS=({listed})",

@@ -164,9 +164,9 @@ def test_images_in_the_file_are_whole() -> None:
 
     grey = np.random.default_rng(1).integers(0, 256, (400, 300), dtype=np.uint8)
     kind, _, data = page.data_address(grey).partition(",")
-    picture = Image.open(io.BytesIO(base64.b64decode(data)))
-    picture.load()
-    assert (kind, picture.size) == ("data:image/png;base64", (240, 320))
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    image.load()
+    assert (kind, image.size) == ("data:image/png;base64", (240, 320))
 
 
 def test_settings_data_and_versions_stand_in_the_report(html: Path, tiny_shards: Path) -> None:

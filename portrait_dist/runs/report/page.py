@@ -240,7 +240,7 @@ def charts(progress: Sequence[Event], events: Events) -> list[str]:
                 found = [point for point in found if point[1] > 0]
             series.append(Series(line.name, found))
         marks = points([best], "val_iou") if best and chart.marks_best else []
-        figure = line_chart(
+        drawn_chart = line_chart(
             chart.title,
             series,
             unit=chart.unit,
@@ -249,8 +249,8 @@ def charts(progress: Sequence[Event], events: Events) -> list[str]:
             marks=marks,
             restarts=restarts(events),
         )
-        if figure:
-            drawn.append(figure)
+        if drawn_chart:
+            drawn.append(drawn_chart)
     return drawn
 
 

@@ -12,7 +12,7 @@ from portrait_dist.system.doctor.check import FAIL, GB, OK, WARN, Check, one_lin
 def check_gpu(required: bool = False) -> Check:
     """Compute on every GPU that torch sees, or say why it sees none.
 
-    No GPU, a CPU build of torch, hidden GPUs and a driver that does not fit are told apart.
+    No GPU, a CPU build of torch, hidden GPUs and a driver that does not fit are distinguished.
     """
     import torch
 
@@ -45,7 +45,7 @@ def check_gpu(required: bool = False) -> Check:
 
 
 def _cuda_error() -> str:
-    """Return why CUDA does not start, in its own words."""
+    """Return why CUDA does not start, as it says itself."""
     import torch
 
     try:
@@ -109,9 +109,9 @@ def driver_version() -> str | None:
     ``unknown`` stands for a driver of which only the devices show.
     """
     text = _read("/proc/driver/nvidia/version")
-    words = [word for word in text.split() if word[:1].isdigit() and word.count(".") >= 1]
-    if words:
-        return words[0]
+    versions = [part for part in text.split() if part[:1].isdigit() and "." in part]
+    if versions:
+        return versions[0]
     if text or Path("/dev/nvidiactl").exists():
         return "unknown"
     return (

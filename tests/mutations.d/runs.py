@@ -1,0 +1,86 @@
+"""Breaks of guarantees of runs, reports and SLURM jobs."""
+
+from tests.mutation import Mutation
+
+FOLDER = "portrait_dist/runs/folder.py"
+JOB = "portrait_dist/slurm/job.py"
+
+MUTATIONS = [
+    Mutation(
+        file=FOLDER,
+        old='if size and os.pread(descriptor, 1, size - 1) != b"\\n":',
+        new="if False:",
+        test="tests/unit/test_run_folder.py::"
+        "test_a_line_that_a_crash_cut_short_does_not_swallow_the_next_one",
+        why="a line that a crash cut short does not swallow the next one",
+    ),
+    Mutation(
+        file=FOLDER,
+        old="if isinstance(value, float) and not math.isfinite(value):",
+        new="if False:",
+        test="tests/unit/test_status.py::test_the_json_of_a_diverged_run_is_valid_json",
+        why="status --json is valid JSON",
+    ),
+    Mutation(
+        file=FOLDER,
+        old="    if not all(_checks()[name](value) for name, value in known.items()):\n"
+        "        return None\n",
+        new="",
+        test="tests/unit/test_status.py::"
+        "test_a_line_that_is_not_what_it_should_be_is_skipped_and_counted",
+        why="lines of wrong types are skipped and counted",
+    ),
+    Mutation(
+        file="portrait_dist/files.py",
+        old="if error.errno in HELD:",
+        new="if True:",
+        test="tests/unit/test_run_folder.py::"
+        "test_a_file_system_without_locks_is_warned_of_and_the_run_goes_on",
+        why="a file system without locks is no lock that another process holds",
+    ),
+    Mutation(
+        file=FOLDER,
+        old="return SECONDS_FOR_A_DEAD_NODE if restarted and not of_another_job else 0.0",
+        new="return 0.0",
+        test="tests/unit/test_run_folder.py::"
+        "test_a_requeued_job_waits_for_the_lock_of_its_own_dead_attempt",
+        why="a requeued job waits for the lock of its own dead attempt",
+    ),
+    Mutation(
+        file=JOB,
+        old="    if error.exit_code is not None:\n        return error.exit_code\n",
+        new="",
+        test="tests/slurm/test_requeue_decisions.py::"
+        "test_the_exit_code_comes_from_the_number_and_not_from_the_message",
+        why="the exit code is a number and not read out of a sentence",
+    ),
+    Mutation(
+        file=JOB,
+        old="        self._child = child\n        self._pass_on()\n",
+        new="        self._child = child\n",
+        test="tests/slurm/test_requeue_decisions.py::"
+        "test_only_the_first_usr2_reaches_srun_also_when_it_comes_before_srun",
+        why="a signal that comes before srun is passed on",
+    ),
+    Mutation(
+        file="portrait_dist/slurm/launch_checks.py",
+        old='if asked := number("NPROC_PER_NODE"):',
+        new="if asked := 0:",
+        test="tests/slurm/test_slurm_misuse.py::test_launches_that_fit_are_let_through",
+        why="NPROC_PER_NODE may be lower than the node's GPUs",
+    ),
+    Mutation(
+        file="portrait_dist/runs/report/page.py",
+        old="autoescape=True",
+        new="autoescape=False",
+        test="tests/unit/test_report.py::test_what_a_run_wrote_cannot_become_markup",
+        why="nothing that a run wrote becomes markup",
+    ),
+    Mutation(
+        file="portrait_dist/runs/report/settings.py",
+        old="config.load(self.recipe or None)",
+        new="config.load(None)",
+        test="tests/unit/test_report.py::test_what_differs_is_told_apart_by_the_recipe_of_the_run",
+        why="the report compares the settings with the run's own recipe",
+    ),
+]
