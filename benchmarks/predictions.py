@@ -70,12 +70,12 @@ def frames(loaded: list[Pair], aspect: float) -> list[Pair]:
             continue
         height, width = alpha.shape
         scene = compositing.to_bytes(
-            compositing.blurred(other, other_alpha.astype(np.float32) / 255)
+            compositing.blurred(other, other_alpha.astype(np.float32) / np.float32(255))
         )
         frame = np.asarray(Image.fromarray(scene).resize((round(height * aspect), height)))
         left = (frame.shape[1] - width) // 2
         matte = np.pad(alpha, ((0, 0), (left, frame.shape[1] - width - left)))
-        share = alpha[..., None].astype(np.float32) / 255
+        share = alpha[..., None].astype(np.float32) / np.float32(255)
         person = share * compositing.foreground_colours(picture, share[..., 0])
         composed = frame.astype(np.float32) / 255
         composed[:, left : left + width] = person + (1 - share) * composed[:, left : left + width]

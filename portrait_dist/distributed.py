@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,6 +44,37 @@ def world_size() -> int:
 
 def launched_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def job_part(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Say which part of a job that is split into equal parts this process is.
+
+    A SLURM array's task goes first, then srun's task, then torchrun's rank.
+
+    Returns:
+        (number of the part, from 0; how many parts).
+
+    Raises:
+        InputError: the environment names no part.
+    """
+    try:
+        if "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:
+            first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
+            step = int(environment.get("SLURM_ARRAY_TASK_STEP", "1"))
+            task = (int(environment["SLURM_ARRAY_TASK_ID"]) - first) // step
+            found = task, int(environment["SLURM_ARRAY_TASK_COUNT"])
+        elif "SLURM_PROCID" in environment and "SLURM_NTASKS" in environment:
+            found = int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
+        else:
+            found = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            "--part auto: neither a SLURM array, nor srun, nor torchrun says which part this is "
+            f"({' '.join(str(error).split())}); give --part I/N"
+        ) from error
+    if not 0 <= found[0] < found[1]:
+        raise InputError(f"--part auto: the environment says {found[0]} of {found[1]}; give --part")
+    return found
 
 
 def is_initialized() -> bool:

@@ -113,6 +113,29 @@ class Size(click.ParamType):
         return int(sides[0]), int(sides[1])
 
 
+class Part(click.ParamType):
+    """A part of work that several processes share: ``I/N`` (I from 0 to N - 1), or ``auto``."""
+
+    name = "I/N|auto"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Parse one argument; ``auto`` asks SLURM's and torchrun's environment."""
+        if not isinstance(value, str):
+            return tuple(value)
+        if value == "auto":
+            from portrait_dist.distributed import job_part
+
+            return job_part()
+        part, slash, parts = value.partition("/")
+        if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+            self.fail(
+                f"'{value}' is not a part; give I/N with I from 0 to N - 1, such as 0/4", param, ctx
+            )
+        return int(part), int(parts)
+
+
 class _StdoutForJson:
     """Make file descriptor 1 stderr during a command, also for libraries and child processes."""
 

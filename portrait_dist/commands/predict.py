@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from portrait_dist.commands import Size, command
+from portrait_dist.commands import Part, Size, command
 
 if TYPE_CHECKING:
     from portrait_dist.inference.batch import PredictResult
+    from portrait_dist.inference.outputs import ImageFormat
     from portrait_dist.inference.placement import Fit
+    from portrait_dist.inference.segmenter import SegmenterOptions
 
 EXAMPLES = """\b
 Examples:
@@ -21,6 +24,10 @@ Examples:
     --background beach.jpg --force
   portrait-dist predict --checkpoint runs/first/ckpt_best.pth hazy.jpg --out cutouts \\
     --levels 0.3 0.7
+  cat photo.jpg | portrait-dist predict --checkpoint runs/first/ckpt_best.pth - \\
+    --only cutout --out - > cutout.png
+  torchrun --nproc-per-node 8 -m portrait_dist predict --checkpoint runs/first/ckpt_best.pth \\
+    photos/ --out masks --only mask
 """
 
 
@@ -32,15 +39,42 @@ def _summary(result: PredictResult) -> str:
     )
 
 
+def _kinds(
+    context: click.Context, option: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Split KIND,KIND; all kinds where none is given."""
+    kinds = tuple(kind.strip() for value in values for kind in value.split(","))
+    return kinds or ("mask", "cutout", "side-by-side")
+
+
 @command("predict", summary=_summary, epilog=EXAMPLES)
 @click.option("--checkpoint", required=True, help="A .pth file of a run.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("--out", required=True, help="Folder for the images.")
+@click.option(
+    "--out", required=True, help="Folder for the images; - writes one image to standard output."
+)
 @click.option(
     "--background",
     default="transparent",
     show_default=True,
     help="transparent, a colour (white, #1e90ff), blur, or an image.",
+)
+@click.option(
+    "--only",
+    "kinds",
+    multiple=True,
+    callback=_kinds,
+    metavar="KIND[,KIND]",
+    help="mask, cutout or side-by-side, or several of them.  [default: all three]",
+)
+@click.option(
+    "--format",
+    "image_format",
+    default="png",
+    show_default=True,
+    type=click.Choice(["png", "webp", "jpeg"]),
+    help="png is exact. webp is smaller, its masks exact and colours nearly. jpeg holds no "
+    "transparency, its masks are nearly exact.",
 )
 @click.option("--force", is_flag=True, help="Overwrite images that exist.")
 @click.option(
@@ -70,6 +104,7 @@ def _summary(result: PredictResult) -> str:
     metavar="LOW HIGH",
     help="The network's alpha at which the mask is 0 and 1; 0.3 0.7 removes haze.",
 )
+@click.option("--largest", is_flag=True, help="Keep the largest person only; drop islands.")
 @click.option(
     "--batch-size",
     default=8,
@@ -90,6 +125,12 @@ def _summary(result: PredictResult) -> str:
     "0.999 with fp32's.",
 )
 @click.option(
+    "--part",
+    type=Part(),
+    help="Do the photos of one part, I from 0 to N - 1; auto: as SLURM's array, srun or torchrun "
+    "say.  [default: all; under torchrun, auto]",
+)
+@click.option(
     "--size",
     type=Size(),
     help="Size of training, for an old checkpoint that does not say it.  [default: 256x256]",
@@ -99,37 +140,87 @@ def predict(
     paths: tuple[str, ...],
     out: str,
     background: str,
+    kinds: tuple[str, ...],
+    image_format: ImageFormat,
     force: bool,
     refine: bool,
     mirror: bool,
     fit: Fit,
     levels: tuple[float, float],
+    largest: bool,
     batch_size: int,
     device: str,
     precision: str,
+    part: tuple[int, int] | None,
     size: tuple[int, int] | None,
-) -> PredictResult:
+) -> PredictResult | None:
     """Write mask, cut-out and side-by-side image of photos, at their own resolution.
 
-    A PATH is a photo, a folder (searched to the bottom) or a pattern in quotes. For photo.jpg it
-    writes photo.mask.png (8-bit grey alpha), photo.cutout.png and photo.side-by-side.png. A photo
-    that cannot be done does not stop the others: it is named at the end, and the exit code is 3. An
-    interrupted command continues where it stopped when it is run again.
+    A PATH is a photo, a folder (searched to the bottom), a pattern in quotes, or - for standard
+    input. For photo.jpg it writes photo.mask.png (8-bit grey alpha), photo.cutout.png and
+    photo.side-by-side.png. A photo that cannot be done does not stop the others: it is named at the
+    end, and the exit code is 3. An interrupted command continues where it stopped when it is run
+    again. Under torchrun every rank does its part of the photos.
     """
-    from portrait_dist.inference.batch import predict_files
+    from portrait_dist import distributed
+    from portrait_dist.inference import batch
 
-    return predict_files(
-        checkpoint,
-        paths,
-        out,
-        background=background,
-        force=force,
-        batch_size=batch_size,
-        size=size,
-        refine=refine,
-        mirror=mirror,
-        fit=fit,
-        levels=levels,
-        device=device,
-        precision=precision,
-    )
+    options: SegmenterOptions = {
+        "device": device,
+        "precision": precision,
+        "fit": fit,
+        "refine": refine,
+        "mirror": mirror,
+        "largest": largest,
+        "levels": levels,
+    }
+    if out == "-":
+        kind = _only_kind(paths, kinds)
+        data = batch.predict_to_bytes(
+            checkpoint,
+            paths[0],
+            kind=kind,
+            background=background,
+            image_format=image_format,
+            size=size,
+            **options,
+        )
+        sys.stdout.buffer.write(data)
+        return None
+
+    def predict_part(part: int, parts: int) -> PredictResult:
+        return batch.predict_files(
+            checkpoint,
+            paths,
+            out,
+            background=background,
+            kinds=kinds,
+            image_format=image_format,
+            force=force,
+            batch_size=batch_size,
+            part=part,
+            parts=parts,
+            size=size,
+            **options,
+        )
+
+    if part is None and distributed.world_size() > 1:
+        try:
+            return batch.predict_on_every_rank(predict_part)
+        finally:
+            distributed.stop()
+    return predict_part(*(part or (0, 1)))
+
+
+def _only_kind(paths: tuple[str, ...], kinds: tuple[str, ...]) -> str:
+    """Check that standard output gets exactly one image, and nothing else."""
+    from portrait_dist.errors import InputError
+
+    if click.get_current_context().params.get("as_json"):
+        raise InputError("--out -: standard output holds the image; leave --json out")
+    if len(paths) != 1 or len(kinds) != 1:
+        raise InputError(
+            "--out -: standard output holds one image; give one PATH, and --only mask, cutout or "
+            "side-by-side"
+        )
+    return kinds[0]

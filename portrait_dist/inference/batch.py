@@ -12,7 +12,7 @@ import dataclasses
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar, Unpack
 
 import torch
 
-from portrait_dist import files
+from portrait_dist import distributed, files
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
 from portrait_dist.inference.journal import Journal, fingerprint
 from portrait_dist.inference.outputs import ImageFormat, OutputPlan, plan_outputs
@@ -139,6 +139,92 @@ def predict_files(
     if parts == 1:
         journal.remove()  # nothing is left to continue; a part's journal is read by the others
     return result
+
+
+def predict_to_bytes(
+    checkpoint: str | Path,
+    path: str,
+    *,
+    kind: str,
+    background: str = "transparent",
+    image_format: ImageFormat = "png",
+    size: tuple[int, int] | None = None,
+    **options: Unpack[SegmenterOptions],
+) -> bytes:
+    """Predict one photo and return one encoded image; nothing is written.
+
+    Args:
+        checkpoint: a .pth file of a run.
+        path: of the photo; ``-`` is standard input.
+        kind: ``mask``, ``cutout`` or ``side-by-side``.
+        background: see :func:`portrait_dist.inference.compositing.parse_background`.
+        image_format: see :func:`portrait_dist.inference.outputs.plan_outputs`.
+        size: (H, W) of training, for a checkpoint that does not say it.
+        options: of :class:`portrait_dist.inference.segmenter.PortraitSegmenter`.
+
+    Raises:
+        InputError: not exactly one photo, or the options are wrong.
+        DamagedDataError: the photo cannot be read.
+    """
+    plan = plan_outputs(Path(), kinds=(kind,), image_format=image_format, background=background)
+    photos = find_photos([path], Path()).photos
+    if len(photos) != 1:
+        raise InputError(f"{path}: {len(photos)} photos; standard output holds one image")
+    segmenter = PortraitSegmenter.from_checkpoint(checkpoint, size=size, **options)
+    prepared = segmenter.prepare(read_photo(photos[0].path))
+    ((_, small),) = segmenter.predict_prepared([prepared])
+    return plan.render(prepared.photo, segmenter.finish(prepared, small))[kind]
+
+
+def predict_on_every_rank(predict: Callable[[int, int], PredictResult]) -> PredictResult | None:
+    """Let every rank of a torchrun job do its part, and add the parts up on rank 0.
+
+    Args:
+        predict: a call of :func:`predict_files` that takes part and parts.
+
+    Returns:
+        The sum on rank 0, None on the other ranks.
+
+    Raises:
+        PortraitDistError: on rank 0, what a rank raised; what stopped a rank goes before photos
+            that were left out.
+    """
+    distributed.start(torch.device("cpu"))
+    result: PredictResult | None = None
+    failed: PortraitDistError | None = None
+    try:
+        result = predict(distributed.rank(), distributed.world_size())
+    except PortraitDistError as error:
+        failed = error
+        if error.result is not None:
+            failures = [FailedPhoto(**failure) for failure in error.result["failed"]]
+            result = PredictResult(**{**error.result, "failed": failures})
+    everyone = distributed.gather_objects((result, failed and (type(failed), str(failed))))
+    if distributed.rank() != 0:
+        return None
+    results = [found for found, _ in everyone if found]
+    errors = [error for _, error in everyone if error]
+    for kind, message in errors:
+        if kind is not DamagedDataError or not results:
+            raise kind(message, dataclasses.asdict(merge(results)) if results else None)
+    merged = merge(results)
+    if merged.failed:
+        raise _failure(merged)
+    return merged
+
+
+def merge(results: Sequence[PredictResult]) -> PredictResult:
+    """Add up the results of the parts of one job that ran side by side."""
+    return PredictResult(
+        files=sorted(file for result in results for file in result.files),
+        failed=sorted(
+            (failure for result in results for failure in result.failed), key=lambda f: f.photo
+        ),
+        photos=sum(result.photos for result in results),
+        photos_per_second=sum(result.photos_per_second for result in results),
+        done_before=sum(result.done_before for result in results),
+        skipped=results[0].skipped,
+    )
 
 
 def _without_int8(options: SegmenterOptions) -> SegmenterOptions:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, TypedDict, Unpack, cast, overload
 
 import numpy as np
 import torch
@@ -158,16 +158,16 @@ class PortraitSegmenter:
         trained = input_geometry(info, size)
         return cls(model, trained.size, aspect=trained.aspect, **options)
 
-    @overload
-    def predict(
-        self, photos: list[PhotoSource] | tuple[PhotoSource, ...], batch_size: int = 8
-    ) -> list[Alpha]: ...
+    @overload  # a str is a path here, though it is a sequence of str too
+    def predict(  # type: ignore[overload-overlap]
+        self, photos: PhotoSource, batch_size: int = 8
+    ) -> Alpha: ...
 
     @overload
-    def predict(self, photos: PhotoSource, batch_size: int = 8) -> Alpha: ...
+    def predict(self, photos: Sequence[PhotoSource], batch_size: int = 8) -> list[Alpha]: ...
 
     def predict(
-        self, photos: PhotoSource | list[PhotoSource] | tuple[PhotoSource, ...], batch_size: int = 8
+        self, photos: PhotoSource | Sequence[PhotoSource], batch_size: int = 8
     ) -> Alpha | list[Alpha]:
         """Predict the alpha of one photo, or of a list of them.
 
@@ -185,7 +185,7 @@ class PortraitSegmenter:
         """
         if isinstance(photos, (list, tuple)):
             return [alpha for _, alpha in self.stream(photos, batch_size)]
-        return next(self.stream([photos]))[1]
+        return next(self.stream([cast("PhotoSource", photos)]))[1]
 
     def stream(
         self, photos: Iterable[PhotoSource], batch_size: int = 8

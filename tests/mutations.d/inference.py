@@ -80,4 +80,18 @@ MUTATIONS = [
         test=INFERENCE + "islands_go_with_their_soft_edges_and_the_largest_person_keeps_its_own",
         why="islands are dropped with their soft edges",
     ),
+    Mutation(
+        file="portrait_dist/inference/photos.py",
+        old="    return photos[part::parts]\n",
+        new="    return photos[part :: parts + 1]\n",
+        test=PREDICT + "parts_in_any_order_give_the_files_of_one_process_and_do_nothing_twice",
+        why="parts together give the files of one process",
+    ),
+    Mutation(
+        file="portrait_dist/inference/journal.py",
+        old='        self._append({"settings": self.settings, "name": photo.name})\n',
+        new="",
+        test=PREDICT + "killed_at_any_moment_the_same_command_continues_and_gives_the_same_files",
+        why="a killed predict continues without --force",
+    ),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from portrait_dist.distributed import job_part
 from portrait_dist.inference.photos import name_outputs
 from portrait_dist.models import int8
 from tests import blobs, cli
+from tests.waiting import wait_for
 
 KINDS = ("mask", "cutout", "side-by-side")
 
@@ -279,3 +282,154 @@ def test_photos_of_one_name_from_different_folders_and_formats_are_all_kept(
     everywhere = {tmp_path / f"{i}/x.jpg": Path("x.jpg") for i in range(3)}
     everywhere |= {tmp_path / "0/x.jpg.png": Path("x.jpg.png")}
     assert len({photo.name for photo in name_outputs(everywhere)}) == 4
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_only_the_kinds_asked_for_are_written_in_the_format_asked_for(
+    checkpoint: Path, photos: Path, tmp_path: Path, image_format: str
+) -> None:
+    out = tmp_path / "out"
+    options = ("--format", image_format, "--only", "cutout,mask")
+    assert predict(checkpoint, photos / "one.jpg", "--out", out, *options).exit_code == 0
+    assert files(out) == [f"one.cutout.{image_format}", f"one.mask.{image_format}"]
+    assert predict(checkpoint, photos / "one.jpg", "--out", tmp_path / "png").exit_code == 0
+    mask, cutout = (np.asarray(Image.open(out / name)) for name in reversed(files(out)))
+    expected = np.asarray(Image.open(tmp_path / "png/one.mask.png"))
+    assert np.array_equal(mask[..., 0] if mask.ndim == 3 else mask, expected)
+    assert np.array_equal(cutout[..., 3], expected)
+
+
+def test_jpeg_holds_no_transparency_and_says_so(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    out, jpeg = tmp_path / "out", ("--format", "jpeg")
+    refused = predict(checkpoint, photos, "--out", out, *jpeg)
+    cli.assert_one_line(refused, 2, "JPEG holds no transparency", "--background")
+    assert not out.exists()
+    assert predict(checkpoint, photos, "--out", out, *jpeg, "--background", "white").exit_code == 0
+    assert Image.open(out / "one.cutout.jpg").format == "JPEG"
+    unknown = predict(checkpoint, photos, "--out", tmp_path / "no", "--only", "mask,shadow")
+    cli.assert_one_line(unknown, 2, "--only is one or several of mask, cutout, side-by-side")
+
+
+def test_a_photo_on_standard_input_gives_one_image_on_standard_output(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    command = [*cli.PORTRAIT_DIST, "predict", "--checkpoint", str(checkpoint), "--device", "cpu"]
+    with (photos / "one.jpg").open("rb") as photo:
+        done = subprocess.run(
+            [*command, "-", "--only", "mask", "--out", "-"], stdin=photo, capture_output=True
+        )
+    assert done.returncode == 0, done.stderr
+    assert predict(checkpoint, photos / "one.jpg", "--out", tmp_path / "out").exit_code == 0
+    assert done.stdout == (tmp_path / "out/one.mask.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["photos/one.jpg", "--out", "-"], "--only"),
+        (["photos/one.jpg", "photos/two.png", "--out", "-", "--only", "mask"], "one PATH"),
+        (["photos", "--out", "-", "--only", "mask"], "3 photos; standard output holds one"),
+        (["photos", "--out", "out", "--part", "4/4"], "'4/4' is not a part"),
+        (["photos", "--out", "out", "--part", "auto"], "give --part I/N"),
+    ],
+)
+def test_what_standard_output_or_a_part_cannot_be_is_refused(
+    checkpoint: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    options = ("--checkpoint", checkpoint, "--device", "cpu")
+    cli.assert_one_line(cli.call("predict", *options, *arguments), 2, message)
+    assert not (photos.parent / "out").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files(folder) if name[0] != "."}
+
+
+def test_parts_in_any_order_give_the_files_of_one_process_and_do_nothing_twice(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "more" / "one.jpg").write_bytes((photos / "two.png").read_bytes())
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    # Batches of one: how many photos go through the network together decides its last bits.
+    assert predict(checkpoint, photos, "--out", whole, "--batch-size", 1).exit_code == 0
+    done = []
+    for part in (2, 0, 1, 0):
+        options = ("--out", parts, "--part", f"{part}/3", "--batch-size", 1)
+        result = predict(checkpoint, photos, *options)
+        assert result.exit_code == 0, result.stderr
+        done.append((result.json["photos"], result.json["done_before"]))
+    assert done == [(1, 0), (2, 0), (1, 0), (0, 2)]
+    assert contents(parts) == contents(whole)
+
+
+def test_killed_at_any_moment_the_same_command_continues_and_gives_the_same_files(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    for number in range(24):
+        Image.fromarray(blobs.photo(120, 90, seed=number)[0]).save(photos / f"{number:02}.png")
+    options = ["--checkpoint", str(checkpoint), "--device", "cpu", "--json", "--batch-size", "1"]
+    out = tmp_path / "out"
+    command = [*cli.PORTRAIT_DIST, "predict", *options, str(photos), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: len(list(out.glob("*.mask.png"))) >= 3, what="three masks")
+    process.kill()
+    process.communicate()
+    begun = len(list(out.glob("*.mask.png")))
+    again = predict(checkpoint, photos, "--out", out, "--batch-size", 1)
+    assert again.exit_code == 0, again.stderr
+    assert again.json["photos"] + again.json["done_before"] == 27
+    assert 3 <= begun < 27
+    assert begun - 2 * (os.cpu_count() or 1) <= again.json["done_before"] <= begun
+    assert not (out / ".predict.jsonl").exists()
+    assert predict(checkpoint, photos, "--out", tmp_path / "b", "--batch-size", 1).exit_code == 0
+    assert contents(out) == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("environment", "part"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "RANK": "0", "WORLD_SIZE": "1"}, (2, 3)),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "15",
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_ARRAY_TASK_MIN": "5",
+                "SLURM_ARRAY_TASK_STEP": "5",
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "1",
+            },
+            (2, 3),
+        ),
+    ],
+)
+def test_the_environment_says_which_part_a_process_is(
+    environment: dict[str, str], part: tuple[int, int]
+) -> None:
+    assert job_part(environment) == part
+
+
+def test_ranks_share_the_photos_and_rank_0_reports_all_of_them(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "cut.jpg").write_bytes((photos / "one.jpg").read_bytes()[:700])
+    out = tmp_path / "out"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["--checkpoint", str(checkpoint), "--device", "cpu", "--json"]
+    done = subprocess.run(
+        [*launcher, "-m", "portrait_dist", "predict", *options, str(photos), "--out", str(out)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["exit_code"], result["photos"]) == (3, 3)
+    assert [failure["photo"] for failure in result["failed"]] == [str(photos / "cut.jpg")]
+    assert sorted(contents(out)) == outputs("more/three", "one", "two")
