@@ -57,14 +57,17 @@ def _copy(value: Any) -> Any:
         return _copy_tensor(value.detach())
     if isinstance(value, dict):
         return {
-            key if isinstance(key, (int, str)) else str(key): _copy(item)
+            int(key) if isinstance(key, int) else str(key): _copy(item)
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
         items = [_copy(item) for item in value]
         return items if isinstance(value, list) else tuple(items)
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (int, float, str):  # also of subclasses, such as torch.__version__ and np.float64
+        if isinstance(value, kind):
+            return kind(value)
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         return value.item()
     if hasattr(value, "tolist"):

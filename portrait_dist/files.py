@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import stat
 import time
@@ -87,6 +88,21 @@ def atomic_open(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes
     """Open a binary file that appears under its name when the block ends; see :func:`atomic_path`."""
     with atomic_path(path, durable=durable) as temporary, open(temporary, "wb") as file:
         yield file
+
+
+def link(source: str | Path, path: str | Path, *, durable: bool = False) -> None:
+    """Give a file a second name, whole or not at all; a copy where the file system has no links.
+
+    For files that are only ever replaced: a change in place would change both.
+
+    Raises:
+        InputError, PortraitDistError: see :func:`atomic_path`.
+    """
+    with atomic_path(path, durable=durable) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def write_bytes(path: str | Path, data: bytes | memoryview, *, durable: bool = False) -> None:

@@ -1,61 +1,219 @@
-"""The mean of the best models of a run."""
+"""The mean of the best models of a run.
+
+Each model is a file of its own in ``averaging_snapshots/``, written before the checkpoint that names it.
+Which files belong to the average stands in ``ckpt_latest.pth`` alone, so the set changes exactly when
+that file is renamed, and a process that is killed at any moment leaves a set that is whole. The mean is
+a function of the set: after any schedule of kills it has the bits of an undisturbed run.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from portrait_dist.checkpoints import host_copy, save_atomically
+from portrait_dist import checkpoints, distributed
+from portrait_dist.checkpoints import Snapshot
+from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.runs.folder import AVERAGE, LATEST
+
+SNAPSHOTS = "averaging_snapshots"
+OLD_FILE = "averaging_snapshots.pkl"
+"""Where releases before 0.2 kept all snapshots in one file, rewritten at each epoch (310 MB for ten)."""
 
 
 class AverageOfBest:
-    """Mean of the best models of a run, kept in ``averaging_snapshots.pkl`` beside the checkpoints.
+    """Mean of the best models of a run.
 
     Args:
         folder: the run's folder.
-        metric: name of the watched metric.
-        greater_is_better: whether more of it is better.
+        greater_is_better: whether a greater value of the watched metric is better.
         number: how many models are averaged (10, as SuperGradients does).
+
+    Attributes:
+        members: the models of the average, by epoch.
     """
 
-    def __init__(
-        self, folder: str | Path, metric: str, greater_is_better: bool, number: int = 10
-    ) -> None:
-        self.path = Path(folder) / "averaging_snapshots.pkl"
-        self.metric = metric
+    def __init__(self, folder: str | Path, greater_is_better: bool, number: int = 10) -> None:
+        self.folder = Path(folder)
         self.sign = 1.0 if greater_is_better else -1.0
         self.number = number
-        self.snapshots: list[dict[str, Any]] = []
-        if self.path.is_file():
-            self.snapshots = torch.load(self.path, map_location="cpu", weights_only=True)[
-                "snapshots"
-            ]
+        self.members: tuple[Snapshot, ...] = ()
 
-    def get_average_model(
-        self, net: nn.Module, validation_results_dict: dict[str, float]
-    ) -> dict[str, torch.Tensor]:
-        """Take the model in if it is among the best, and return the mean state dict."""
-        value = float(validation_results_dict[self.metric])
-        ranked = sorted(self.snapshots, key=lambda snapshot: self.sign * snapshot["value"])
-        if len(self.snapshots) < self.number or self.sign * value > self.sign * ranked[0]["value"]:
-            kept = ranked[1:] if len(ranked) >= self.number else ranked
-            self.snapshots = [*kept, {"value": value, "net": host_copy(net.state_dict())}]
-            save_atomically(self.path, {"snapshots": self.snapshots})
-        return mean_state([snapshot["net"] for snapshot in self.snapshots])
+    def resume(self, members: Sequence[Snapshot] | None) -> None:
+        """Continue with the models that the latest checkpoint names; complete an interrupted epoch.
+
+        Args:
+            members: from the checkpoint; None in checkpoints of releases before 0.2.
+
+        Raises:
+            DamagedDataError: a snapshot is damaged.
+        """
+        if members is None:
+            members = self._adopt_old_file()
+        missing = [member for member in members if not self.path(member.epoch).exists()]
+        for member in missing:
+            distributed.print0(
+                f"{self.path(member.epoch)}: missing; the average goes on without it"
+            )
+        self.members = tuple(member for member in members if member not in missing)
+        if self.members and not self._is_current():
+            self.write()
+
+    def path(self, epoch: int) -> Path:
+        """Return the file of the model after so many epochs."""
+        return self.folder / SNAPSHOTS / f"epoch-{epoch}.pth"
+
+    def consider(self, epoch: int, value: float) -> bool:
+        """Add the model if it ranks among the best. Returns whether it does; then call ``save``."""
+        if not math.isfinite(value):
+            return False
+        ranked = sorted(self.members, key=lambda member: self.sign * member.value)
+        if len(ranked) >= self.number:
+            if self.sign * value <= self.sign * ranked[0].value:
+                return False
+            ranked = ranked[1:]
+        kept = [member for member in ranked if member.epoch != epoch]
+        self.members = tuple(sorted([*kept, Snapshot(epoch, value)], key=lambda one: one.epoch))
+        return True
+
+    def save(self, epoch: int, state: Mapping[str, Any]) -> None:
+        """Write a model's file. It belongs to the average once a checkpoint names it.
+
+        Args:
+            epoch: complete epochs.
+            state: ``net`` and the entries that the average's file takes over, on the host.
+        """
+        path = self.path(epoch)
+        path.parent.mkdir(exist_ok=True)
+        checkpoints.write(path, dict(state))
+
+    def write(self, members: Sequence[Snapshot] | None = None) -> None:
+        """Write ``average_model.pth`` from the members' files.
+
+        Raises:
+            DamagedDataError: a member's file is damaged; its name is in the message.
+        """
+        members = self.members if members is None else members
+        states = [self.path(member.epoch) for member in members]
+        mean, newest = mean_of_files(states)
+        own = dict(newest.get("portrait_dist") or {})
+        own["averaged"] = [asdict(member) for member in members]
+        entries = {key: value for key, value in newest.items() if key != "net"}
+        checkpoints.write(self.folder / AVERAGE, {"net": mean, **entries, "portrait_dist": own})
+
+    def discard_others(self, members: Iterable[Snapshot]) -> None:
+        """Remove the files of models that left the average, after the checkpoint that drops them."""
+        kept = {self.path(member.epoch).name for member in members}
+        for path in (self.folder / SNAPSHOTS).glob("*"):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+        (self.folder / OLD_FILE).unlink(missing_ok=True)
 
     def cleanup(self) -> None:
-        """Remove the snapshots; the average model stays."""
-        self.path.unlink(missing_ok=True)
+        """Remove the snapshots; the average stays."""
+        self.members = ()
+        shutil.rmtree(self.folder / SNAPSHOTS, ignore_errors=True)
+        (self.folder / OLD_FILE).unlink(missing_ok=True)
+
+    def _is_current(self) -> bool:
+        try:
+            return checkpoints.read_info(self.folder / AVERAGE).averaged == self.members
+        except (InputError, DamagedDataError):
+            return False
+
+    def _adopt_old_file(self) -> tuple[Snapshot, ...]:
+        """Split the one file of older releases; its models count as epochs -10 to -1."""
+        path = self.folder / OLD_FILE
+        if not path.exists():
+            return ()
+        found = checkpoints.load_foreign(path)
+        snapshots = found.get("snapshots") if isinstance(found, dict) else None
+        if not isinstance(snapshots, list) or not all(map(_is_old_snapshot, snapshots)):
+            raise DamagedDataError(
+                f"{path}: holds no snapshots of an average; remove it to continue without the models "
+                "in it"
+            )
+        members = []
+        for epoch, snapshot in enumerate(snapshots, start=-len(snapshots)):
+            value = float(snapshot["value"])
+            self.save(epoch, {"net": snapshot["net"], "acc": value, "epoch": 0})
+            members.append(Snapshot(epoch, value))
+        return tuple(members)
 
 
-def mean_state(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Mean of each floating-point tensor over state dicts; other tensors are the last one's."""
-    return {
-        name: torch.stack([state[name].double() for state in states]).mean(0).to(tensor.dtype)
-        if tensor.is_floating_point()
-        else tensor
-        for name, tensor in states[-1].items()
+def _is_old_snapshot(snapshot: Any) -> bool:
+    return (
+        isinstance(snapshot, dict)
+        and isinstance(snapshot.get("value"), float)
+        and isinstance(snapshot.get("net"), dict)
+        and all(isinstance(tensor, torch.Tensor) for tensor in snapshot["net"].values())
+    )
+
+
+def mean_of_files(paths: Sequence[Path]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Average the ``net`` of checkpoints, oldest first.
+
+    Summed in float64 in the order of the epochs, anew each time: a sum that is kept and corrected when
+    a model leaves depends on its history in the last bit. Ten U-Nets take 0.4 s of the writing thread.
+
+    Args:
+        paths: at least one checkpoint.
+
+    Returns:
+        The mean of each floating-point tensor (other tensors are the last file's), and the last file.
+
+    Raises:
+        DamagedDataError: a file is damaged, or its tensors are not those of the first one.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    state: dict[str, Any] = {}
+    for path in paths:
+        state = checkpoints.read(path)
+        net = state["net"]
+        if sums and {name: tensor.shape for name, tensor in sums.items()} != {
+            name: net[name].shape for name in net
+        }:
+            raise DamagedDataError(
+                f"{path}: a model of another form than {paths[0].name}; remove it"
+            )
+        for name, tensor in net.items():
+            if not tensor.is_floating_point():
+                sums[name] = tensor
+            elif name in sums:
+                sums[name] += tensor
+            else:
+                sums[name] = tensor.double()
+    mean = {
+        name: (sums[name] / len(paths)).to(tensor.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in state["net"].items()
     }
+    return mean, state
+
+
+def complete(folder: str | Path) -> bool:
+    """Finish what a run left undone that was killed after its last checkpoint.
+
+    Args:
+        folder: of a run whose epochs are all done.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        DamagedDataError: a snapshot is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / SNAPSHOTS).exists() and not (folder / OLD_FILE).exists():
+        return False
+    average = AverageOfBest(folder, greater_is_better=True)
+    with contextlib.suppress(InputError):  # no checkpoint: nothing belongs to an average
+        average.resume(checkpoints.read_info(folder / LATEST).averaged)
+    average.cleanup()
+    return True

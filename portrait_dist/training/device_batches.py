@@ -1,10 +1,10 @@
-"""Batches on the device, one ahead: on a GPU the next batch is copied on a stream of its own while this one is computed."""
+"""Batches on the device; on a GPU they are copied on a stream of their own, beside the step."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,11 @@ from portrait_dist import distributed
 class TensorBatch:
     """A batch of the stream on the device.
 
-    image: uint8 [B, H, W, 3]; alpha: uint8 [B, H, W]; keys: B names; source: the loader's own batch.
+    Attributes:
+        image: uint8 [B, H, W, 3].
+        alpha: uint8 [B, H, W].
+        keys: B sample keys.
+        source: the loader's own batch.
     """
 
     image: torch.Tensor
@@ -28,8 +32,26 @@ class TensorBatch:
         return len(self.image)
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where a rank is in an epoch.
+
+    Attributes:
+        batches: batches of this rank that are done.
+        loader: the loader's ``state_dict`` after them; empty where it has none.
+    """
+
+    batches: int
+    loader: dict[str, Any]
+
+
 class DeviceBatches:
-    """Iterates a loader and yields its batches on ``device``: :class:`TensorBatch`, or tuples of tensors as they came.
+    """Iterate a loader and yield its batches on ``device``.
+
+    Batches of the stream come as :class:`TensorBatch`, others as the tuples they were. The next batch
+    is fetched when the consumer asks for it, after it has launched its step: a loader that is late then
+    delays nothing that could run already, and on a GPU the copy still overlaps with the step, because
+    the host is ahead of the device.
 
     Args:
         loader: a ``StreamLoader``, or any iterable of (inputs, targets, …).
@@ -37,99 +59,94 @@ class DeviceBatches:
         limit: batches to yield at most.
         done: batches of the epoch that were yielded before, by an interrupted run.
 
-    ``position`` is the loader's place after the batch last yielded, not after the one copied ahead: ``{"batches", "loader"}``.
-    ``samples`` counts what was yielded, ``wait_share`` is the share of time spent waiting for the loader.
+    Attributes:
+        position: after the batch last yielded.
+        samples: number of samples yielded.
     """
 
     def __init__(self, loader: Any, device: torch.device, limit: int, done: int = 0) -> None:
         self.loader = loader
         self.device = device
         self.limit = limit
-        self.done = done
         self.samples = 0
         self.wait_seconds = 0.0
         self.started = time.perf_counter()
-        self.position = self._place(done)
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.position = self._position(done)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._iterator: Any = None
 
     @property
     def wait_share(self) -> float:
-        """Share of the time since the start in which the loop waited for the loader."""
+        """Fraction of the time since the start in which the loop waited for the loader."""
         return self.wait_seconds / max(time.perf_counter() - self.started, 1e-9)
 
     @property
     def rate(self) -> float:
         """Images per second since the start, over all ranks."""
-        return (
-            self.samples * distributed.world_size() / max(time.perf_counter() - self.started, 1e-9)
-        )
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        return self.samples * distributed.world_size() / seconds
 
     def __iter__(self) -> Iterator[Any]:
         if self.limit <= 0:
             return
         self._iterator = iter(self.loader)
-        ahead = self._fetch(0)
-        taken = 0
-        while ahead is not None:
-            batch, position = ahead
-            taken += 1
-            self.position = position
-            if self.copies is not None:
-                torch.cuda.current_stream(self.device).wait_stream(self.copies)
-                _mark_used(batch, torch.cuda.current_stream(self.device))
-                ahead = self._fetch(taken) if taken < self.limit else None
-            self.samples += _samples(batch)
+        for done in range(self.position.batches + 1, self.position.batches + self.limit + 1):
+            batch = self._fetch()
+            if batch is None:
+                return
+            self.position = self._position(done)
+            self.samples += samples_in(batch)
             yield batch
-            if self.copies is None:
-                ahead = self._fetch(taken) if taken < self.limit else None
 
     def close(self) -> None:
         """Stop the loader's threads."""
         if self._iterator is not None and hasattr(self._iterator, "close"):
             self._iterator.close()
 
-    def _fetch(self, taken: int) -> tuple[Any, dict[str, Any]] | None:
+    def _fetch(self) -> Any:
+        """The next batch on the device, or None."""
         begin = time.perf_counter()
         batch = next(self._iterator, None)
         self.wait_seconds += time.perf_counter() - begin
-        if batch is None:
-            return None
-        position = self._place(self.done + taken + 1)
-        if self.copies is None:
-            return self._to_device(batch), position
-        with torch.cuda.stream(self.copies):
-            return self._to_device(batch), position
+        if batch is None or self._copies is None:
+            return _to_device(batch, self.device)
+        with torch.cuda.stream(self._copies):
+            batch = _to_device(batch, self.device)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._copies)
+        for tensor in tensors_in(batch):  # else the allocator could reuse them while they are read
+            tensor.record_stream(computing)
+        return batch
 
-    def _place(self, batches: int) -> dict[str, Any]:
+    def _position(self, batches: int) -> Position:
         state = self.loader.state_dict() if hasattr(self.loader, "state_dict") else {}
-        return {"batches": batches, "loader": state}
-
-    def _to_device(self, batch: Any) -> Any:
-        if hasattr(batch, "image") and hasattr(batch, "alpha"):
-            moved = TensorBatch(batch.image, batch.alpha, batch.keys, batch)
-            return replace(moved, image=self._move(batch.image), alpha=self._move(batch.alpha))
-        if isinstance(batch, dict):
-            return {key: self._to_device(value) for key, value in batch.items()}
-        if isinstance(batch, (list, tuple)):
-            return tuple(self._to_device(value) for value in batch)
-        return self._move(batch) if isinstance(batch, torch.Tensor) else batch
-
-    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return Position(batches, state)
 
 
-def _samples(batch: Any) -> int:
-    return len(batch) if isinstance(batch, TensorBatch) else len(batch[0])
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if hasattr(batch, "image") and hasattr(batch, "alpha"):
+        image, alpha = (_to_device(tensor, device) for tensor in (batch.image, batch.alpha))
+        return TensorBatch(image, alpha, batch.keys, batch)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return tuple(_to_device(value, device) for value in batch)
+    return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
 
 
-def _mark_used(batch: Any, stream: Any) -> None:
-    """Keep the allocator from reusing tensors of the copy stream while the compute stream reads them."""
+def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a batch of any form, depth first."""
     if isinstance(batch, torch.Tensor):
-        batch.record_stream(stream)
+        yield batch
     elif isinstance(batch, TensorBatch):
-        batch.image.record_stream(stream)
-        batch.alpha.record_stream(stream)
-    elif isinstance(batch, (list, tuple)):
-        for item in batch:
-            _mark_used(item, stream)
+        yield from (batch.image, batch.alpha)
+    elif isinstance(batch, (Mapping, list, tuple)):
+        parts: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch
+        for part in parts:
+            yield from tensors_in(part)
+
+
+def samples_in(batch: Any) -> int:
+    """Return the number of samples of a batch: the length of its first tensor."""
+    first = next((tensor for tensor in tensors_in(batch) if tensor.ndim), None)
+    return 0 if first is None else len(first)

@@ -24,6 +24,7 @@ from portrait_dist.data.augment import Augment
 from portrait_dist.errors import InputError, PortraitDistError, Stopped
 from portrait_dist.preprocessing import normalise
 from portrait_dist.runs.folder import BEST, LATEST, RunFolder, RunLock
+from portrait_dist.training import averaging
 from portrait_dist.training.device_batches import TensorBatch
 from portrait_dist.training.preemption import StopSignals
 
@@ -111,7 +112,13 @@ def train(config: Config) -> dict[str, Any] | None:
         except Exception as error:
             if isinstance(error, PortraitDistError) and error.agreed:
                 if distributed.rank() == 0:
-                    _leave_trace(config, "error", str(error))
+                    _leave_trace(
+                        config,
+                        "error",
+                        str(error),
+                        exit_code=error.exit_code,
+                        requeue=error.requeue,
+                    )
                 raise
             first = distributed.first_to_fail()
             if first != distributed.rank():
@@ -159,13 +166,27 @@ def _train(config: Config, device: torch.device, signals: StopSignals) -> dict[s
     distributed.print0(plan.table())
     trainer = _make_trainer(config, loaders[0], device, signals)
     resume = distributed.on_every_rank(lambda: _resume(config, plan))
-    if resume != "finished":
+    if resume == "finished":
+        distributed.on_every_rank(lambda: _complete(config))
+    else:
         model = distributed.on_every_rank(lambda: _make_model(config, new=resume == "start"))
         trainer.train(model, _training_params(config, plan, trainer, resume == "go on"), *loaders)
+        if distributed.rank() == 0:
+            RunFolder(config.run_dir).append("end", world_size=distributed.world_size())
     result = _result(config, trainer, plan) if distributed.rank() == 0 else None
     if lock:
         lock.release()
     return result
+
+
+def _complete(config: Config) -> None:
+    """Finish what a run left undone that was killed after its last checkpoint."""
+    if distributed.rank() == 0:
+        averaging.complete(config.run_dir)
+        folder = RunFolder(config.run_dir)
+        events = folder.events()
+        if events and events[-1].kind != "end":
+            folder.append("end", world_size=distributed.world_size())
 
 
 def _claim_run_folder(config: Config) -> RunLock | None:
@@ -296,7 +317,6 @@ def _make_model(config: Config, new: bool) -> torch.nn.Module:
 
 
 def _make_trainer(config: Config, loader: Any, device: torch.device, signals: StopSignals) -> Any:
-    from portrait_dist.models.unet import stored_settings
     from portrait_dist.training.sg_adapter import use_device
     from portrait_dist.training.trainer import LoopOptions, PortraitTrainer
 
@@ -308,10 +328,9 @@ def _make_trainer(config: Config, loader: Any, device: torch.device, signals: St
         save_every_seconds=train.save_every_seconds,
         log_every_steps=train.log_every_steps,
         log_keys=config.data.log_keys,
+        timeout_seconds=train.timeout_seconds,
     )
-    about = {
-        "model": stored_settings(init_features=config.model.init_features, norm=config.model.norm),
-        "size": list(loader.dataset.size),
+    metadata = {
         "config": dataclasses.asdict(config),
         "global_batch": train.batch_size * distributed.world_size() * train.accumulate,
     }
@@ -321,7 +340,7 @@ def _make_trainer(config: Config, loader: Any, device: torch.device, signals: St
         options=options,
         signals=signals,
         prepare=Prepare(config, train.seed),
-        about=about,
+        metadata=metadata,
     )
     trainer.fixed_folder = True  # locked here, and resumed by the rules here
     return trainer

@@ -1,14 +1,20 @@
-"""Stopping without loss: signals set a flag, and all ranks agree on the step at which they act on it.
+"""Stop without loss: signals set a flag, and all ranks agree on the step at which they act on it.
 
-SIGTERM, SIGINT and SIGUSR2 (which SLURM sends before a time limit) ask for a stop. The handler does nothing but note it.
-At every step the ranks exchange one small number over a gloo group of its own, a step ahead: the sum of the wishes of
-step k is read at step k + 1, so nobody waits for the exchange, and every rank reads the same number at the same step.
+SIGTERM, SIGINT and SIGUSR2 (which SLURM sends before a time limit) ask for a stop. The handler only
+records the signal. Every k steps the ranks exchange one small number over a gloo group of its own and
+read the result k steps later, so that nobody waits for the exchange, and every rank reads the same
+number at the same step.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -16,94 +22,172 @@ import torch
 
 from portrait_dist import distributed
 
-NOTHING, SAVE, STOP = 0, 1, 2
+NOTHING, SAVE, STOP, FAIL = range(4)
+"""What a rank requests; the highest request of any rank wins."""
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+PR_SET_PDEATHSIG = 1
+MOST_STEPS_BETWEEN_EXCHANGES = 64
+"""With steps of 10 ms a stop is agreed within 64 to 128 steps, about a second."""
 
 
 class StopSignals:
-    """Context manager that notes stop signals instead of dying of them.
+    """Record stop signals instead of terminating; a context manager.
 
-    ``received`` is the name of the first one (``SIGTERM``), or an empty string.
+    A rank of torchrun also asks the kernel for SIGTERM when its torchrun process dies: without it a
+    rank whose agent was killed would train on alone, holding its GPU and the run's lock.
     """
 
     def __init__(self) -> None:
-        self.received = ""
+        self._first = ""
         self._before: dict[signal.Signals, Any] = {}
+        self._agent = 0
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            self._agent = os.getppid()
+            _request_signal_at_parents_death(signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._agent:
+            _request_signal_at_parents_death(None)
+            self._agent = 0
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.received:
-            self.received = signal.Signals(number).name
+    @property
+    def received(self) -> str:
+        """The name of the first signal (``SIGTERM``), or an empty string."""
+        if not self._first and self._orphaned():  # it died before the kernel was asked
+            self._first = "the end of its torchrun process"
+        return self._first
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if not self._first:
+            name = signal.Signals(number).name
+            self._first = f"{name} at the end of its torchrun process" if self._orphaned() else name
+
+    def _orphaned(self) -> bool:
+        return bool(self._agent) and os.getppid() != self._agent
+
+
+def _request_signal_at_parents_death(number: signal.Signals | None) -> None:
+    """Set (or, with None, clear) PR_SET_PDEATHSIG of this process; elsewhere than on Linux nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number or 0), 0, 0, 0)
+
+
+def exchange_interval(world_size: int, steps: int) -> int:
+    """Return the number of steps between two exchanges.
+
+    Gloo sends the number around a ring of 2 (N - 1) hops of 50 to 100 µs each: 1 ms for 8 ranks, 50 to
+    100 ms for 512, longer than a step. N / 8 steps later the result has arrived at any size.
+
+    Args:
+        world_size: number of ranks.
+        steps: optimiser steps that the epoch still has.
+    """
+    return max(1, min(world_size // 8, MOST_STEPS_BETWEEN_EXCHANGES, steps))
 
 
 class Agreement:
-    """What all ranks do at a step boundary: the greatest wish of any rank, one step later.
+    """What all ranks do between two steps: the highest request of any rank, some steps later.
 
     One rank alone needs no exchange and acts at once.
+
+    Args:
+        timeout_seconds: a rank that does not answer for so long ends the run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_seconds: float = 600.0) -> None:
         self.group: Any = None
-        self.pending: tuple[Any, torch.Tensor] | None = None
+        self.interval = 1
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._request = NOTHING
+        self._calls = 0
+        self._ignore_save = False
         if distributed.is_initialized() and distributed.world_size() > 1:
             import torch.distributed as dist
 
-            self.group = dist.new_group(backend="gloo")
+            timeout = timedelta(seconds=timeout_seconds)
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def exchange(self, wish: int) -> int:
-        """Give this rank's wish; get the greatest wish that the ranks gave at the step before.
+    def start_epoch(self, steps: int) -> None:
+        """Begin an epoch, or the rest of one, that has so many steps on every rank."""
+        self.interval = exchange_interval(distributed.world_size(), steps)
+        self._calls = 0
+
+    def exchange(self, request: int) -> int:
+        """Submit this rank's request; return the highest request of any rank an interval ago.
 
         Every rank must call it equally often.
         """
         if self.group is None:
-            return wish
-        import torch.distributed as dist
-
+            return request
+        self._request = max(self._request, request)
+        self._calls += 1
+        if (self._calls - 1) % self.interval:
+            return NOTHING
         agreed = self.finish()
-        tensor = torch.tensor([wish], dtype=torch.int32)
-        self.pending = (
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True),
-            tensor,
-        )
+        self._submit()
+        # A rank that waits for a save goes on requesting it until it happens. What was submitted just
+        # now was requested before the save that follows, and must not lead to a second one.
+        self._ignore_save = agreed == SAVE
         return agreed
 
+    def _submit(self) -> None:
+        import torch.distributed as dist
+
+        tensor = torch.tensor([self._request], dtype=torch.int32)
+        self._request = NOTHING
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        self._pending = (work, tensor)
+
     def finish(self) -> int:
-        """The outcome of the last exchange, if one is open."""
-        if self.pending is None:
+        """Return the outcome of the last exchange, if one is open."""
+        if self._pending is None:
             return NOTHING
-        work, tensor = self.pending
-        self.pending = None
+        work, tensor = self._pending
+        self._pending = None
         work.wait()
-        return int(tensor)
+        agreed, ignored = int(tensor), self._ignore_save
+        self._ignore_save = False
+        return NOTHING if agreed == SAVE and ignored else agreed
 
 
 class StopNotice:
-    """A stop told to all ranks where they take different numbers of steps (validation), through the job's key-value store."""
+    """A stop announced to all ranks where they take different numbers of steps, as in validation.
+
+    It travels through the job's key-value store, asked at most every ``every_seconds``.
+    """
 
     KEY = "portrait_dist/stop"
 
     def __init__(self, every_seconds: float = 0.5) -> None:
         self.every_seconds = every_seconds
-        self.last = 0.0
-        self.told = False
+        self._last = 0.0
+        self._announced = False
 
-    def raised(self, wish: bool) -> bool:
-        """Has any rank asked for a stop? ``wish``: does this one?"""
+    def raised(self, request: bool) -> bool:
+        """Return whether any rank asked for a stop. ``request``: does this one?"""
         if not distributed.is_initialized() or distributed.world_size() == 1:
-            return wish
-        from torch.distributed.distributed_c10d import _get_default_store
+            return request
+        if request and not self._announced:
+            self._announced = True
+            _asked(lambda store: store.set(self.KEY, "1"))
+        if request or time.monotonic() - self._last < self.every_seconds:
+            return request
+        self._last = time.monotonic()
+        return bool(_asked(lambda store: store.check([self.KEY])))
 
-        if wish and not self.told:
-            _get_default_store().set(self.KEY, "1")
-            self.told = True
-        if time.monotonic() - self.last < self.every_seconds:
-            return wish
-        self.last = time.monotonic()
-        return wish or bool(_get_default_store().check([self.KEY]))
+
+def _asked(question: Callable[[Any], Any]) -> Any:
+    """Ask the job's store; True where it is gone, because the torchrun process that kept it ended."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    try:
+        return question(_get_default_store())
+    except RuntimeError:
+        return True

@@ -390,8 +390,14 @@ class AdaptedTrainer(Trainer):
         raise NotImplementedError
 
     def make_average(self) -> Any:
-        """Make the object that averages the best models: ``get_average_model(net, values)`` and ``cleanup()``."""
+        """Make the object that averages the best models; its ``cleanup()`` removes their files."""
         raise NotImplementedError
+
+    def begin_run(self) -> None:
+        """Prepare for a run in ``checkpoints_dir_path``, new or resumed."""
+
+    def finish_writing(self) -> None:
+        """Wait until the files of the last epoch are written."""
 
     # What it does itself ----------------------------------------------------------------------------
 
@@ -480,6 +486,7 @@ class AdaptedTrainer(Trainer):
         )
         folder, path = distributed.gather_objects(chosen)[0] or (None, None)
         self.checkpoints_dir_path = str(folder)
+        self.begin_run()
         self.checkpoint = self.restore(path) if path else {}
         self.load_checkpoint = bool(self.checkpoint)
         self.start_epoch = self.checkpoint.get("epoch", 0)
@@ -679,7 +686,10 @@ class AdaptedTrainer(Trainer):
     def _instantiate_ema_model(self, ema_params: dict[str, Any]) -> ModelEMA:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return FusedEMA.from_params(self.net, **ema_params)
+            ema = FusedEMA.from_params(self.net, **ema_params)
+        if unwrap_model(self.net)._compiled_call_impl is not None:  # a copy is not compiled
+            ema.ema.compile()
+        return ema
 
     def _get_epoch_start_logging_values(self) -> dict[str, float]:
         """Learning rates, under the tags that the epoch's values have too."""
@@ -714,6 +724,7 @@ class AdaptedTrainer(Trainer):
         cleanup_snapshots_pkl_file: bool = False,
     ) -> None:
         """Validate the average of the best models, and say and log its values."""
+        self.finish_writing()
         distributed.barrier()  # rank 0 has written it
         path = Path(checkpoint_dir_path) / self.average_model_checkpoint_filename
         if not path.is_file():  # save_model=False

@@ -1,9 +1,9 @@
-"""The Trainer: SuperGradients' parameters, callbacks, loggers and checkpoints around a loop that never waits for the host.
+"""The Trainer: what SuperGradients asks for, around the loop of :mod:`portrait_dist.training.loop`.
 
-One step is load, forward, loss, backward, optimiser step. Losses and metrics accumulate on the device and are reduced over the
-ranks once, at the end of the epoch. Between two steps all ranks agree whether to save or to stop
-(:mod:`portrait_dist.training.preemption`), so a checkpoint in the middle of an epoch is a few integers more than one at its
-end: the position in the stream, the sums so far, and the random state of every rank.
+SuperGradients brings parameters, callbacks, loggers and the sequence of epochs. Between two steps all
+ranks agree whether to save or to stop (:mod:`portrait_dist.training.preemption`), so a checkpoint in
+the middle of an epoch is a few integers more than one at its end: the position in the stream, the sums
+so far, and the random state of every rank (:mod:`portrait_dist.training.state`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import random
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,38 @@ import torch
 from torch import nn
 
 from portrait_dist import checkpoints, distributed
-from portrait_dist.errors import InputError, Stopped
-from portrait_dist.runs.folder import LATEST
+from portrait_dist.checkpoints import CheckpointInfo
+from portrait_dist.errors import DivergedError, InputError, Stopped
+from portrait_dist.models import UNet
+from portrait_dist.runs.folder import LATEST, RunFolder
 from portrait_dist.system.info import versions
 from portrait_dist.system.malloc import keep_freed_memory
+from portrait_dist.training import loop, state
 from portrait_dist.training.averaging import AverageOfBest
 from portrait_dist.training.console import EpochProgress
-from portrait_dist.training.device_batches import DeviceBatches, TensorBatch
-from portrait_dist.training.preemption import SAVE, STOP, Agreement, StopNotice, StopSignals
-from portrait_dist.training.sg_adapter import AdaptedTrainer, PhaseContext, unwrap_model
+from portrait_dist.training.device_batches import (
+    DeviceBatches,
+    Position,
+    TensorBatch,
+    samples_in,
+)
+from portrait_dist.training.loop import LossMeter, LossWatch, Step
+from portrait_dist.training.preemption import (
+    FAIL,
+    NOTHING,
+    SAVE,
+    STOP,
+    Agreement,
+    StopNotice,
+    StopSignals,
+)
+from portrait_dist.training.saving import EpochFiles, Saver
+from portrait_dist.training.sg_adapter import (
+    AdaptedTrainer,
+    Callback,
+    PhaseContext,
+    unwrap_model,
+)
 
 # torch 2.15 renamed the option and warns of the old name.
 _DDP_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
@@ -39,59 +62,53 @@ _BUFFER_OPTION = (
 )
 _NO_BUFFER_SYNC: dict[str, Any] = {_BUFFER_OPTION: False}
 
+Prepare = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""(batch: TensorBatch, training: bool, epoch: int | None) → (inputs, targets) on the device."""
+
+KEYS_IN_A_MESSAGE = 16
+
 
 @dataclass
 class LoopOptions:
-    """What the loop can do beyond SuperGradients' training parameters; see ``config.TrainConfig`` for units."""
+    """What the loop can do beyond SuperGradients' training parameters.
+
+    Attributes:
+        channels_last: memory format of model and images.
+        save_every_steps: save within the epoch every so many batches; 0 for never.
+        save_every_seconds: the same in seconds.
+        log_every_steps: batches between two lines of progress.
+        log_keys: write the sample keys of every training batch into the run folder.
+        timeout_seconds: a rank that stalls for so long ends the run.
+        static_graph: tell DDP that every step uses the same parameters, which lets it prepare the
+            exchange of gradients once. None: only for this package's U-Net, of which it is known.
+    """
 
     channels_last: bool = False
     save_every_steps: int = 0
     save_every_seconds: float = 0.0
     log_every_steps: int = 50
     log_keys: bool = False
-
-
-class LossMeter:
-    """Sample-weighted means of the loss items, summed on the device in float64."""
-
-    def __init__(self) -> None:
-        self.sum: torch.Tensor | None = None
-        self.count = 0
-
-    def update(self, value: torch.Tensor, batch_size: int) -> None:
-        """Add a batch: ``value`` are its mean losses, shape [n]; ``batch_size`` its samples."""
-        weighted = value.detach().to(torch.float64) * batch_size
-        self.sum = weighted if self.sum is None else self.sum + weighted
-        self.count += batch_size
-
-    @property
-    def average(self) -> tuple[float, ...]:
-        """Means so far on this rank (waits for the device)."""
-        return () if self.sum is None else tuple((self.sum / max(self.count, 1)).tolist())
-
-    def average_over_ranks(self, items: int, device: torch.device) -> tuple[float, ...]:
-        """Means over the samples of all ranks; one collective. A rank may have seen none."""
-        total = torch.zeros(items + 1, dtype=torch.float64, device=device)
-        if self.sum is not None:
-            total[:items] = self.sum
-        total[items] = self.count
-        distributed.sum_over_ranks([total])
-        return tuple((total[:items] / total[items].clamp(min=1)).tolist())
+    timeout_seconds: float = 600.0
+    static_graph: bool | None = None
 
 
 class PortraitTrainer(AdaptedTrainer):
     """SuperGradients' Trainer that trains on any number of nodes, stops and resumes at any step.
 
-    It takes SuperGradients' training parameters. ``mixed_precision`` means bf16 autocast, ``batch_accumulate`` averages the
-    gradients of its batches, ``sync_bn``, ``ema``, ``clip_grad_norm``, ``torch_compile`` are as there.
+    It takes SuperGradients' training parameters. ``mixed_precision`` means bf16 autocast,
+    ``batch_accumulate`` averages the gradients of its batches, ``sync_bn``, ``ema``,
+    ``clip_grad_norm``, ``torch_compile`` are as there. A loss that is not finite ends the training with
+    :class:`portrait_dist.errors.DivergedError`.
 
     Args:
         experiment_name: name of the run; its folder is ``<ckpt_root_dir>/<experiment_name>``.
         ckpt_root_dir: folder of all runs.
         options: what the loop can do beyond SuperGradients' parameters.
-        signals: noted stop signals, looked at between two steps.
-        prepare: turns a batch of the stream into (inputs, targets) on the device; plain (inputs, targets) batches need none.
-        about: entries for the checkpoints' ``portrait_dist`` dict (model settings, size, configuration).
+        signals: recorded stop signals, looked at between two steps.
+        prepare: turns a batch of the stream into (inputs, targets) on the device; plain (inputs,
+            targets) batches need none.
+        metadata: entries for the checkpoints' ``portrait_dist`` dict, such as the configuration. What
+            network it is, the size of the images and the hash of the data are added.
         device, multi_gpu: refused with advice, as by SuperGradients' Trainer.
     """
 
@@ -102,8 +119,8 @@ class PortraitTrainer(AdaptedTrainer):
         *,
         options: LoopOptions | None = None,
         signals: StopSignals | None = None,
-        prepare: Any = None,
-        about: dict[str, Any] | None = None,
+        prepare: Prepare | None = None,
+        metadata: dict[str, Any] | None = None,
         device: str | None = None,
         multi_gpu: Any = None,
     ) -> None:
@@ -112,22 +129,27 @@ class PortraitTrainer(AdaptedTrainer):
         self.options = options or LoopOptions()
         self.signals = signals or StopSignals()
         self.prepare = prepare
-        self.about = about or {}
-        self.agreement = Agreement()
+        self.metadata = metadata or {}
+        self.agreement = Agreement(self.options.timeout_seconds)
         self.notice = StopNotice()
         self.checkpoint_writer = checkpoints.save_atomically
+        self.saver = Saver()
         self.samples_seen = 0
         self.images_per_second = 0.0
         self.data_wait_share = 0.0
         self.checkpoint: dict[str, Any] = {}
+        self.losses = LossWatch()
+        self.average: AverageOfBest | None = None
+        self._images: dict[str, Any] = {}
+        self._images_described = False
         self._training_net: nn.Module | None = None
-        self._rank_states: list[dict[str, Any]] = []
+        self._rank_states: list[dict[str, Any]] | None = []
         self._versions = versions()
         self._sums_of_training: dict[str, Any] = {}
-        self._last_position: dict[str, Any] = {}
+        self._last_position = Position(0, {})
         self._last_save = time.monotonic()
 
-    # Model ----------------------------------------------------------------------------------------------------------
+    # Model ----------------------------------------------------------------------------------------
 
     @property
     def torch_device(self) -> torch.device:
@@ -149,61 +171,93 @@ class PortraitTrainer(AdaptedTrainer):
             # In place: the names in the state dict stay as they are.
             model.compile(**params.torch_compile_options)
         if ranks and params is not None:
-            gpu = [self.torch_device.index] if self.torch_device.type == "cuda" else None
-            model = nn.parallel.DistributedDataParallel(
-                model,
-                device_ids=gpu,
-                **_NO_BUFFER_SYNC,  # rank 0's statistics are broadcast once, before validation
-                gradient_as_bucket_view=True,
-                static_graph=params.batch_accumulate == 1,  # no_sync() changes the graph
-            )
+            model = self._in_ddp(model, params.batch_accumulate)
         self._training_net = model
         return model
 
-    def _forward(self, net: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what the loss takes, probabilities). Losses with ``takes_logits`` get logits."""
-        logits_wanted = getattr(self.criterion, "takes_logits", False)
-        bf16 = bool(self.training_params and self.training_params.mixed_precision)
-        with torch.autocast(self.torch_device.type, dtype=torch.bfloat16, enabled=bf16):
-            outputs = net(inputs, return_logits=True) if logits_wanted else net(inputs)
-        if isinstance(outputs, torch.Tensor) and bf16:
-            outputs = outputs.float()
-        return outputs, torch.sigmoid(outputs.detach()) if logits_wanted else outputs
+    def _in_ddp(self, model: nn.Module, accumulate: int) -> nn.Module:
+        """Wrap a model for the exchange of gradients.
 
-    # Training -------------------------------------------------------------------------------------------------------
+        A static graph is prepared once, but a network that uses other parameters in some step (layer
+        dropping, staged losses) dies in it; such a network needs the search for unused parameters.
+        """
+        uniform = self.options.static_graph
+        if uniform is None:
+            uniform = isinstance(model, UNet)
+        gpu = [self.torch_device.index] if self.torch_device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=gpu,
+            **_NO_BUFFER_SYNC,  # rank 0's statistics are broadcast once, before validation
+            gradient_as_bucket_view=True,
+            static_graph=uniform and accumulate == 1,  # no_sync() changes the graph
+            find_unused_parameters=not uniform,
+        )
+
+    def forward(self) -> loop.Forward:
+        """How the network is called. Losses with ``takes_logits`` get logits."""
+        return loop.Forward(
+            self.torch_device,
+            bf16=bool(self.training_params and self.training_params.mixed_precision),
+            logits=getattr(self.criterion, "takes_logits", False),
+        )
+
+    # Training -------------------------------------------------------------------------------------
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of this rank in a training epoch."""
         return int(self.max_train_batches or len(self.train_loader))
 
+    def train(self, *args: Any, **kwargs: Any) -> None:
+        """Train; see SuperGradients' Trainer.train for the arguments. All files are written at the end."""
+        try:
+            super().train(*args, **kwargs)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the reason
+                self.saver.join()
+            raise
+        self.saver.join()
+
     def run_training_epoch(self, context: PhaseContext, show: bool) -> dict[str, float]:
-        """One epoch, or the rest of one that was interrupted. Returns mean losses and metrics over all ranks."""
+        """Run one epoch, or the rest of one that was interrupted.
+
+        Returns:
+            Mean losses and metrics over all ranks, by name.
+        """
         context.update_context(loss_avg_meter=LossMeter())
         done = self._start_epoch(context)
-        steps = self.steps_per_epoch
-        batches = DeviceBatches(self.train_loader, self.torch_device, limit=steps - done, done=done)
+        total = self.steps_per_epoch
+        batches = DeviceBatches(self.train_loader, self.torch_device, limit=total - done, done=done)
+        learner = loop.Learner(
+            self.net,
+            self.optimizer,
+            self.forward(),
+            self.compute_loss,
+            total,
+            self.batch_accumulate,
+            self.training_params.clip_grad_norm,
+            self._update_ema(context.epoch) if self.ema else None,
+        )
+        self.losses = LossWatch()
+        self.agreement.start_epoch(-(-(total - done) // self.batch_accumulate))
         title = f"epoch {context.epoch + 1}/{self.max_epochs}"
-        with EpochProgress(title, steps, done, show) as progress, contextlib.closing(batches):
-            for batch_idx, batch in enumerate(batches, start=done):
-                self._train_step(batch, batch_idx, context)
-                self.samples_seen += len(batch) * distributed.world_size()
-                self._between_steps(context, batch_idx, batches.position)
-                progress.advance()
-                if progress.due or (batch_idx + 1) % self.options.log_every_steps == 0:
-                    self._show_progress(context, batch_idx, batches, progress)
+        with EpochProgress(title, total, done, show) as progress, contextlib.closing(batches):
+            hooks = _TrainingHooks(self, context, learner, batches, progress)
+            loop.train_epoch(learner, batches, hooks, done=done)
         self.images_per_second, self.data_wait_share = batches.rate, batches.wait_share
         self._finish_training_part(context, batches.position)
         return self._reduce(context.loss_avg_meter, self.train_metrics)
 
     def _start_epoch(self, context: PhaseContext) -> int:
-        """Tell the loader the epoch; take up an interrupted one. Returns the batches of this rank that are done."""
+        """Tell the loader the epoch; take up an interrupted one. Returns the batches that are done."""
         loader, epoch = self.train_loader, context.epoch
         resumed = self.checkpoint.get("portrait_dist", {}) if epoch == self.start_epoch else {}
         self.checkpoint = {}
         if resumed:
-            self._restore_random_state(resumed)
-            self._restore_memory_format()
+            state.restore_random_state(resumed.get("ranks", []))
+            if self.options.channels_last:
+                state.lay_out_as_parameters(self.optimizer)
         position = resumed.get("position")
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
@@ -211,162 +265,193 @@ class PortraitTrainer(AdaptedTrainer):
             loader.sampler.set_epoch(epoch)
         if not position:
             return 0
-        self._restore_sums(resumed, context.loss_avg_meter)
+        meter = context.loss_avg_meter
+        state.restore_sums(resumed["ranks"], meter, self.train_metrics, self.torch_device)
+        if meter.sum is not None and self.loss_logging_items_names is None:
+            self.name_losses()
         if not hasattr(loader, "load_state_dict"):
             raise InputError(
-                "this run stopped in the middle of an epoch: resume it with the loader of portrait_dist.data.build_loader"
+                "this run stopped in the middle of an epoch: resume it with the loader of "
+                "portrait_dist.data.build_loader"
             )
         loader.load_state_dict(position["loader"])
-        return int(position["batches"])
+        # On another number of ranks, or with another batch size, the same samples are another number
+        # of batches.
+        left = getattr(loader, "batches_left", None)
+        return int(position["batches"]) if left is None else len(loader) - int(left)
 
-    def _train_step(self, batch: TensorBatch, batch_idx: int, context: PhaseContext) -> None:
-        inputs, targets, extra = self._inputs(batch, training=True, epoch=context.epoch)
-        if self.pre_prediction_callback is not None:
-            inputs, targets = self.pre_prediction_callback(inputs, targets, batch_idx)
-        if self.options.log_keys and isinstance(batch, TensorBatch):
-            self._log_keys(context.epoch, batch_idx, batch.keys)
-        context.update_context(
-            batch_idx=batch_idx,
-            inputs=inputs,
-            target=targets,
-            additional_batch_items=extra,
-            **extra,
-        )
-        self.phase_callback_handler.on_train_batch_start(context)
-        first, last = self._accumulation_bounds(batch_idx)
-        with contextlib.nullcontext() if batch_idx == last else self._no_sync():
-            outputs, probabilities = self._forward(self.net, inputs)
-            loss, items = self.compute_loss(outputs, targets)
-            context.update_context(
-                preds=probabilities,
-                loss_log_items=items,
-                loss_logging_items_names=self.loss_logging_items_names,
-            )
-            self.phase_callback_handler.on_train_batch_loss_end(context)
-            if batch_idx == 0:
-                self._epoch_start_logging_values = self._get_epoch_start_logging_values()
-            (loss / (last - first + 1)).backward()
-        self.phase_callback_handler.on_train_batch_backward_end(context)
-        if batch_idx == last:
-            self._optimizer_step(batch_idx, context)
-        self.phase_callback_handler.on_train_batch_end(context)
+    def _update_ema(self, epoch: int) -> Callable[[int], None]:
+        total = self.steps_per_epoch
 
-    def _log_keys(self, epoch: int, batch: int, keys: list[str]) -> None:
-        with open(
-            Path(self.checkpoints_dir_path) / f"keys-rank{distributed.rank()}.jsonl",
-            "a",
-            encoding="utf-8",
-        ) as file:
-            file.write(json.dumps({"epoch": epoch, "batch": batch, "keys": keys}) + "\n")
-
-    def _accumulation_bounds(self, batch_idx: int) -> tuple[int, int]:
-        """First and last batch of the group whose gradients make one optimiser step; the last group may be short."""
-        first = batch_idx - batch_idx % self.batch_accumulate
-        return first, min(first + self.batch_accumulate, self.steps_per_epoch) - 1
-
-    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        return (
-            self.net.no_sync()
-            if isinstance(self.net, nn.parallel.DistributedDataParallel)
-            else contextlib.nullcontext()
-        )
-
-    def _optimizer_step(self, batch_idx: int, context: PhaseContext) -> None:
-        self.phase_callback_handler.on_train_batch_gradient_step_start(context)
-        if self.training_params.clip_grad_norm:
-            torch.nn.utils.clip_grad_norm_(
-                self.net.parameters(), self.training_params.clip_grad_norm
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.ema:
-            step = batch_idx + 1 + self.steps_per_epoch * context.epoch
+        def update(index: int) -> None:
+            step = index + 1 + total * epoch
             self.ema_model.update(
-                self._training_net, step=step, total_steps=self.steps_per_epoch * self.max_epochs
+                self._training_net, step=step, total_steps=total * self.max_epochs
             )
-        self.phase_callback_handler.on_train_batch_gradient_step_end(context)
 
-    def _inputs(
-        self, batch: Any, training: bool, epoch: int | None
-    ) -> tuple[torch.Tensor, Any, dict[str, Any]]:
+        return update
+
+    def inputs(self, batch: Any, *, epoch: int | None) -> tuple[Any, Any, dict[str, Any]]:
+        """Return (inputs, targets, additional items) of a batch on the device.
+
+        Args:
+            batch: a :class:`TensorBatch` or a tuple.
+            epoch: of training; None for evaluation, which is not augmented.
+        """
+        extra: dict[str, Any] = {}
         if isinstance(batch, TensorBatch):
             if self.prepare is None:
                 raise InputError(
-                    "batches of uint8 images need PortraitTrainer(prepare=…), such as training.run.Prepare"
+                    "batches of uint8 images need PortraitTrainer(prepare=…), such as "
+                    "portrait_dist.training.main.Prepare"
                 )
-            inputs, targets = self.prepare(batch, training=training, epoch=epoch)
-            extra: dict[str, Any] = {}
+            inputs, targets = self.prepare(batch, training=epoch is not None, epoch=epoch)
         else:
             inputs, targets = batch[0], batch[1]
             extra = batch[2] if len(batch) > 2 else {}
-        if self.options.channels_last and inputs.ndim == 4:
+        if self.options.channels_last and getattr(inputs, "ndim", 0) == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return inputs, targets, extra
 
-    # Between two steps ----------------------------------------------------------------------------------------------
+    def describe_images(self, batch: Any) -> None:
+        """Keep for the checkpoints what the training images are; once, from the first batch."""
+        if not self._images_described:
+            self._images_described = True
+            self._images |= state.describe_images(self.train_loader, batch)
 
-    def _between_steps(
-        self, context: PhaseContext, batch_idx: int, position: dict[str, Any]
-    ) -> None:
-        """Save or stop where all ranks agree, always at an optimiser step."""
-        if batch_idx != self._accumulation_bounds(batch_idx)[1]:
-            return
-        options = self.options
-        overdue = (
-            options.save_every_seconds
-            and time.monotonic() - self._last_save > options.save_every_seconds
-        )
-        agreed = self.agreement.exchange(STOP if self.signals.received else SAVE if overdue else 0)
-        step = batch_idx + 1 + self.steps_per_epoch * context.epoch
-        if agreed == STOP:
+    # Between two steps ----------------------------------------------------------------------------
+
+    def between_steps(self, context: PhaseContext, index: int, position: Position) -> None:
+        """Save, stop or fail where all ranks agree. Called after each optimiser step."""
+        self.saver.check()
+        options, batch = self.options, index + 1 + self.steps_per_epoch * context.epoch
+        agreed = self.agreement.exchange(self._request())
+        if agreed == FAIL:
+            self._raise_if_diverged(context)
+        elif agreed == STOP:
             self._save_within_epoch(context, position)
-            self._stop(
-                context,
-                f"epoch {context.epoch + 1}, step {batch_idx + 1} of {self.steps_per_epoch}",
-            )
-        elif agreed == SAVE or (options.save_every_steps and step % options.save_every_steps == 0):
+            where = f"epoch {context.epoch + 1}, step {index + 1} of {self.steps_per_epoch}"
+            self._stop(context, where)
+        elif agreed == SAVE or (options.save_every_steps and batch % options.save_every_steps == 0):
             self._save_within_epoch(context, position)
 
-    def _finish_training_part(self, context: PhaseContext, position: dict[str, Any]) -> None:
-        """The last exchange may ask for a stop; then note what the checkpoint of this epoch needs of every rank."""
+    def _request(self) -> int:
+        """What this rank wants to happen."""
+        if self.losses.bad is not None:
+            return FAIL
+        if self.signals.received:
+            return STOP
+        every = self.options.save_every_seconds
+        return SAVE if every and time.monotonic() - self._last_save > every else NOTHING
+
+    def _finish_training_part(self, context: PhaseContext, position: Position) -> None:
+        """Act on the last exchange; keep what the checkpoint of this epoch needs of every rank."""
         if self.agreement.finish() == STOP:
             self._save_within_epoch(context, position)
             self._stop(context, f"the end of epoch {context.epoch + 1}")
-        own = checkpoints.host_copy(_random_state())
-        self._rank_states = distributed.gather_objects(own)
+        self._raise_if_diverged(context)
+        self._rank_states = self._gather_states()
         self._last_position = position
-        self._sums_of_training = checkpoints.host_copy(self._sums(context))
+        sums = state.sums_so_far(context.loss_avg_meter, self.train_metrics)
+        self._sums_of_training = checkpoints.host_copy(sums)
+
+    def _gather_states(self, **more: Any) -> list[dict[str, Any]] | None:
+        """Every rank's random state on rank 0, 16 kB each; over gloo where there is such a group."""
+        own = checkpoints.host_copy({**state.random_state(), **more})
+        return distributed.gather_to_rank_0(own, self.agreement.group)
 
     def _stop(self, context: PhaseContext, where: str) -> None:
-        distributed.barrier()  # nobody leaves, and makes torchrun end the others, before rank 0 has saved
+        self.saver.join()
+        # Nobody leaves, and makes torchrun end the others, before rank 0 has saved.
+        distributed.barrier()
         context.update_context(stop_training=True)
         name = self.signals.received or "a signal to another rank"
-        batches, accumulate = self._last_position["batches"], self.batch_accumulate
-        steps_per_epoch = -(-self.steps_per_epoch // accumulate)
-        saved = f"saved in {self.checkpoints_dir_path}; the same command goes on from there"
+        step = self._last_position.batches + self.steps_per_epoch * context.epoch
+        saved = f"saved in {self.checkpoints_dir_path}; the same command resumes there"
         if not self._can_save(self._last_position):
-            saved = "not saved within the epoch, which needs a loader with state_dict (portrait_dist.data.build_loader)"
+            saved = (
+                "not saved within the epoch, which needs a loader with state_dict "
+                "(portrait_dist.data.build_loader)"
+            )
         raise Stopped(
             f"stopped by {name} at {where}, {saved}",
             epoch=context.epoch,
-            batch=context.epoch * self.steps_per_epoch + batches,
-            step=context.epoch * steps_per_epoch + -(-batches // accumulate),
+            step=step,
             samples_seen=self.samples_seen,
         )
 
-    def _show_progress(
-        self, context: PhaseContext, batch_idx: int, batches: DeviceBatches, progress: EpochProgress
+    def _raise_if_diverged(self, context: PhaseContext) -> None:
+        """End the run on all ranks if a loss or the weights are not finite. A collective.
+
+        Raises:
+            DivergedError: the same one on every rank, of the earliest step that any rank knows.
+        """
+        bad = self.losses.first_bad()
+        broken = bad is None and not loop.weights_are_finite(unwrap_model(self.net))
+        flag = torch.tensor([float(bad is not None or broken)], device=self.torch_device)
+        distributed.sum_over_ranks([flag])
+        if flag.item() == 0:
+            return
+        found = [step for step in distributed.gather_objects(bad) if step is not None]
+        first = min(found, key=lambda step: (step.index, step.rank), default=None)
+        error = self._diverged(context.epoch, first)
+        error.agreed, error.quiet = True, distributed.rank() != 0
+        if error.quiet:
+            time.sleep(distributed.SECONDS_AFTER_RANK_0)  # rank 0 leaves first, with the message
+        raise error
+
+    def _diverged(self, epoch: int, first: Step | None) -> DivergedError:
+        latest = Path(self.checkpoints_dir_path) / LATEST
+        kept = f"{latest} stays as it was" if latest.exists() else "nothing was saved yet"
+        advice = (
+            "try a lower learning rate, gradient clipping (train.clip_grad_norm=1) or "
+            "train.precision=fp32, and look at these samples"
+        )
+        if first is None:
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            return DivergedError(
+                f"the weights are not finite in epoch {epoch + 1}, learning rate {lr:g}; {kept}; {advice}",
+                epoch=epoch,
+                lr=lr,
+            )
+        shown = ", ".join(first.keys[:KEYS_IN_A_MESSAGE]) or "(the loader gives no keys)"
+        more = len(first.keys) - KEYS_IN_A_MESSAGE
+        shown += f" and {more} more" if more > 0 else ""
+        step = first.index + 1
+        return DivergedError(
+            f"the loss is not finite at epoch {epoch + 1}, step {step} of {self.steps_per_epoch}, on rank "
+            f"{first.rank}, learning rate {first.lr:g}, samples {shown}; {kept}; {advice}",
+            keys=first.keys,
+            epoch=epoch,
+            step=step + self.steps_per_epoch * epoch,
+            lr=first.lr,
+        )
+
+    def show_progress(
+        self, context: PhaseContext, index: int, batches: DeviceBatches, progress: EpochProgress
     ) -> None:
+        """Report losses, metrics and speed so far; reads them from the device."""
+        self.losses.first_bad()
         self.images_per_second, self.data_wait_share = batches.rate, batches.wait_share
         if distributed.rank() != 0:
             return
         means = context.loss_avg_meter.average
         losses = dict(zip(self.loss_logging_items_names, means, strict=False))
-        if (batch_idx + 1) % self.options.log_every_steps == 0 or not progress.on_terminal:
+        if self._at_log_interval(index) or not progress.on_terminal:
             for callback in self.phase_callbacks:
                 if hasattr(callback, "on_interval"):
-                    callback.on_interval(self, context, batch_idx, losses)
+                    callback.on_interval(self, context, index, losses)
         progress.show(self.values_so_far(means, self.train_metrics), self.images_per_second)
+
+    def _at_log_interval(self, index: int) -> bool:
+        return (index + 1) % self.options.log_every_steps == 0
+
+    def report_if_due(
+        self, context: PhaseContext, index: int, batches: DeviceBatches, progress: EpochProgress
+    ) -> None:
+        """Call ``show_progress`` at the log interval on every rank, and where a line is due."""
+        if progress.due or self._at_log_interval(index):
+            self.show_progress(context, index, batches, progress)
 
     def _reduce(self, meter: LossMeter, metrics: Any) -> dict[str, float]:
         """Mean losses and metrics over the samples of all ranks."""
@@ -377,7 +462,7 @@ class PortraitTrainer(AdaptedTrainer):
         )
         return self.named_values(losses + self.metric_values(metrics), metrics)
 
-    # Evaluation -----------------------------------------------------------------------------------------------------
+    # Evaluation -----------------------------------------------------------------------------------
 
     def run_evaluation(
         self,
@@ -390,50 +475,17 @@ class PortraitTrainer(AdaptedTrainer):
         title: str,
         max_batches: int | None = None,
     ) -> dict[str, float]:
-        """Every sample of ``loader`` once, without a collective inside the loop; sums are reduced at the end.
-
-        The ranks may have different numbers of batches, or none.
-        """
+        """Evaluate every sample of ``loader`` once; sums are reduced over the ranks at the end."""
         context.update_context(loss_avg_meter=LossMeter())
         net = unwrap_model(self.net)
         self._broadcast_buffers(net)
-        net.eval()
-        handler = self.phase_callback_handler
-        before, after = (
-            (handler.on_validation_batch_start, handler.on_validation_batch_end)
-            if validating
-            else (handler.on_test_batch_start, handler.on_test_batch_end)
-        )
         limit = len(loader) if max_batches is None else min(max_batches, len(loader))
         batches = DeviceBatches(loader, self.torch_device, limit=limit)
-        stopped = False
-        with (
-            EpochProgress(title, limit, visible=show) as progress,
-            contextlib.closing(batches),
-            torch.no_grad(),
-        ):
-            for batch_idx, batch in enumerate(batches):
-                inputs, targets, extra = self._inputs(batch, training=False, epoch=None)
-                context.update_context(
-                    batch_idx=batch_idx,
-                    inputs=inputs,
-                    target=targets,
-                    additional_batch_items=extra,
-                    **extra,
-                )
-                before(context)
-                outputs, probabilities = self._forward(net, inputs)
-                context.update_context(preds=probabilities, batch=batch)
-                if self.criterion is not None:
-                    context.update_context(loss_log_items=self.compute_loss(outputs, targets)[1])
-                after(context)
-                progress.advance()
-                if progress.due:
-                    progress.show({}, batches.rate)
-                if validating and (stopped := self.notice.raised(bool(self.signals.received))):
-                    break
+        with EpochProgress(title, limit, visible=show) as progress, contextlib.closing(batches):
+            hooks = _EvaluationHooks(self, context, batches, progress, validating)
+            loop.evaluate(net, self.forward(), batches, hooks)
         if validating:
-            self._stop_in_validation(stopped, context)
+            self._stop_in_validation(hooks.stopped, context)
         return self._reduce(context.loss_avg_meter, metrics)
 
     def _broadcast_buffers(self, net: nn.Module) -> None:
@@ -451,31 +503,52 @@ class PortraitTrainer(AdaptedTrainer):
             self._save_within_epoch(context, self._last_position)
             self._stop(context, f"validation of epoch {context.epoch + 1}")
 
-    # Checkpoints ----------------------------------------------------------------------------------------------------
+    # Checkpoints ----------------------------------------------------------------------------------
+
+    def begin_run(self) -> None:
+        """Forget what belongs to a run before this one."""
+        params = self.training_params
+        self.average = self.model_weight_averaging = None
+        self._images, self._images_described = {}, False
+        if params.average_best_models:
+            better = params.greater_metric_to_watch_is_better
+            self.average = AverageOfBest(self.checkpoints_dir_path, better)
 
     def restore(self, checkpoint: Path) -> dict[str, Any]:
         """Load a checkpoint into the model, and take over how far its run was.
 
         Raises:
             InputError: there is no such checkpoint, or it is of another model.
+            DamagedDataError: the checkpoint or a snapshot of the average is damaged.
         """
-        params = self.training_params
-        state = checkpoints.read(checkpoint)
+        found = checkpoints.read_on_every_rank(checkpoint)
+        checkpoints.check_resumable(found, checkpoint)
         try:
-            self.load_weights(state)
+            self.load_weights(found)
         except RuntimeError as error:
             raise InputError(
-                f"{checkpoint}: holds another model ({' '.join(str(error).split())[:160]}); choose another run.name"
+                f"{checkpoint}: holds another model ({' '.join(str(error).split())[:160]}); choose "
+                "another run.name"
             ) from error
-        about = state.get("portrait_dist", {})
-        self.samples_seen = int(about.get("samples_seen", 0))
-        self._best_ckpt_metrics = state.get("_best_ckpt_metrics")
-        self.best_metric = float(about.get("best_metric", state.get("acc", 0.0)))
-        best = Path(self.checkpoints_dir_path) / params.ckpt_best_name
-        if best.is_file():
-            better = max if params.greater_metric_to_watch_is_better else min
-            self.best_metric = better(self.best_metric, float(checkpoints.read(best)["acc"]))
-        return state
+        info = checkpoints.info_of(found, checkpoint)
+        distributed.on_every_rank(lambda: self._take_over(info))
+        self._best_ckpt_metrics = found.get("_best_ckpt_metrics")
+        return found
+
+    def _take_over(self, info: CheckpointInfo) -> None:
+        """Continue the counts of a run, its best value and its average."""
+        params = self.training_params
+        self.samples_seen = info.samples_seen
+        if info.size is not None:
+            self._images = {"size": list(info.size), "aspect": info.aspect}
+        best = info.best_metric if info.best_metric is not None else info.acc or 0.0
+        if distributed.rank() == 0:
+            saved = Path(self.checkpoints_dir_path) / params.ckpt_best_name
+            if saved.is_file() and (value := checkpoints.read_info(saved).acc) is not None:
+                best = (max if params.greater_metric_to_watch_is_better else min)(best, value)
+            if self.average is not None and Path(info.path).parent.samefile(saved.parent):
+                self.average.resume(info.averaged)
+        self.best_metric = best  # only rank 0 compares with it
 
     def save_epoch(
         self,
@@ -484,10 +557,11 @@ class PortraitTrainer(AdaptedTrainer):
         valid_values: dict[str, float],
         context: PhaseContext,
     ) -> None:
-        """Best (when better), then latest, then the average of the best; on rank 0, after validation."""
+        """Hand the files of a validated epoch to the writing thread. Called on rank 0."""
+        self.saver.join()  # before the set of averaged models changes
         value = float(valid_values[self.metric_to_watch])
         sign = 1.0 if self.greater_metric_to_watch_is_better else -1.0
-        better = np.isfinite(value) and (sign * value > sign * self.best_metric)
+        better = bool(np.isfinite(value)) and sign * value > sign * self.best_metric
         metrics = {
             "tracked_metric_name": self.metric_to_watch,
             "valid": dict(valid_values),
@@ -495,40 +569,37 @@ class PortraitTrainer(AdaptedTrainer):
         }
         if better:
             self.best_metric, self._best_ckpt_metrics = value, metrics
-        state = self._state(epoch, value, metrics)
+        averaged = self.average is not None and self.average.consider(epoch, value)
+        entries = checkpoints.host_copy(self._state(epoch, value, metrics))
+        epochs = self.training_params.save_ckpt_epoch_list
+        files = EpochFiles(
+            epoch,
+            entries,
+            latest=LATEST,
+            best=self.ckpt_best_name if better else None,
+            copy=f"ckpt_epoch_{epoch}.pth" if epoch in epochs else None,
+            average=self.average,
+            averaged=averaged,
+        )
+        self.saver.save(files, Path(self.checkpoints_dir_path), self.sg_logger)
         if better:
-            self.sg_logger.add_checkpoint(
-                tag=self.ckpt_best_name, state_dict=state, global_step=epoch
-            )
+            if any(_acts_on_a_best_epoch(callback) for callback in self.phase_callbacks):
+                self.saver.join()  # it may read the file
             self.phase_callback_handler.on_validation_end_best_epoch(context)
-        self.sg_logger.add_checkpoint(tag=LATEST, state_dict=state, global_step=epoch)
-        if epoch in self.training_params.save_ckpt_epoch_list:
-            self.sg_logger.add_checkpoint(
-                tag=f"ckpt_epoch_{epoch}.pth", state_dict=state, global_step=epoch
-            )
-        if self.training_params.average_best_models:
-            net = unwrap_model(self.ema_model.ema if self.ema else self._training_net)
-            mean = self.model_weight_averaging.get_average_model(net, valid_values)
-            rest = {
-                name: state[name]
-                for name in ("acc", "epoch", "metrics", "packages", "portrait_dist")
-            } | self.processing_params()
-            self.sg_logger.add_checkpoint(
-                tag=self.average_model_checkpoint_filename,
-                state_dict={"net": mean, **rest},
-                global_step=epoch,
-            )
         self._last_save = time.monotonic()
 
-    def make_average(self) -> AverageOfBest:
-        """Mean of the ten best models."""
-        return AverageOfBest(
-            self.checkpoints_dir_path, self.metric_to_watch, self.greater_metric_to_watch_is_better
-        )
+    def make_average(self) -> AverageOfBest | None:
+        """The average of the best models; its ``cleanup()`` removes the snapshots."""
+        return self.average
+
+    def finish_writing(self) -> None:
+        """Wait for the writing thread, before somebody reads the files."""
+        self.saver.join()
 
     def _state(self, epoch: int, value: float, metrics: dict[str, Any]) -> dict[str, Any]:
-        """SuperGradients' checkpoint dict, and under ``portrait_dist`` what exact resuming needs beyond it."""
-        state = {
+        """SuperGradients' checkpoint dict, and under ``portrait_dist`` what resuming needs besides."""
+        averaged = None if self.average is None else [asdict(one) for one in self.average.members]
+        entries = {
             "net": unwrap_model(self._training_net).state_dict(),
             "acc": value,
             "epoch": epoch,
@@ -538,137 +609,176 @@ class PortraitTrainer(AdaptedTrainer):
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scaler_state_dict": self.scaler.state_dict() if self.scaler is not None else {},
             "portrait_dist": {
-                **self.about,
-                "format": 1,
+                **state.describe_network(unwrap_model(self._training_net)),
+                "data": state.describe_data(self.train_loader, self.valid_loader),
+                **self._images,
+                **self.metadata,
+                "format": state.FORMAT,
                 "best_metric": float(self.best_metric),
                 "samples_seen": self.samples_seen,
                 "world_size": distributed.world_size(),
                 "ranks": self._rank_states,
                 "position": None,
+                "averaged": averaged,
             },
             **self.processing_params(),
         }
         if self.ema:
-            state["ema_net"] = unwrap_model(self.ema_model.ema).state_dict()
+            entries["ema_net"] = unwrap_model(self.ema_model.ema).state_dict()
         if self._torch_lr_scheduler is not None:
-            state["torch_scheduler_state_dict"] = self._torch_lr_scheduler.state_dict()
-        return state
+            entries["torch_scheduler_state_dict"] = self._torch_lr_scheduler.state_dict()
+        return entries
 
-    def _save_within_epoch(self, context: PhaseContext, position: dict[str, Any]) -> None:
+    def _save_within_epoch(self, context: PhaseContext, position: Position) -> None:
         """Save ``ckpt_latest.pth`` between two steps. Every rank calls it; rank 0 writes."""
         self._last_position = position
         if not self._can_save(position):
             return
+        self._raise_if_diverged(context)
         in_training = context.metrics_compute_fn is self.train_metrics
-        sums = self._sums(context) if in_training else self._sums_of_training
-        self._rank_states = distributed.gather_objects(
-            checkpoints.host_copy({**_random_state(), "sums": sums})
-        )
+        if in_training:
+            sums = state.sums_so_far(context.loss_avg_meter, self.train_metrics)
+        else:
+            sums = self._sums_of_training
+        self._rank_states = self._gather_states(sums=sums)
         if distributed.rank() == 0:
             metrics = {"tracked_metric_name": self.metric_to_watch, "valid": {}, "train": {}}
-            state = self._state(context.epoch, float(self.best_metric), metrics)
-            state["portrait_dist"]["position"] = {
-                "loader": position["loader"],
-                "batches": position["batches"],
-            }
-            self.sg_logger.add_checkpoint(tag=LATEST, state_dict=state, global_step=context.epoch)
+            self.saver.join()
+            entries = self._state(context.epoch, float(self.best_metric), metrics)
+            entries["portrait_dist"]["position"] = asdict(position)
+            files = EpochFiles(context.epoch, checkpoints.host_copy(entries), latest=LATEST)
+            self.saver.save(files, Path(self.checkpoints_dir_path), self.sg_logger)
         self._last_save = time.monotonic()
 
-    def _can_save(self, position: dict[str, Any]) -> bool:
-        return bool(self.training_params.save_model and position.get("loader"))
-
-    def _sums(self, context: PhaseContext) -> dict[str, Any]:
-        """This rank's sums of the training epoch so far."""
-        meter = context.loss_avg_meter
-        return {
-            "loss": meter.sum,
-            "count": meter.count,
-            "metrics": _metric_states(self.train_metrics),
-        }
-
-    def _restore_random_state(self, about: dict[str, Any]) -> None:
-        """Each rank's random state; a rank that the saved run did not have keeps its seed."""
-        ranks = about.get("ranks", [])
-        if len(ranks) == distributed.world_size():
-            _set_random_state(ranks[distributed.rank()])
-
-    def _restore_sums(self, about: dict[str, Any], meter: LossMeter) -> None:
-        """The sums of the interrupted epoch: each rank's own, or on another world size all of them on rank 0."""
-        sums = [rank["sums"] for rank in about.get("ranks", []) if "sums" in rank]
-        if len(sums) == distributed.world_size():
-            sums = [sums[distributed.rank()]]
-        elif distributed.rank() != 0:
-            return
-        for one in sums:
-            if one["loss"] is not None:
-                loss = one["loss"].to(self.torch_device)
-                meter.sum = loss if meter.sum is None else meter.sum + loss
-            meter.count += int(one["count"])
-            _add_metric_states(self.train_metrics, one["metrics"])
-        if meter.sum is not None and self.loss_logging_items_names is None:
-            self.name_losses()
-
-    def _restore_memory_format(self) -> None:
-        """The optimiser's averages lie in memory as their parameters do; a loaded checkpoint has them in NCHW."""
-        if not self.options.channels_last:
-            return
-        for state in self.optimizer.state.values():
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor) and value.ndim == 4:
-                    state[name] = value.contiguous(memory_format=torch.channels_last)
+    def _can_save(self, position: Position) -> bool:
+        return bool(self.training_params.save_model and position.loader)
 
 
-def _random_state() -> dict[str, Any]:
-    """State of Python's, numpy's and torch's generators, as plain numbers and tensors."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "python": {
-            "version": version,
-            "words": torch.tensor(words, dtype=torch.int64),
-            "gauss": gauss,
-        },
-        "numpy": {
-            "name": str(name),
-            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "cached": float(cached),
-        },
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+# What SuperGradients is told around a batch -----------------------------------------------------------
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
-    python, numpy = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    np.random.set_state(
-        (
-            numpy["name"],
-            numpy["keys"].numpy().astype(np.uint32),
-            numpy["position"],
-            numpy["has_gauss"],
-            numpy["cached"],
+class _TrainingHooks:
+    """SuperGradients' callbacks of a training batch, then what the ranks do between two steps."""
+
+    def __init__(
+        self,
+        trainer: PortraitTrainer,
+        context: PhaseContext,
+        learner: loop.Learner,
+        batches: DeviceBatches,
+        progress: EpochProgress,
+    ) -> None:
+        self.trainer, self.context, self.learner = trainer, context, learner
+        self.batches, self.progress = batches, progress
+        self.callbacks = trainer.phase_callback_handler
+        self.keys: tuple[str, ...] = ()
+
+    def batch_start(self, index: int, batch: Any) -> tuple[Any, Any]:
+        trainer = self.trainer
+        trainer.describe_images(batch)
+        inputs, targets, extra = trainer.inputs(batch, epoch=self.context.epoch)
+        if trainer.pre_prediction_callback is not None:
+            inputs, targets = trainer.pre_prediction_callback(inputs, targets, index)
+        self.keys = tuple(batch.keys) if isinstance(batch, TensorBatch) else ()
+        if trainer.options.log_keys and self.keys:
+            _log_keys(trainer.checkpoints_dir_path, self.context.epoch, index, self.keys)
+        self.context.update_context(
+            batch_idx=index,
+            inputs=inputs,
+            target=targets,
+            additional_batch_items=extra,
+            **extra,
         )
-    )
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+        self.callbacks.on_train_batch_start(self.context)
+        return inputs, targets
+
+    def loss_end(
+        self, index: int, loss: torch.Tensor, items: torch.Tensor, predictions: Any
+    ) -> None:
+        trainer = self.trainer
+        lr = float(trainer.optimizer.param_groups[0]["lr"])
+        trainer.losses.add(Step(index, self.keys, lr, distributed.rank()), loss)
+        self.context.update_context(
+            preds=predictions,
+            loss_log_items=items,
+            loss_logging_items_names=trainer.loss_logging_items_names,
+        )
+        self.callbacks.on_train_batch_loss_end(self.context)
+        if index == 0:
+            trainer._epoch_start_logging_values = trainer._get_epoch_start_logging_values()
+
+    def backward_end(self) -> None:
+        self.callbacks.on_train_batch_backward_end(self.context)
+
+    def step_start(self) -> None:
+        self.callbacks.on_train_batch_gradient_step_start(self.context)
+
+    def step_end(self) -> None:
+        self.callbacks.on_train_batch_gradient_step_end(self.context)
+
+    def batch_end(self, index: int, batch: Any) -> None:
+        trainer = self.trainer
+        self.callbacks.on_train_batch_end(self.context)
+        trainer.samples_seen += samples_in(batch) * distributed.world_size()
+        if index == self.learner.group(index)[-1]:
+            trainer.between_steps(self.context, index, self.batches.position)
+        self.progress.advance()
+        trainer.report_if_due(self.context, index, self.batches, self.progress)
 
 
-def _metric_states(metrics: Any) -> dict[str, dict[str, Any]]:
-    return {
-        name: dict(metric.metric_state)
-        for name, metric in metrics.items(keep_base=True, copy_state=False)
-    }
+class _EvaluationHooks:
+    """SuperGradients' callbacks of a validation or test batch."""
+
+    def __init__(
+        self,
+        trainer: PortraitTrainer,
+        context: PhaseContext,
+        batches: DeviceBatches,
+        progress: EpochProgress,
+        validating: bool,
+    ) -> None:
+        self.trainer, self.context, self.batches = trainer, context, batches
+        self.progress, self.validating = progress, validating
+        self.stopped = False
+        handler = trainer.phase_callback_handler
+        self.before, self.after = (
+            (handler.on_validation_batch_start, handler.on_validation_batch_end)
+            if validating
+            else (handler.on_test_batch_start, handler.on_test_batch_end)
+        )
+
+    def batch_start(self, index: int, batch: Any) -> tuple[Any, Any]:
+        inputs, targets, extra = self.trainer.inputs(batch, epoch=None)
+        self.context.update_context(
+            batch_idx=index,
+            inputs=inputs,
+            target=targets,
+            additional_batch_items=extra,
+            **extra,
+        )
+        self.before(self.context)
+        return inputs, targets
+
+    def batch_end(self, batch: Any, outputs: Any, targets: Any, predictions: Any) -> bool:
+        trainer = self.trainer
+        self.context.update_context(preds=predictions, batch=batch)
+        if trainer.criterion is not None:
+            self.context.update_context(loss_log_items=trainer.compute_loss(outputs, targets)[1])
+        self.after(self.context)
+        self.progress.advance()
+        if self.progress.due:
+            self.progress.show({}, self.batches.rate)
+        if self.validating:
+            self.stopped = trainer.notice.raised(bool(trainer.signals.received))
+        return not self.stopped
 
 
-def _add_metric_states(metrics: Any, saved: dict[str, dict[str, Any]]) -> None:
-    for name, metric in metrics.items(keep_base=True, copy_state=False):
-        for key, value in saved.get(name, {}).items():
-            setattr(metric, key, getattr(metric, key) + value.to(metric.device))
-        metric._update_count = max(metric._update_count, 1)
-        metric._computed = None
+def _acts_on_a_best_epoch(callback: Any) -> bool:
+    method = "on_validation_end_best_epoch"
+    return getattr(type(callback), method, None) is not getattr(Callback, method)
+
+
+def _log_keys(folder: str, epoch: int, batch: int, keys: tuple[str, ...]) -> None:
+    path = RunFolder(folder).keys_file(distributed.rank())
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"epoch": epoch, "batch": batch, "keys": keys}) + "\n")
