@@ -98,7 +98,7 @@ def test_a_full_disk_is_one_message_and_the_old_checkpoint_stays(tmp_path: Path)
             subprocess.run(["umount", str(path.parent)], check=True)
 
 
-# One door for foreign bytes -------------------------------------------------------------------------
+# One door for foreign bytes ---
 
 
 class Evil:
@@ -332,7 +332,7 @@ def test_one_writer_per_run(tmp_path: Path) -> None:
     RunLock(tmp_path).release()
 
 
-# The average of the best ----------------------------------------------------------------------------
+# The average of the best ---
 
 VALUES = [0.5, 0.7, 0.1, 0.9, 0.7, 0.8, 0.75, 0.2, 0.75]
 

@@ -1,10 +1,11 @@
-"""The loop in one process: equal to stock SuperGradients, no host sync per step, every key does what it says."""
+"""The loop in one process: equal to stock SuperGradients, no waiting, each key does its work."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from portrait_dist import checkpoints, config
+from portrait_dist.errors import DivergedError, PortraitDistError
 from portrait_dist.losses import CustomSegLoss, SoftIoULoss
 from portrait_dist.metrics import SoftIoU
 from portrait_dist.models import UNet
 from portrait_dist.training import LoopOptions, PortraitTrainer
+from portrait_dist.training.device_batches import DeviceBatches, samples_in, tensors_in
+from portrait_dist.training.preemption import exchange_interval
 from portrait_dist.training.sg_adapter import Callback, Trainer, use_device
 from tests.jobs import largest_difference
 
@@ -93,61 +97,145 @@ def test_one_process_gives_the_loss_curve_and_weights_of_stock_supergradients(
     assert difference(stock.net.state_dict(), weights(tmp_path / "ours")) < 1e-6
 
 
-class CountHostReads(TorchDispatchMode):
-    """Counts the operations that make the host wait for a value on the device."""
+class HostReads(TorchDispatchMode):
+    """Records the operations that make the host wait for a device, had the tensors been on one.
+
+    Tensors of a CPU never wait, so the operations themselves are looked for: a value or a number of
+    elements, that the host learns from a tensor; and a copy to the CPU.
+    """
+
+    WAITING = (
+        torch.ops.aten._local_scalar_dense,  # .item(), float(), bool(), .tolist() of a scalar
+        torch.ops.aten.nonzero,
+        torch.ops.aten.masked_select,
+        torch.ops.aten.is_nonzero,
+        torch.ops.aten.equal,
+        torch.ops.aten.unique_consecutive,
+        torch.ops.aten._unique2,
+        torch.ops.aten.repeat_interleave,
+    )
 
     def __init__(self) -> None:
         super().__init__()
-        self.reads = 0
+        self.found: list[str] = []
+        self.operations = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
-            self.reads += 1
+        self.operations += 1
+        packet = function.overloadpacket
+        masked = packet in (torch.ops.aten.index, torch.ops.aten.index_put_) and any(
+            tensor is not None and tensor.dtype in (torch.bool, torch.uint8) for tensor in args[1]
+        )
+        if packet in self.WAITING or masked:
+            self.found.append(str(packet))
         return function(*args, **(kwargs or {}))
+
+    def __enter__(self) -> HostReads:
+        """Also watch the methods that leave torch without an operation."""
+        self.kept = {name: getattr(torch.Tensor, name) for name in ("tolist", "cpu", "numpy")}
+        for name, method in self.kept.items():
+            setattr(torch.Tensor, name, self.recording(name, method))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for name, method in self.kept.items():
+            setattr(torch.Tensor, name, method)
+
+    def recording(self, name: str, method: Any) -> Any:
+        def recorded(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.found.append(name)
+            return method(tensor, *args, **kwargs)
+
+        return recorded
+
+
+WAITS: dict[str, Callable[[torch.Tensor], object]] = {
+    "item": lambda loss: loss.sum().item(),
+    "float": lambda loss: float(loss.sum()),
+    "bool": lambda loss: bool(loss.sum() > 0),
+    "tolist": lambda loss: loss.tolist(),
+    "cpu": lambda loss: loss.cpu(),
+    "numpy": lambda loss: loss.numpy(),
+    "nonzero": lambda loss: loss.nonzero(),
+    "mask": lambda loss: loss[loss > 0],
+    "masked assignment": lambda loss: loss.clone().__setitem__(loss > 0, 0.0),
+    "where": lambda loss: torch.where(loss > 0),
+    "unique": lambda loss: loss.unique(),
+}
+
+
+class WaitInEachStep(Callback):
+    def __init__(self, wait: Callable[[torch.Tensor], object]) -> None:
+        self.wait = wait
+
+    def on_train_batch_loss_end(self, context: Any) -> None:
+        self.wait(context.loss_log_items.detach())
+
+
+def host_reads(folder: Path, data: TensorDataset, callbacks: list[Callback]) -> list[list[str]]:
+    """What the host reads in the training part of each epoch, for 6 steps an epoch and for 12."""
+    reads = []
+    for batch_size in (4, 2):
+        options = LoopOptions(log_every_steps=1000)
+        trainer = PortraitTrainer(f"reads-{batch_size}", str(folder), options=options)
+        loop = trainer.run_training_epoch
+        epochs: list[list[str]] = []
+
+        def watched(
+            context: Any, show: bool, loop: Any = loop, epochs: list[list[str]] = epochs
+        ) -> dict[str, float]:
+            with HostReads() as watch:
+                values = loop(context, show)
+            assert watch.operations > 1000, "the hook saw the steps"
+            epochs.append(watch.found)
+            return values
+
+        trainer.run_training_epoch = watched  # type: ignore[method-assign]
+        # SGD: Adam reads its own step counter, a number that never leaves the host.
+        fit(
+            trainer,
+            data,
+            batch_size=batch_size,
+            optimizer="SGD",
+            loss=SoftIoULoss(0.5, 0.5),
+            save_model=False,
+            phase_callbacks=callbacks,
+        )
+        assert len(epochs) == 2
+        reads.append(epochs)
+    assert len(reads) == 2
+    return [[kind for epoch in epochs for kind in epoch] for epochs in reads]
 
 
 def test_the_host_never_waits_for_the_device_within_a_step(
     batches: TensorDataset, tmp_path: Path
 ) -> None:
-    """Twice the steps, as many values read: all of them belong to epochs, none to steps."""
-    reads = []
-    for batch_size in (4, 2):
-        trainer = PortraitTrainer(
-            f"reads-{batch_size}", str(tmp_path), options=LoopOptions(log_every_steps=1000)
-        )
-        loop = trainer.run_training_epoch
-        counts: list[int] = []
+    """Twice the steps, the same reads: all of them belong to epochs, none to steps."""
+    few, many = host_reads(tmp_path, batches, [])
+    assert sorted(few) == sorted(many)
 
-        def counted(
-            context: Any, show: bool, loop: Any = loop, counts: list[int] = counts
-        ) -> dict[str, float]:
-            with CountHostReads() as counter:
-                values = loop(context, show)
-            counts.append(counter.reads)
-            return values
 
-        trainer.run_training_epoch = counted  # type: ignore[method-assign]
-        # SGD: Adam reads its own step counter, a number that never leaves the host.
-        fit(
-            trainer,
-            batches,
-            batch_size=batch_size,
-            optimizer="SGD",
-            loss=SoftIoULoss(0.5, 0.5),
-            save_model=False,
-            phase_callbacks=[],
-        )
-        reads.append(counts)
-    assert reads[0] == reads[1]
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_wait_in_each_step_is_found_whatever_its_form(
+    wait: str, batches: TensorDataset, tmp_path: Path
+) -> None:
+    few, many = host_reads(tmp_path, batches, [WaitInEachStep(WAITS[wait])])
+    assert len(many) >= len(few) + 12, "one more for each further step"
 
 
 def test_accumulated_batches_give_the_step_of_one_large_batch(
     batches: TensorDataset, tmp_path: Path
 ) -> None:
     """The schedule counts batches, so the learning rate is held constant here."""
-    constant = {"loss": SoftIoULoss(0.5, 0.5), "norm": "group", "cosine_final_lr_ratio": 1.0}
+    constant: dict[str, Any] = {
+        "loss": SoftIoULoss(0.5, 0.5),
+        "norm": "group",
+        "cosine_final_lr_ratio": 1.0,
+    }
     fit(PortraitTrainer("large", str(tmp_path)), batches, batch_size=12, **constant)
     fit(
         PortraitTrainer("small", str(tmp_path)),
@@ -365,3 +453,193 @@ def test_importing_the_trainer_leaves_the_programs_command_line_to_the_program()
     assert (done.returncode, done.stdout.strip()) == (0, "['--help', '--local_rank=3']"), (
         done.stderr
     )
+
+
+# Losses that are not finite ---
+
+
+class PoisonedLoss(SoftIoULoss):
+    """Gives a loss that is not a number in one step."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(0.5, 0.5)
+        self.at, self.calls = at, 0
+
+    def forward(self, preds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        value = super().forward(preds, target)
+        if torch.is_grad_enabled():
+            self.calls += 1
+            if self.calls == self.at:
+                return value * float("nan")
+        return value
+
+
+@pytest.mark.parametrize("log_every", [1, 4, 1000])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step_whenever_it_is_read(
+    log_every: int, batches: TensorDataset, tmp_path: Path
+) -> None:
+    """Step 9 of the run is step 3 of the second epoch; the first epoch's checkpoint stays."""
+    options = LoopOptions(log_every_steps=log_every)
+    trainer = PortraitTrainer("run", str(tmp_path), options=options)
+    with pytest.raises(DivergedError) as caught:
+        fit(trainer, batches, loss=PoisonedLoss(9), max_epochs=3)
+    error = caught.value
+    assert "epoch 2, step 3 of 6" in str(error)
+    assert "learning rate 0.0" in str(error)
+    assert "ckpt_latest.pth stays as it was" in str(error)
+    assert (error.epoch, error.step, error.exit_code, error.requeue) == (1, 9, 1, False)
+    saved = checkpoints.read(tmp_path / "run" / "ckpt_latest.pth")
+    assert saved["epoch"] == 1
+    assert all(bool(tensor.isfinite().all()) for tensor in saved["net"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
+    """The last optimiser step of an epoch breaks the weights; no loss has seen it."""
+
+    class BreakWeights(Callback):
+        def on_train_batch_end(self, context: Any) -> None:
+            if context.epoch == 1 and context.batch_idx == 5:
+                with torch.no_grad():
+                    next(context.net.parameters()).view(-1)[0] = float("inf")
+
+    with pytest.raises(DivergedError, match="weights are not finite in epoch 2"):
+        fit(PortraitTrainer("run", str(tmp_path)), batches, phase_callbacks=[BreakWeights()])
+    assert checkpoints.read_info(tmp_path / "run" / "ckpt_latest.pth").epoch == 1
+
+
+# Any network ---
+
+
+class TwoHeads(torch.nn.Module):
+    """Gives a tuple with a dict in it, as networks with auxiliary heads do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Conv2d(3, 4, 3, padding=1)
+        self.heads = torch.nn.ModuleList(torch.nn.Conv2d(4, 1, 1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        features = self.body(x).relu()
+        return self.heads[0](features), {"side": self.heads[1](features)}
+
+
+class LossOfHeads(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, outputs: Any, target: torch.Tensor) -> torch.Tensor:
+        main, side = outputs[0], outputs[1]["side"]
+        self.dtypes |= {main.dtype, side.dtype}
+        entropy = torch.nn.functional.binary_cross_entropy_with_logits
+        return entropy(main, target) + entropy(side, target)
+
+
+def test_in_bf16_every_tensor_of_nested_outputs_reaches_the_loss_in_float32(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
+    use_device(torch.device("cpu"))
+    loss = LossOfHeads()
+    loader = DataLoader(batches, batch_size=4)
+    trainer = PortraitTrainer("run", str(tmp_path))
+    params = {
+        "max_epochs": 1,
+        "initial_lr": 1e-2,
+        "optimizer": "SGD",
+        "loss": loss,
+        "train_metrics_list": [],
+        "valid_metrics_list": [],
+        "metric_to_watch": "LossOfHeads",
+        "greater_metric_to_watch_is_better": False,
+        "mixed_precision": True,
+        "average_best_models": False,
+        "log_installed_packages": False,
+    }
+    trainer.train(TwoHeads(), params, loader, loader)
+    assert loss.dtypes == {torch.float32}
+    info = checkpoints.read_info(tmp_path / "run" / "ckpt_latest.pth")
+    assert info.samples_seen == 24, "samples, not the parts of a tuple"
+    assert (info.size, info.aspect) == ((32, 32), 1.0), "from the first batch"
+    assert info.network == f"{TwoHeads.__module__}.TwoHeads"
+    assert info.model is None
+    with pytest.raises(config.InputError, match=r"another model.*TwoHeads"):
+        checkpoints.load_model(tmp_path / "run" / "ckpt_latest.pth")
+
+
+def test_batches_of_any_nesting_move_to_the_device_and_are_counted() -> None:
+    inputs, targets = torch.zeros(3, 1, 4, 6), {"mask": torch.ones(3, 4, 6), "id": [1, 2, 3]}
+    found = next(iter(DeviceBatches([({"x": inputs}, targets)], torch.device("cpu"), limit=1)))
+    assert [tensor.shape for tensor in tensors_in(found)] == [(3, 1, 4, 6), (3, 4, 6)]
+    assert samples_in(found) == 3
+    assert found[1]["id"] == (1, 2, 3)
+
+
+# The files of an epoch ---
+
+
+def test_best_is_a_hard_link_of_latest_where_both_are_the_same_state(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
+    trainer = PortraitTrainer("run", str(tmp_path))
+    fit(trainer, batches, max_epochs=1, average_best_models=True)
+    run = tmp_path / "run"
+    assert (run / "ckpt_best.pth").samefile(run / "ckpt_latest.pth")
+    mean, latest = weights(run, "average_model.pth"), weights(run)
+    assert difference(mean, latest) == 0, "the mean of one"
+    assert not (run / "averaging_snapshots").exists()
+
+
+def test_the_average_is_the_mean_of_the_epochs_weights(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
+    """The network is one and changes in place; each epoch's weights are kept beside."""
+    every: list[dict[str, torch.Tensor]] = []
+
+    class KeepWeights(Callback):
+        def on_validation_loader_end(self, context: Any) -> None:
+            if context.epoch < 3:
+                every.append(checkpoints.host_copy(context.net.state_dict()))
+
+    fit(
+        PortraitTrainer("run", str(tmp_path)),
+        batches,
+        max_epochs=3,
+        average_best_models=True,
+        phase_callbacks=[KeepWeights()],
+    )
+    mean = weights(tmp_path / "run", "average_model.pth")
+    for name, tensor in mean.items():
+        if tensor.is_floating_point():
+            total = every[0][name].double() + every[1][name] + every[2][name]
+            assert torch.equal(tensor, (total / 3).float()), name
+
+
+def test_an_error_of_the_writing_thread_is_raised_at_the_next_step_and_the_old_file_stays(
+    batches: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, steps = checkpoints.write, StepLosses()
+
+    def full_disk(path: Path, state: dict[str, Any]) -> None:
+        if state["epoch"] == 2:
+            raise PortraitDistError(f"{path}: not written, the disk is full")
+        write(path, state)
+
+    monkeypatch.setattr(checkpoints, "write", full_disk)
+    with pytest.raises(PortraitDistError, match="the disk is full"):
+        fit(PortraitTrainer("run", str(tmp_path)), batches, max_epochs=9, phase_callbacks=[steps])
+    assert 12 < len(steps.losses) <= 18, "within the epoch after the failed save"
+    assert checkpoints.read_info(tmp_path / "run" / "ckpt_latest.pth").epoch == 1
+
+
+# Stopping ---
+
+
+def test_the_interval_of_exchanges_is_one_up_to_8_ranks_and_never_more_than_64_or_the_epoch() -> (
+    None
+):
+    assert [exchange_interval(ranks, 1000) for ranks in (1, 2, 8, 15)] == [1, 1, 1, 1]
+    assert [exchange_interval(ranks, 1000) for ranks in (16, 64, 512, 4096)] == [2, 8, 64, 64]
+    assert exchange_interval(512, 5) == 5
+    assert exchange_interval(512, 0) == 1
