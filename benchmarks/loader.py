@@ -91,14 +91,14 @@ def repeated(raw: Path, out: Path, copies: int) -> Path:
     An epoch of a few hundred small pictures lasts a tenth of a second, and its start counts; real ones are far longer.
     """
     from portrait_dist.data.source.pairs import find_pairs
-    from portrait_dist.data.source.split import place
+    from portrait_dist.data.source.split import link_or_copy
 
     for pair in find_pairs(raw).pairs:
         for path in (pair.image, pair.matte):
             folder = out / path.relative_to(raw).parent
             folder.mkdir(parents=True, exist_ok=True)
             for copy in range(copies):
-                place(path, folder / f"{path.stem}-{copy}{path.suffix}", "link")
+                link_or_copy(path, folder / f"{path.stem}-{copy}{path.suffix}", "link")
     return out
 
 

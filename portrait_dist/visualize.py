@@ -121,10 +121,11 @@ def sheet(
 ) -> Image.Image:
     """Lay images out in rows, with a heading over each column and a caption under each row.
 
-    All images get the size of the first one.
+    All images of a row get the size of its first. Where rows differ in size, images are centred in
+    cells that the largest fits into.
     """
     font = ImageFont.load_default(TEXT)
-    height, width = rows[0][0].shape[:2]
+    height, width = (max(row[0].shape[axis] for row in rows) for axis in (0, 1))
     line = TEXT + 2 * GAP
     total = (GAP + len(headings) * (width + GAP), line + len(rows) * (height + line))
     paper = Image.new("RGB", total, PAPER)
@@ -134,11 +135,13 @@ def sheet(
         pen.text(corner, _fitting(heading, width, font), fill=INK, font=font)
     for number, (row, caption) in enumerate(zip(rows, captions, strict=True)):
         top = line + number * (height + line)
+        size = (row[0].shape[1], row[0].shape[0])
         for column, image in enumerate(row):
             cell = Image.fromarray(np.ascontiguousarray(image))
-            if cell.size != (width, height):
-                cell = cell.resize((width, height))
-            paper.paste(cell, (GAP + column * (width + GAP), top))
+            if cell.size != size:
+                cell = cell.resize(size)
+            left = GAP + column * (width + GAP) + (width - size[0]) // 2
+            paper.paste(cell, (left, top + (height - size[1]) // 2))
         text = _fitting(caption, total[0] - 2 * GAP, font)
         pen.text((GAP, top + height + GAP // 2), text, fill=FAINT, font=font)
     return paper

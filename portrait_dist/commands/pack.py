@@ -6,26 +6,31 @@ portrait-dist pack --data data --out shards
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from portrait_dist.commands import Size, command
+from portrait_dist.commands.numbers import MOST_WORKERS, Integer
+
+if TYPE_CHECKING:
+    from portrait_dist.data.shards.writer import PackResult
 
 
-def _pack_summary(result: dict[str, Any]) -> str:
+def _summary(result: PackResult) -> str:
     speed = (
-        f", {result['pairs_per_second']:.1f} pairs/s"
-        if result["packed"]
+        f", {result.pairs_per_second:.1f} pairs/s"
+        if result.packed
         else ", all of them there already"
     )
     return (
-        f"{result['samples']} samples in {result['shards']} shards, {result['bytes'] / 1e6:.1f} MB, in {result['out']}{speed}\n"
-        f"next: portrait-dist train --recipe aisegment_unet data.shards={result['out']}"
+        f"{result.samples} samples in {result.shards} shards, {result.bytes / 1e6:.1f} MB, "
+        f"in {result.out}{speed}\n"
+        f"next: portrait-dist train --recipe aisegment_unet data.shards={result.out}"
     )
 
 
-@command("pack", summary=_pack_summary)
+@command("pack", summary=_summary)
 @click.option(
     "--data",
     required=True,
@@ -45,9 +50,17 @@ def _pack_summary(result: dict[str, Any]) -> str:
     show_default=True,
     help="Pixels of every sample (256 is 256x256), or their own.",
 )
-@click.option("--samples-per-shard", default=1024, show_default=True, help="Samples in each tar.")
 @click.option(
-    "--workers", type=click.IntRange(min=1), help="Threads.  [default: the CPUs there are]"
+    "--samples-per-shard",
+    type=Integer(1, 10**7),
+    default=1024,
+    show_default=True,
+    help="Samples in each tar.",
+)
+@click.option(
+    "--workers",
+    type=Integer(1, MOST_WORKERS),
+    help="Threads.  [default: the CPUs there are]",
 )
 @click.option(
     "--codec",
@@ -58,6 +71,7 @@ def _pack_summary(result: dict[str, Any]) -> str:
 )
 @click.option(
     "--quality",
+    type=Integer(1, 100),
     default=95,
     show_default=True,
     help="Of the JPEGs, 1 to 100; not used with --size original.",
@@ -70,7 +84,7 @@ def pack(
     workers: int | None,
     codec: str,
     quality: int,
-) -> dict[str, Any]:
+) -> PackResult:
     """Pack a prepared tree into WebDataset shards with a manifest and indexes.
 
     \b
@@ -78,8 +92,8 @@ def pack(
         portrait-dist pack --data data --out shards-original --size original
         portrait-dist pack --data data --out shards-raw --codec raw --workers 16
 
-    Interrupted and run again it finishes: whole shards are kept, and the bytes are the same as without the interruption.
-    At original size the JPEG files are stored as they are.
+    Interrupted and run again it finishes: whole shards are kept, and the bytes are the same as
+    without the interruption. At original size the JPEG files are stored as they are.
     """
     from portrait_dist.data.shards import writer
 

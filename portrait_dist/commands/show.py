@@ -1,4 +1,4 @@
-"""``show``: a contact sheet of what is in a prepared folder or in shards, and what augmentation does to it.
+"""``show`` draws samples of a prepared folder or of shards, and what augmentation makes of them.
 
 portrait-dist show --data shards --split train --out sheet.png
 """
@@ -6,16 +6,20 @@ portrait-dist show --data shards --split train --out sheet.png
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from portrait_dist.commands import Size, command
+from portrait_dist.commands.numbers import LARGEST_SEED, Integer
+
+if TYPE_CHECKING:
+    from portrait_dist.data.contact_sheet import Sheet
 
 
 @command(
     "show",
-    summary=lambda result: f"{result['samples']} samples of {result['split']} in {result['out']}",
+    summary=lambda sheet: f"{sheet.samples} samples of {sheet.split} in {sheet.out}",
 )
 @click.option(
     "--data",
@@ -31,26 +35,38 @@ from portrait_dist.commands import Size, command
 )
 @click.option(
     "--samples",
-    type=click.IntRange(1, 200),
+    type=Integer(1, 200),
     default=8,
     show_default=True,
     help="Rows, evenly spread over the split.",
 )
 @click.option(
     "--augmented",
-    type=click.IntRange(0, 20),
+    type=Integer(0, 20),
     default=3,
     show_default=True,
     help="Augmented versions of each.",
 )
 @click.option(
-    "--size", type=Size(), help="Of each picture.  [default: the shards' own, or 256x256]"
+    "--size",
+    type=Size(),
+    help="Each picture is drawn as large as fits into it.  [default: the shards' own, or 256x256]",
 )
-@click.option("--recipe", metavar="NAME|FILE", help="Take the augmentation from this recipe.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=42, show_default=True, help="Of the augmentation."
+    "--recipe",
+    metavar="NAME|FILE",
+    default="aisegment_unet",
+    show_default=True,
+    help="Take the augmentation from this recipe.",
 )
-@click.argument("words", nargs=-1, metavar="[key=value …]")
+@click.option(
+    "--seed",
+    type=Integer(0, LARGEST_SEED),
+    default=42,
+    show_default=True,
+    help="Of the augmentation.",
+)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def show(
     data: str,
     split: str,
@@ -58,27 +74,29 @@ def show(
     samples: int,
     augmented: int,
     size: tuple[int, int] | None,
-    recipe: str | None,
+    recipe: str,
     seed: int,
-    words: tuple[str, ...],
-) -> dict[str, Any]:
+    overrides: tuple[str, ...],
+) -> Sheet:
     """Draw a contact sheet: image, matte, overlay, cut-out, and augmented versions.
+
+    The augmentation is that of the recipe that 'train' takes by default.
 
     \b
         portrait-dist show --data shards --out sheet.png
         portrait-dist show --data data --split val --augmented 0 --out sheet.png
         portrait-dist show --data shards --out sheet.png augment.rotation=15 augment.background=1
     """
+    from portrait_dist import config
     from portrait_dist.data import contact_sheet
 
     return contact_sheet.write(
         data,
         split,
         out,
+        config.load(recipe, overrides).augment,
         samples=samples,
         augmented=augmented,
         size=size,
-        recipe=recipe,
-        words=words,
         seed=seed,
     )

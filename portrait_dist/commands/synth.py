@@ -6,36 +6,51 @@ portrait-dist synth --out raw --pairs 300
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from portrait_dist.commands import command
+from portrait_dist.commands.numbers import LARGEST_SEED, MOST_WORKERS, Integer
+
+if TYPE_CHECKING:
+    from portrait_dist.data.source.synthetic import SynthResult
 
 
-def _synth_summary(result: dict[str, Any]) -> str:
-    megabytes = result["bytes"] / 1e6
+def _summary(result: SynthResult) -> str:
     return (
-        f"{result['pairs']} pairs, {megabytes:.0f} MB, in {result['out']} ({result['pairs_per_second']:.1f} pairs/s)\n"
-        f"next: portrait-dist prepare --raw {result['out']} --out DIR"
+        f"{result.pairs} pairs, {result.bytes / 1e6:.0f} MB, in {result.out} "
+        f"({result.pairs_per_second:.1f} pairs/s)\n"
+        f"next: portrait-dist prepare --raw {result.out} --out DIR"
     )
 
 
-@command("synth", summary=_synth_summary)
+@command("synth", summary=_summary)
 @click.option(
     "--out",
     required=True,
     type=click.Path(path_type=Path),
     help="Folder to write; new, or one to finish.",
 )
-@click.option("--pairs", required=True, type=int, help="How many pairs of image and matte.")
 @click.option(
-    "--seed", default=0, show_default=True, help="Pair i is a pure function of (seed, i)."
+    "--pairs",
+    required=True,
+    type=Integer(1, 10**8),
+    help="How many pairs of image and matte.",
 )
 @click.option(
-    "--workers", type=click.IntRange(min=1), help="Processes.  [default: the CPUs there are]"
+    "--seed",
+    type=Integer(0, LARGEST_SEED),
+    default=0,
+    show_default=True,
+    help="Pair i is a pure function of (seed, i).",
 )
-def synth(out: Path, pairs: int, seed: int, workers: int | None) -> dict[str, Any]:
+@click.option(
+    "--workers",
+    type=Integer(1, MOST_WORKERS),
+    help="Processes.  [default: the CPUs there are]",
+)
+def synth(out: Path, pairs: int, seed: int, workers: int | None) -> SynthResult:
     """Make a raw AISegment tree of synthetic portraits, 600x800.
 
     Killed and run again it finishes: complete files are kept.

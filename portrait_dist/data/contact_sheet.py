@@ -1,88 +1,128 @@
-"""Reads samples for a contact sheet, from a prepared folder or from shards, augments them and writes the sheet."""
+"""Read samples of a prepared folder or of shards, augment them, and draw them as a contact sheet."""
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from portrait_dist.errors import DamagedDataError, InputError
-from portrait_dist.preprocessing import DEFAULT_SIZE
+from portrait_dist.files import atomic_path, check_writable, explained
+from portrait_dist.preprocessing import DEFAULT_SIZE, MEAN, STD
 
-Sample = tuple[str, NDArray[np.uint8], NDArray[np.uint8]]  # key, image [H, W, 3], alpha [H, W]
+if TYPE_CHECKING:
+    from portrait_dist.config import AugmentConfig
+
+Pixels = NDArray[np.uint8]
+SIDES = range(8, 4096 + 1)
+"""Height and width of a picture on the sheet, in pixels."""
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A contact sheet that was written.
+
+    Args:
+        out: the file.
+        split: what it shows.
+        samples: number of rows.
+        keys: of the samples.
+    """
+
+    out: str
+    split: str
+    samples: int
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample: uint8 image [H, W, 3] and alpha [H, W], at the size they are stored in."""
+
+    key: str
+    image: Pixels
+    alpha: Pixels
 
 
 def write(
     data: str,
     split: str,
     out: Path,
+    augmentation: AugmentConfig,
     *,
     samples: int = 8,
     augmented: int = 3,
     size: tuple[int, int] | None = None,
-    recipe: str | None = None,
-    words: tuple[str, ...] = (),
     seed: int = 42,
-) -> dict[str, Any]:
+) -> Sheet:
     """Write a contact sheet of a split.
 
     Args:
         data: folder that ``prepare`` wrote, or folder or address of shards.
         split: ``train``, ``val`` or ``test``.
         out: picture to write.
+        augmentation: settings of a training run.
         samples: rows, evenly spread over the split in key order.
-        augmented: augmented versions of each, as a training run with this recipe and these words makes them.
-        size: (height, width) of each picture; that of the shards, or 256x256, when None.
+        augmented: augmented versions of each, as epochs 0, 1, … of the training run see them.
+        size: (H, W) that samples are trained at; each is drawn as large as fits into it with the
+            aspect ratio it is stored in. That of the shards, or the default size, when None.
         seed: of the augmentation.
 
-    Returns:
-        ``out``, ``split``, ``samples``, ``keys``.
-
     Raises:
-        InputError: no such data, split or recipe, a side is not of 8 to 4096 pixels, or ``out`` cannot be written.
+        InputError: no such data or split, a wrong size, or ``out`` cannot be written.
         DamagedDataError: a sample cannot be decoded.
+        PortraitDistError: the disk is full.
     """
-    from portrait_dist import config
     from portrait_dist.visualize import contact_sheet
 
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+    if out.suffix.lower() not in SUFFIXES:
         raise InputError(f"--out {out}: give a name that ends in .png or .jpg")
-    if size is not None and not all(8 <= side <= 4096 for side in size):
-        raise InputError(f"--size {size[0]}x{size[1]}: each side is from 8 to 4096 pixels")
-    settings = config.load(recipe, words)
-    found = read(data, split, samples, size)
-    keys, images, alphas = (list(column) for column in zip(*found, strict=True))
-    versions = _augmented(images, alphas, settings.augment, seed, augmented) if augmented else ()
-    sheet = contact_sheet(images, alphas, captions=keys, augmented=versions)
-    part = out.with_name(f".{out.stem}.part{out.suffix}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(part)
-        os.replace(part, out)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
+    if size is not None and not all(side in SIDES for side in size):
         raise InputError(
-            f"--out {out}: cannot be written ({error.strerror}); give another file"
-        ) from error
-    return {"out": str(out), "split": split, "samples": len(keys), "keys": keys}
+            f"--size {size[0]}x{size[1]}: each side is from {SIDES[0]} to {SIDES[-1]} pixels"
+        )
+    stored_size, reading = _open(data, split, samples)
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
+    found = list(reading)
+    size = size or stored_size or DEFAULT_SIZE
+    sheet = contact_sheet(
+        [_resize(sample.image, _fit(sample, size)) for sample in found],
+        [_resize(sample.alpha, _fit(sample, size)) for sample in found],
+        captions=[sample.key for sample in found],
+        augmented=_augmented(found, size, augmentation, seed, augmented) if augmented else (),
+    )
+    with atomic_path(out, suffix=out.suffix.lower()) as temporary:
+        sheet.save(temporary)
+    return Sheet(str(out), split, len(found), [sample.key for sample in found])
 
 
-def read(data: str, split: str, count: int, size: tuple[int, int] | None = None) -> list[Sample]:
-    """``count`` samples (or all, if fewer), evenly spread over a split, at ``size`` (height, width)."""
+def _open(data: str, split: str, count: int) -> tuple[tuple[int, int] | None, Iterator[Sample]]:
+    """Size of all samples, where there is one, and ``count`` of them, evenly spread over a split.
+
+    Raises:
+        InputError: no such data or split.
+    """
+    from portrait_dist.data.shards import format as shard_format
+    from portrait_dist.data.source.pairs import IMAGES
     from portrait_dist.data.source.split import MANIFEST
 
-    if (Path(data) / MANIFEST).is_file() or (Path(data) / "clip_img").is_dir():
-        return _from_folder(data, split, count, size or DEFAULT_SIZE)
-    if "://" not in data and not (Path(data) / "manifest.json").is_file():
-        raise InputError(
-            f"--data {data}: holds neither split.json nor manifest.json; give what 'prepare' or 'pack' wrote"
-        )
-    return _from_shards(data, split, count, size)
+    folder = Path(data)
+    if "://" in data or (folder / shard_format.MANIFEST).is_file():
+        return _open_shards(data, split, count)
+    if (folder / MANIFEST).is_file() or (folder / IMAGES).is_dir():
+        return None, _open_folder(data, split, count)
+    raise InputError(
+        f"--data {data}: holds neither {MANIFEST} nor {shard_format.MANIFEST}; "
+        "give what 'prepare' or 'pack' wrote"
+    )
 
 
 def _spread(available: int, count: int, data: str, split: str) -> list[int]:
@@ -91,74 +131,77 @@ def _spread(available: int, count: int, data: str, split: str) -> list[int]:
     return np.linspace(0, available - 1, min(count, available)).round().astype(int).tolist()
 
 
-def _from_folder(data: str, split: str, count: int, size: tuple[int, int]) -> list[Sample]:
-    from PIL import Image
-
+def _open_folder(data: str, split: str, count: int) -> Iterator[Sample]:
     from portrait_dist.data.map_dataset import AISegmentDataset
 
     dataset = AISegmentDataset(data, split)
-    samples: list[Sample] = []
-    for index in _spread(len(dataset), count, data, split):
+    chosen = _spread(len(dataset), count, data, split)
+
+    def read(index: int) -> Sample:
         image, mask = dataset.read(index)
-        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        mask = mask.resize((size[1], size[0]), Image.Resampling.NEAREST)
-        samples.append((dataset.pairs[index].key, np.asarray(image), np.asarray(mask)))
-    return samples
+        return Sample(dataset.pairs[index].key, np.asarray(image), np.asarray(mask))
+
+    return map(read, chosen)
 
 
-def _from_shards(data: str, split: str, count: int, size: tuple[int, int] | None) -> list[Sample]:
-    from portrait_dist.data.shards.decode import decode_pair
+def _open_shards(
+    data: str, split: str, count: int
+) -> tuple[tuple[int, int] | None, Iterator[Sample]]:
+    from portrait_dist.data.shards.decode import decode_stored
     from portrait_dist.data.shards.reader import ShardSet
 
     shards = ShardSet(data, split)
-    size = size or shards.size or DEFAULT_SIZE
-    if shards.codec == "raw" and size != shards.size:
-        raise InputError(
-            f"--size {size[0]}x{size[1]}: shards of the raw codec are shown at their own size; leave --size out"
-        )
-    samples: list[Sample] = []
-    for index in _spread(shards.samples, count, data, split):
+    chosen = _spread(shards.samples, count, data, split)
+
+    def read(index: int) -> Sample:
         encoded = shards.read(index)
-        image, alpha = np.empty((*size, 3), np.uint8), np.empty(size, np.uint8)
         try:
-            decode_pair(
-                encoded.image, encoded.alpha, size, image, alpha, exact=True, codec=shards.codec
-            )
+            return Sample(encoded.key, *decode_stored(encoded.image, encoded.alpha, shards.codec))
         except ValueError as error:
             raise DamagedDataError(
-                f"{data}: {shards.name(index)}: {error}; see 'portrait-dist verify {data}'"
+                f"{shards.name(index)}: {error}; see 'portrait-dist verify'"
             ) from error
-        samples.append((encoded.key, image, alpha))
-    return samples
+
+    return shards.size, map(read, chosen)
+
+
+def _fit(sample: Sample, size: tuple[int, int]) -> tuple[int, int]:
+    """The largest (H, W) within ``size`` with the aspect ratio of a sample."""
+    height, width = sample.alpha.shape
+    scale = min(size[0] / height, size[1] / width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resize an image bilinearly, an alpha to the nearest pixel, as training samples are."""
+    method = Image.Resampling.BILINEAR if pixels.ndim == 3 else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), method))
 
 
 def _augmented(
-    images: list[NDArray[np.uint8]],
-    alphas: list[NDArray[np.uint8]],
-    settings: Any,
+    samples: Sequence[Sample],
+    size: tuple[int, int],
+    settings: AugmentConfig,
     seed: int,
     versions: int,
-) -> list[list[NDArray[np.uint8]]]:
-    """For each sample ``versions`` pictures, as epochs 0, 1, … of a training run would see them."""
+) -> list[list[Pixels]]:
+    """For each sample ``versions`` pictures, as epochs 0, 1, … of a training run see them.
+
+    They are augmented at the size of training and then drawn with the sample's aspect ratio.
+    """
     import torch
 
     from portrait_dist.data.augment import Augment
-    from portrait_dist.preprocessing import MEAN, STD
 
     augment = Augment(settings, seed)
-    batch = torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(alphas))
+    images = torch.from_numpy(np.stack([_resize(sample.image, size) for sample in samples]))
+    alphas = torch.from_numpy(np.stack([_resize(sample.alpha, size) for sample in samples]))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    rows: list[list[NDArray[np.uint8]]] = [[] for _ in images]
+    rows: list[list[Pixels]] = [[] for _ in samples]
     for epoch in range(versions):
-        normalised, _ = augment(*batch, epoch=epoch, positions=np.arange(len(images)))
-        levels = (
-            ((normalised * std + mean) * 255)
-            .round()
-            .clamp(0, 255)
-            .byte()
-            .permute(0, 2, 3, 1)
-            .numpy()
-        )
-        for row, picture in zip(rows, levels, strict=True):
-            row.append(picture)
+        normalised, _ = augment(images, alphas, epoch=epoch, positions=np.arange(len(samples)))
+        levels = ((normalised * std + mean) * 255).round().clamp(0, 255).byte()
+        pictures = levels.permute(0, 2, 3, 1).contiguous().numpy()
+        for row, sample, picture in zip(rows, samples, pictures, strict=True):
+            row.append(_resize(picture, _fit(sample, size)))
     return rows

@@ -15,14 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from portrait_dist.data.shards.decode import (
-    decode_grey,
-    decode_matte,
     decode_pair,
     decode_stored,
     npy_header,
     resize_alpha,
 )
-from portrait_dist.data.shards.encode import grey_png
+from portrait_dist.data.shards.png import decode_grey, decode_matte, encode_grey
 
 SIDE = st.integers(1, 97)
 
@@ -57,7 +55,7 @@ def test_the_alpha_png_is_read_by_everyone_to_the_same_pixels(
     height: int, width: int, seed: int
 ) -> None:
     alpha = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
-    png = grey_png(alpha)
+    png = encode_grey(alpha)
     with Image.open(io.BytesIO(png)) as opened:
         assert opened.mode == "L"
         assert (np.asarray(opened) == alpha).all()
@@ -77,7 +75,7 @@ def test_the_alpha_is_resized_to_the_pixels_that_pil_takes(
 @pytest.mark.parametrize("size", [(256, 256), (64, 96), (800, 600)])
 def test_exact_decoding_gives_the_pixels_of_the_tutorial(size: tuple[int, int]) -> None:
     stored, mask = jpeg(picture(800, 600)), picture(800, 600, seed=1)[..., 0]
-    image, alpha = decoded(stored, grey_png(mask), size)
+    image, alpha = decoded(stored, encode_grey(mask), size)
     with Image.open(io.BytesIO(stored)) as opened:
         assert (
             image
@@ -92,7 +90,7 @@ def test_exact_decoding_gives_the_pixels_of_the_tutorial(size: tuple[int, int]) 
 
 
 def test_scaled_decoding_is_close_to_exact_and_leaves_the_alpha_exact() -> None:
-    stored, mask = jpeg(picture(800, 600)), grey_png(picture(800, 600, seed=1)[..., 0])
+    stored, mask = jpeg(picture(800, 600)), encode_grey(picture(800, 600, seed=1)[..., 0])
     exact, exact_alpha = decoded(stored, mask, (256, 256))
     scaled, scaled_alpha = decoded(stored, mask, (256, 256), exact=False)
     error = np.abs(exact.astype(int) - scaled)
@@ -105,7 +103,7 @@ def test_scaled_decoding_is_close_to_exact_and_leaves_the_alpha_exact() -> None:
 def test_a_sample_is_decoded_into_its_row_of_the_batch_and_nowhere_else() -> None:
     batch, masks = np.full((3, 32, 48, 3), 7, np.uint8), np.full((3, 32, 48), 7, np.uint8)
     pixels = picture(32, 48)
-    decode_pair(jpeg(pixels), grey_png(pixels[..., 0]), None, batch[1], masks[1])
+    decode_pair(jpeg(pixels), encode_grey(pixels[..., 0]), None, batch[1], masks[1])
     assert (batch[[0, 2]] == 7).all()
     assert (masks[[0, 2]] == 7).all()
     assert (masks[1] == pixels[..., 0]).all()
@@ -114,7 +112,7 @@ def test_a_sample_is_decoded_into_its_row_of_the_batch_and_nowhere_else() -> Non
 
 def test_a_grey_jpeg_becomes_rgb() -> None:
     image, _ = decoded(
-        jpeg(picture(16, 16)[..., 0]), grey_png(np.zeros((16, 16), np.uint8)), (16, 16)
+        jpeg(picture(16, 16)[..., 0]), encode_grey(np.zeros((16, 16), np.uint8)), (16, 16)
     )
     assert (image[..., 0] == image[..., 2]).all()
 
@@ -131,7 +129,7 @@ def test_the_raw_codec_gives_back_the_pixels() -> None:
 
 
 def test_damaged_or_mismatched_members_are_refused() -> None:
-    image, mask = jpeg(picture(64, 64)), grey_png(picture(64, 64)[..., 0])
+    image, mask = jpeg(picture(64, 64)), encode_grey(picture(64, 64)[..., 0])
     for broken in (
         (image[: len(image) // 2], mask),
         (image, mask[: len(mask) // 2]),
@@ -141,7 +139,7 @@ def test_damaged_or_mismatched_members_are_refused() -> None:
         with pytest.raises(ValueError):
             decoded(*broken, (64, 64))
     with pytest.raises(ValueError, match="differ in size"):
-        decoded(image, grey_png(np.zeros((64, 63), np.uint8)), (64, 64))
+        decoded(image, encode_grey(np.zeros((64, 63), np.uint8)), (64, 64))
 
 
 def test_only_the_alpha_channel_of_a_matte_is_taken() -> None:
@@ -187,7 +185,7 @@ def test_of_a_matte_with_16_bits_the_upper_ones_are_taken() -> None:
 
 
 def test_a_png_that_claims_to_be_huge_is_refused_before_it_takes_memory() -> None:
-    png = bytearray(grey_png(np.zeros((8, 8), np.uint8)))
+    png = bytearray(encode_grey(np.zeros((8, 8), np.uint8)))
     png[16:24] = struct.pack(">II", 1 << 30, 1 << 30)
     png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
     with pytest.raises(ValueError, match="1073741824x1073741824 pixels"):
@@ -198,5 +196,5 @@ def test_decoding_in_place_is_what_simplejpeg_gives() -> None:
     stored = simplejpeg.encode_jpeg(
         picture(40, 56), quality=95, colorspace="RGB", colorsubsampling="420"
     )
-    image, _ = decoded(stored, grey_png(np.zeros((40, 56), np.uint8)), (40, 56))
+    image, _ = decoded(stored, encode_grey(np.zeros((40, 56), np.uint8)), (40, 56))
     assert (image == simplejpeg.decode_jpeg(stored, "RGB")).all()

@@ -1,4 +1,4 @@
-"""Checks packed shards against their manifest: every file, every hash, every sample."""
+"""Check packed shards against their manifest: every file, every hash, every sample."""
 
 from __future__ import annotations
 
@@ -6,33 +6,52 @@ import contextlib
 import hashlib
 import os
 import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from portrait_dist.data.shards import format as shard_format
 from portrait_dist.data.shards.cache import Cache, FetchError
 from portrait_dist.data.shards.decode import decode_stored
 from portrait_dist.data.shards.format import BLOCK, SUFFIXES, ShardEntry, keys_sha256
 from portrait_dist.data.shards.reader import DamagedSampleError, ShardSet, read_manifest
+from portrait_dist.errors import InputError
+from portrait_dist.files import open_regular
+from portrait_dist.system.info import cores
 from portrait_dist.system.progress import track
 from portrait_dist.system.threads import map_in_order
 
 
+@dataclass(frozen=True)
+class VerifyResult:
+    """What was found.
+
+    Args:
+        samples: that are whole.
+        shards: that the manifest lists.
+        ok: whether nothing is damaged.
+        errors: a line for each damaged file or sample.
+    """
+
+    samples: int
+    shards: int
+    ok: bool
+    errors: list[str]
+
+
 def verify(
     location: str | Path, workers: int | None = None, *, cache: Cache | None = None
-) -> dict[str, Any]:
+) -> VerifyResult:
     """Check that shards are what ``portrait-dist pack`` wrote.
 
-    That is: nothing is missing, cut off, changed or there in addition; each index belongs to its tar and agrees with what
-    ``tarfile`` finds in it; every sample has an image and a mask of one size that decode; the keys are those of the manifest.
+    That is: nothing is missing, cut off, changed or there in addition; each index belongs to its tar
+    and agrees with what ``tarfile`` finds in it; every sample has an image and a mask of one size
+    that decode; the keys are those of the manifest.
 
     Args:
         location: folder or address of the shards.
         workers: threads; by default the CPUs this process may use.
         cache: for an address.
-
-    Returns:
-        samples (that are whole), shards, ok, errors: a line for each damaged file or sample.
 
     Raises:
         InputError: no shards there.
@@ -45,28 +64,24 @@ def verify(
     every_shard = [
         (split, number) for split, shards in sets.items() for number in range(len(shards.shards))
     ]
-    threads = workers or len(os.sched_getaffinity(0))
     with contextlib.closing(
-        map_in_order(lambda shard: _check_shard(sets[shard[0]], shard[1]), every_shard, threads)
+        map_in_order(lambda at: _check_shard(sets[at[0]], at[1]), every_shard, workers or cores())
     ) as checked:
         results = track(checked, total=len(every_shard), what="shards")
         for (split, _), (found, wrong) in zip(every_shard, results, strict=True):
             keys[split] += found
             errors += wrong
-    for split, shards in sets.items():
-        if (
-            len(keys[split]) == shards.samples
-            and keys_sha256(keys[split]) != manifest.splits[split].keys_sha256
-        ):
-            errors.append(
-                f"{location}, {split}: the keys are not those of the manifest, or in another order"
-            )
+    errors += [
+        f"{location}, {split}: the keys are not those of the manifest, or in another order"
+        for split, entry in manifest.splits.items()
+        if len(keys[split]) == entry.samples and keys_sha256(keys[split]) != entry.keys_sha256
+    ]
     whole = sum(len(found) for found in keys.values())
-    return {"samples": whole, "shards": len(every_shard), "ok": not errors, "errors": errors}
+    return VerifyResult(whole, len(every_shard), not errors, errors)
 
 
 def _wrong_files(folder: Path, sets: dict[str, ShardSet]) -> list[str]:
-    """Files that belong to no shard of the manifest, and indexes for wids that are missing or changed."""
+    """Files that belong to no shard of the manifest, and wids indexes that are missing or wrong."""
     known = {
         name
         for shards in sets.values()
@@ -81,11 +96,35 @@ def _wrong_files(folder: Path, sets: dict[str, ShardSet]) -> list[str]:
     ]
     for split, shards in sets.items():
         path = folder / f"{split}.json"
-        if not path.is_file():
-            errors.append(f"{path}: is missing")
-        elif path.read_bytes() != shard_format.wids_index(split, shards.manifest.splits[split]):
+        try:
+            same = _read(path) == shard_format.wids_index(split, shards.manifest.splits[split])
+        except _UnreadableError as error:
+            errors.append(str(error))
+            continue
+        if not same:
             errors.append(f"{path}: does not list the shards of the manifest")
     return errors
+
+
+class _UnreadableError(Exception):
+    """A file is missing or cannot be read; the message is a line of the result."""
+
+
+def _read(path: Path) -> bytes:
+    with _readable(path), open_regular(path) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise _UnreadableError(f"{path}: is missing") from None
+    except OSError as error:
+        raise _UnreadableError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except InputError as error:  # a named pipe or a folder in its place
+        raise _UnreadableError(str(error)) from error
 
 
 def _check_shard(shards: ShardSet, number: int) -> tuple[list[str], list[str]]:
@@ -93,34 +132,40 @@ def _check_shard(shards: ShardSet, number: int) -> tuple[list[str], list[str]]:
     entry, name = shards.shards[number], shards.shard_name(number)
     try:
         tar, index = shards.files(number)
+        data = _read(index)
+        with _readable(tar), open_regular(tar) as file:
+            length = file.seek(0, os.SEEK_END)
     except FetchError as error:
         return [], [f"{name}: {error}"]
-    if not tar.is_file() or not index.is_file():
-        return [], [
-            f"{path.parent / path.name}: is missing" for path in (tar, index) if not path.is_file()
-        ]
-    data = index.read_bytes()
+    except _UnreadableError as error:
+        return [], [str(error)]
     if hashlib.sha256(data).hexdigest() != entry.index_sha256:
-        return [], [
-            f"{name}: {entry.index_name} is not its index (its sha256 differs from the manifest's)"
-        ]
-    _, records = shard_format.parse_index(data)
-    if (length := tar.stat().st_size) != entry.bytes:
-        return [], [
-            f"{name}: has {length:,} bytes instead of {entry.bytes:,}{_what_is_left(tar, length, records, entry)}"
-        ]
+        what = f"{entry.index_name} is not its index (its sha256 differs from the manifest's)"
+        return [], [f"{name}: {what}"]
+    try:
+        _, records = shard_format.parse_index(data)
+    except (ValueError, RecursionError) as error:
+        return [], [f"{name}: {entry.index_name} is damaged ({error})"]
+    if length != entry.bytes:
+        where = _what_is_left(tar, length, records, entry)
+        return [], [f"{name}: has {length:,} bytes instead of {entry.bytes:,}{where}"]
     keys, errors = _check_samples(shards, number)
-    with tar.open("rb") as file:
-        same = hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
-    if not errors and not same:
-        errors = [f"{name}: its sha256 differs from the manifest's, though every sample is whole"]
+    if not errors:
+        errors = _check_hash(tar, name, entry)
     return keys, errors or _check_tar(tar, name, keys, records, SUFFIXES[shards.codec])
+
+
+def _check_hash(tar: Path, name: str, entry: ShardEntry) -> list[str]:
+    with open_regular(tar) as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256:
+            return []
+    return [f"{name}: its sha256 differs from the manifest's, though every sample is whole"]
 
 
 def _what_is_left(tar: Path, length: int, records: bytes, entry: ShardEntry) -> str:
     """For a tar of another length: the first sample that is cut off, or that has no mask."""
-    places = [shard_format.record_at(records, position) for position in range(entry.samples)]
-    whole = sum(place.offset + place.length <= length for place in places)
+    expected = [shard_format.record_at(records, position) for position in range(entry.samples)]
+    whole = sum(record.offset + record.length <= length for record in expected)
     names: list[str] = []
     with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(tar) as members:
         names = [member.name for member in members]
@@ -128,7 +173,9 @@ def _what_is_left(tar: Path, length: int, records: bytes, entry: ShardEntry) -> 
     alone = next((key for key in keys if keys.count(key) == 1), None)
     if whole < entry.samples and len(keys) < 2 * entry.samples - 1:
         return f"; it is cut off in sample {whole} of {entry.samples}"
-    return f"; sample {keys.index(alone) // 2} ({alone}) has no image or no mask" if alone else ""
+    if alone is None:
+        return ""
+    return f"; sample {keys.index(alone) // 2} ({alone}) has no image or no mask"
 
 
 def _check_samples(shards: ShardSet, number: int) -> tuple[list[str], list[str]]:
@@ -140,8 +187,9 @@ def _check_samples(shards: ShardSet, number: int) -> tuple[list[str], list[str]]
             encoded = shards.read(sample)
             image, _ = decode_stored(encoded.image, encoded.alpha, shards.codec)
             if shards.size is not None and image.shape[:2] != shards.size:
+                found, wanted = image.shape[:2], shards.size
                 raise ValueError(
-                    f"it has {image.shape[0]}x{image.shape[1]} pixels, the manifest {shards.size[0]}x{shards.size[1]}"
+                    f"it has {found[0]}x{found[1]} pixels, the manifest {wanted[0]}x{wanted[1]}"
                 )
             keys.append(encoded.key)
         except DamagedSampleError as error:
@@ -154,18 +202,15 @@ def _check_samples(shards: ShardSet, number: int) -> tuple[list[str], list[str]]
 def _check_tar(
     tar: Path, name: str, keys: list[str], records: bytes, suffixes: tuple[str, str]
 ) -> list[str]:
-    """Does ``tarfile`` find the members where the index says they are, and nothing else?"""
+    """Compare what ``tarfile`` finds in a tar with what its index lists."""
     expected = []
     for position, key in enumerate(keys):
-        place = shard_format.record_at(records, position)
-        expected.append((key + suffixes[0], place.offset, place.image))
-        expected.append(
-            (
-                key + suffixes[1],
-                place.offset + BLOCK + shard_format.padded(place.image),
-                place.alpha,
-            )
-        )
+        record = shard_format.record_at(records, position)
+        alpha_offset = record.offset + BLOCK + shard_format.padded(record.image)
+        expected += [
+            (key + suffixes[0], record.offset, record.image),
+            (key + suffixes[1], alpha_offset, record.alpha),
+        ]
     try:
         with tarfile.open(tar) as members:
             found = [(member.name, member.offset, member.size) for member in members]

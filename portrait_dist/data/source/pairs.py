@@ -1,30 +1,42 @@
-"""Finds the pairs of image and matte in a raw AISegment tree, and checks their headers.
+"""Find the pairs of image and matte in a raw AISegment tree, and check their headers.
 
-    RAW/clip_img/<group>/clip_*/<stem>.jpg        the picture
-    RAW/matting/<group>/matting_*/<stem>.png      the same picture with an alpha channel
+    RAW/clip_img/<group>/clip_*/<stem>.jpg        the image
+    RAW/matting/<group>/matting_*/<stem>.png      the same image with an alpha channel
 
-An image and a matte belong together when their stems are equal; the stem is the pair's key.
+An image and a matte belong together when their stems are equal; the stem is the sample key.
 """
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
+from portrait_dist.data.source.pictures import check_picture
+from portrait_dist.errors import InputError, PortraitDistError
 from portrait_dist.system.progress import track
 
 IMAGES, MATTES = "clip_img", "matting"
 IMAGE_SUFFIXES, MATTE_SUFFIXES = (".jpg", ".jpeg"), (".png",)
+OTHER_SUFFIXES = (".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".avif")
+"""Of pictures that may be meant as images, but are no JPEG."""
+EXPECTED = f"{IMAGES}/<group>/clip_*/<name>.jpg and {MATTES}/<group>/matting_*/<name>.png"
 
 
 @dataclass(frozen=True, order=True)
 class Pair:
-    """One portrait: ``key`` is the stem of both files, ``group`` the folder the image came in."""
+    """One portrait.
+
+    Args:
+        key: the stem of both files.
+        image: its JPEG file.
+        matte: its PNG file with an alpha channel.
+        group: name of the folder that the image came in.
+    """
 
     key: str
     image: Path
@@ -34,37 +46,45 @@ class Pair:
 
 @dataclass
 class PairReport:
-    """What a raw tree holds."""
+    """What a raw tree holds.
 
-    pairs: list[Pair]  # sorted by key
+    Args:
+        pairs: sorted by key.
+        images_without_matte: in sorted order.
+        mattes_without_image: in sorted order.
+        identical: (the file that is taken, another of the same stem and content).
+        other_pictures: files among the images that are no JPEG by their name.
+    """
+
+    pairs: list[Pair]
     images_without_matte: list[Path]
     mattes_without_image: list[Path]
-    identical: list[
-        tuple[Path, Path]
-    ]  # (the file that is taken, another of the same stem and content)
+    identical: list[tuple[Path, Path]] = field(default_factory=list)
+    other_pictures: list[Path] = field(default_factory=list)
 
 
 def find_pairs(raw: Path) -> PairReport:
     """Pair all images and mattes by their stems.
 
-    Hidden files (``._*``), files where folders are expected and files of other types are left aside. Of files with the same
-    stem and the same content the first path in sorted order is taken.
+    Hidden files (``._*``), files where folders are expected and files of other types are ignored.
+    Of files with the same stem and the same content the first path in sorted order is taken.
 
     Raises:
-        InputError: not an AISegment tree, no pair in it, or one stem on different files.
+        InputError: not an AISegment tree, no pair in it, one stem on different files, or something
+            that cannot be read.
     """
     for folder in (IMAGES, MATTES):
-        if not (raw / folder).is_dir():
+        with _readable(raw / folder):
+            there = (raw / folder).is_dir()
+        if not there:
             raise InputError(_not_a_raw_tree(raw, folder))
     identical: list[tuple[Path, Path]] = []
     images = _by_stem(_files(raw / IMAGES, "clip_", IMAGE_SUFFIXES), identical)
     mattes = _by_stem(_files(raw / MATTES, "matting_", MATTE_SUFFIXES), identical)
+    others = list(_files(raw / IMAGES, "clip_", OTHER_SUFFIXES))
     keys = sorted(images.keys() & mattes.keys())
     if not keys:
-        raise InputError(
-            f"{raw}: {len(images)} images and {len(mattes)} mattes, but no two of the same name; "
-            f"expected {IMAGES}/<group>/clip_*/<name>.jpg and {MATTES}/<group>/matting_*/<name>.png"
-        )
+        raise InputError(_no_pairs(raw, len(images), len(mattes), others))
     for key in keys:
         _check_key(key, images[key])
     return PairReport(
@@ -75,12 +95,16 @@ def find_pairs(raw: Path) -> PairReport:
         images_without_matte=[images[key] for key in sorted(images.keys() - mattes.keys())],
         mattes_without_image=[mattes[key] for key in sorted(mattes.keys() - images.keys())],
         identical=identical,
+        other_pictures=others,
     )
 
 
 def _not_a_raw_tree(raw: Path, missing: str) -> str:
     if not raw.exists():
-        return f"{raw}: there is no such folder; give the folder that holds {IMAGES} and {MATTES} as --raw"
+        return (
+            f"{raw}: there is no such folder; "
+            f"give the folder that holds {IMAGES} and {MATTES} as --raw"
+        )
     if not raw.is_dir():
         return f"{raw}: is a file; give the folder that holds {IMAGES} and {MATTES} as --raw"
     inside = sorted(
@@ -94,23 +118,66 @@ def _not_a_raw_tree(raw: Path, missing: str) -> str:
     return f"{raw}: no AISegment tree, it has no folder '{missing}'.{hint}"
 
 
+def _no_pairs(raw: Path, images: int, mattes: int, others: list[Path]) -> str:
+    if others and not images:
+        return (
+            f"{others[0]}: is no JPEG by its name, and neither is any other image in {raw}; "
+            f"expected {EXPECTED}: convert the images to JPEG"
+        )
+    return (
+        f"{raw}: {images} images and {mattes} mattes, but no two of the same name; "
+        f"expected {EXPECTED}"
+    )
+
+
 def _files(top: Path, prefix: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Files ``top/<group>/<prefix>*/<stem><suffix>`` in sorted order, junk left aside."""
+    """Files ``top/<group>/<prefix>*/<stem><suffix>`` in sorted order, without hidden ones."""
     for group in _folders(top, ""):
         for folder in _folders(group, prefix):
-            with os.scandir(folder) as entries:
-                names = sorted(entry.name for entry in entries if entry.is_file())
-            for name in names:
-                if not name.startswith(".") and name.lower().endswith(suffixes):
-                    yield folder / name
+            for entry in _entries(folder):
+                if entry.name.lower().endswith(suffixes) and _is_file(entry):
+                    yield folder / entry.name
 
 
 def _folders(parent: Path, prefix: str) -> list[Path]:
-    with os.scandir(parent) as entries:
-        names = [
-            entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
-        ]
-    return [parent / name for name in sorted(names) if name.startswith(prefix)]
+    return [
+        parent / entry.name
+        for entry in _entries(parent)
+        if entry.name.startswith(prefix) and _is_folder(entry)
+    ]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, sorted by name, without hidden entries."""
+    with _readable(folder), os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    return sorted(visible, key=lambda entry: entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with _readable(entry.path):
+        return entry.is_dir()
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a file; a named pipe, socket or device of that name is refused."""
+    with _readable(entry.path):
+        if entry.is_file():
+            return True
+        if not entry.is_dir() and os.path.exists(entry.path):
+            raise InputError(f"{entry.path}: is a named pipe, socket or device, no file; remove it")
+    return False
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """Name what cannot be read: a loop of symbolic links, a folder without permission."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); repair or remove it"
+        ) from error
 
 
 def _by_stem(files: Iterator[Path], identical: list[tuple[Path, Path]]) -> dict[str, Path]:
@@ -118,24 +185,28 @@ def _by_stem(files: Iterator[Path], identical: list[tuple[Path, Path]]) -> dict[
     for path in files:
         first = found.setdefault(path.stem, path)
         if first is not path:
-            if not filecmp.cmp(first, path, shallow=False):
+            with _readable(path):
+                same = filecmp.cmp(first, path, shallow=False)
+            if not same:
                 raise InputError(
-                    f"{path}: differs from {first}, which has the same name; remove or rename one of them"
+                    f"{path}: differs from {first}, which has the same name; "
+                    "remove or rename one of them"
                 )
             identical.append((first, path))
     return found
 
 
 def _check_key(key: str, image: Path) -> None:
-    """WebDataset cuts a member's name at its first dot, so 'a.1' and 'a.2' would become one sample."""
+    """WebDataset cuts a member's name at its first dot: 'a.1' and 'a.2' would become one sample."""
     if "." in key or not key.isprintable():
         raise InputError(
-            f"{image}: the name '{key}' cannot be a key in WebDataset shards; rename it, and its matte, without dots"
+            f"{image}: the name '{key}' cannot be a key in WebDataset shards; "
+            "rename it, and its matte, without dots"
         )
 
 
 def check_pairs(pairs: Sequence[Pair], threads: int = 4) -> None:
-    """Check every pair by its headers and last bytes: type, alpha channel, equal sizes, not cut off. Decodes nothing else.
+    """Check every pair by its headers and last bytes: type, alpha channel, equal sizes, whole.
 
     Raises:
         InputError: a pair cannot be used (no alpha channel, sizes that differ, a wrong type).
@@ -156,70 +227,14 @@ def check_pairs(pairs: Sequence[Pair], threads: int = 4) -> None:
 
 def _problem(pair: Pair) -> PortraitDistError | None:
     try:
-        image_size, _ = _header(pair.image, ("JPEG", "MPO"), ("RGB", "L"))
-        matte_size, _ = _header(pair.matte, ("PNG",), ("RGBA", "LA"))
+        image_size = check_picture(pair.image, ("JPEG", "MPO"), ("RGB", "L"))
+        matte_size = check_picture(pair.matte, ("PNG",), ("RGBA", "LA"))
     except PortraitDistError as error:
         return error
     if image_size == matte_size:
         return None
     return InputError(
-        f"{pair.matte}: {matte_size[0]}x{matte_size[1]} pixels, but its image {pair.image} has {image_size[0]}x{image_size[1]}; "
+        f"{pair.matte}: {matte_size[0]}x{matte_size[1]} pixels, "
+        f"but its image {pair.image} has {image_size[0]}x{image_size[1]}; "
         "bring both to one size, or remove the pair"
     )
-
-
-def _header(
-    path: Path, formats: tuple[str, ...], modes: tuple[str, ...]
-) -> tuple[tuple[int, int], str]:
-    """(width, height) and mode of a picture."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            kind, mode, size = picture.format, picture.mode, picture.size
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DamagedDataError(
-            f"{path}: {_reason(path, error)}; get the file again, or remove it and its partner"
-        ) from error
-    if kind not in formats:
-        raise InputError(
-            f"{path}: is a {kind} file under another name; convert it to {formats[0]}, or remove it and its partner"
-        )
-    if mode not in modes:
-        what = "has no alpha channel" if formats == ("PNG",) else "is not an RGB picture"
-        raise InputError(
-            f"{path}: {what} (mode {mode}); convert it to {modes[0]}, or remove it and its partner"
-        )
-    if not _is_whole(path, kind):
-        raise DamagedDataError(
-            f"{path}: the file is cut off; get it again, or remove it and its partner"
-        )
-    return size, mode
-
-
-def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be read ({error.strerror})"
-    return (
-        "the file is empty"
-        if path.stat().st_size == 0
-        else "the file is damaged, its header cannot be read"
-    )
-
-
-def _is_whole(path: Path, kind: str) -> bool:
-    """Does the file have an end? Where its last bytes do not say so, decode it to see."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        tail = file.read()
-    # The marker cannot stand inside a JPEG's coded data, and some programs write bytes behind it.
-    if (b"IEND" in tail[-12:]) if kind == "PNG" else (b"\xff\xd9" in tail):
-        return True
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-    except (OSError, SyntaxError, ValueError):
-        return False
-    return True

@@ -1,0 +1,146 @@
+"""Check a picture file that somebody else made: its type, its size, and that it is whole.
+
+``prepare`` looks at headers and last bytes only; ``pack`` reads whole files through here and
+decodes them. Every refusal is one line that names the file.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.files import open_regular
+
+MAX_PIXELS = 178_956_970
+"""The most that Pillow decodes (twice its ``MAX_IMAGE_PIXELS``): more is taken for an attack."""
+MOST_BYTES = 1 << 30
+"""Of a picture file; ``MAX_PIXELS`` of RGBA do not compress to more than 0.7 GiB."""
+DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error,
+    zlib.error,
+)  # fmt: skip
+"""What Pillow's plugins raise on damaged bytes; UnidentifiedImageError is an OSError."""
+REMEDY = "get the file again, or remove it and its partner"
+
+
+def read_picture(path: Path, kind: str, magic: bytes) -> bytes:
+    """Read a whole picture file.
+
+    Args:
+        path: the file.
+        kind: its format, for the message.
+        magic: its first bytes.
+
+    Raises:
+        InputError: no file, too large, or a file of another kind.
+        DamagedDataError: missing, empty or unreadable.
+    """
+    try:
+        with open_regular(path) as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise DamagedDataError(
+            f"{path}: cannot be read ({error.strerror}); run 'portrait-dist prepare' again"
+        ) from error
+    if not data:
+        raise DamagedDataError(f"{path}: the file is empty; {REMEDY}")
+    if len(data) > MOST_BYTES:
+        raise InputError(f"{path}: has more than {MOST_BYTES:,} bytes; remove it and its partner")
+    if not data.startswith(magic):
+        raise InputError(f"{path}: is not a {kind} file; convert it, or remove it and its partner")
+    return data
+
+
+def check_pixels(path: Path, height: int, width: int) -> None:
+    """Check that a picture is not larger than what is decoded.
+
+    Raises:
+        InputError: it has more than ``MAX_PIXELS``.
+    """
+    if height * width > MAX_PIXELS:
+        raise InputError(
+            f"{path}: {width}x{height} pixels are more than the {MAX_PIXELS:,} that are accepted; "
+            "make it smaller, or remove it and its partner"
+        )
+
+
+def check_picture(path: Path, formats: Sequence[str], modes: Sequence[str]) -> tuple[int, int]:
+    """Check type, colour mode, size and end of a picture by its header and its last bytes.
+
+    Args:
+        path: the file.
+        formats: names of formats in Pillow; the first is the one to convert to.
+        modes: colour modes in Pillow, likewise.
+
+    Returns:
+        (width, height) in pixels.
+
+    Raises:
+        InputError: a wrong type, colour mode or size.
+        DamagedDataError: truncated or unreadable.
+    """
+    from PIL import Image
+
+    # Pillow warns from half of MAX_PIXELS; the whole limit is an error here.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    try:
+        with open_regular(path) as file:
+            with Image.open(file) as picture:
+                kind, mode, size = picture.format, picture.mode, picture.size
+            whole = kind not in formats or _is_whole(file, kind)
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{path}: says that it has more than the {MAX_PIXELS:,} pixels that are accepted; "
+            "make it smaller, or remove it and its partner"
+        ) from error
+    except DAMAGED as error:
+        raise DamagedDataError(f"{path}: {_reason(path, error)}; {REMEDY}") from error
+    if kind not in formats:
+        raise InputError(
+            f"{path}: is a {kind} file, {formats[0]} is expected; "
+            f"convert it to {formats[0]}, or remove it and its partner"
+        )
+    if mode not in modes:
+        lacking = "RGBA" in modes and "L" not in modes
+        what = "has no alpha channel" if lacking else "is not an RGB picture"
+        raise InputError(
+            f"{path}: {what} (mode {mode}); convert it to {modes[0]}, or remove it and its partner"
+        )
+    if not whole:
+        raise DamagedDataError(f"{path}: the file is cut off; {REMEDY}")
+    return size
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    return (
+        "the file is empty"
+        if path.stat().st_size == 0
+        else "the file is damaged, its header cannot be read"
+    )
+
+
+def _is_whole(file: IO[bytes], kind: str) -> bool:
+    """Whether a picture file has an end; where its last bytes do not say so, decode it to see."""
+    length = file.seek(0, os.SEEK_END)
+    file.seek(max(0, length - 4096))
+    tail = file.read()
+    # The marker cannot stand inside a JPEG's coded data, and some programs write bytes behind it.
+    if (b"IEND" in tail[-12:]) if kind == "PNG" else (b"\xff\xd9" in tail):
+        return True
+    from PIL import Image
+
+    file.seek(0)
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+    except (*DAMAGED, Image.DecompressionBombError):
+        return False
+    return True
