@@ -155,33 +155,6 @@ def write_error(path: str | Path, error: OSError) -> PortraitDistError:
     )
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
-    """Open a file for reading that somebody else may have made.
-
-    A named pipe would block and a device never end, so that nothing but a regular file is opened.
-
-    Args:
-        path: the file; a link to it is followed.
-
-    Raises:
-        OSError: it is not there or cannot be read, as from ``open``.
-        InputError: it is a folder, a named pipe, a socket or a device.
-    """
-    try:
-        # Without O_NONBLOCK, opening a named pipe waits for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            raise InputError(f"{path}: is a socket or a device, no file; remove it") from error
-        raise
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        what = "a folder" if stat.S_ISDIR(mode) else "a named pipe or a device"
-        raise InputError(f"{path}: is {what}, no file; remove it")
-    return open(descriptor, "rb")
-
-
 def check_writable(path: str | Path) -> None:
     """Check before long work that a file can be written, by making and removing one beside it.
 

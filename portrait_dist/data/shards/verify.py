@@ -15,7 +15,6 @@ from portrait_dist.data.shards.cache import Cache, FetchError
 from portrait_dist.data.shards.decode import decode_stored
 from portrait_dist.data.shards.format import BLOCK, SUFFIXES, ShardEntry, keys_sha256
 from portrait_dist.data.shards.reader import DamagedSampleError, ShardSet, read_manifest
-from portrait_dist.errors import InputError
 from portrait_dist.files import open_regular
 from portrait_dist.system.info import cores
 from portrait_dist.system.progress import track
@@ -111,7 +110,7 @@ class _UnreadableError(Exception):
 
 
 def _read(path: Path) -> bytes:
-    with _readable(path), open_regular(path) as file:
+    with _readable(path), open(open_regular(path), "rb") as file:
         return file.read()
 
 
@@ -121,10 +120,8 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise _UnreadableError(f"{path}: is missing") from None
-    except OSError as error:
+    except OSError as error:  # also a named pipe or a folder in its place
         raise _UnreadableError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except InputError as error:  # a named pipe or a folder in its place
-        raise _UnreadableError(str(error)) from error
 
 
 def _check_shard(shards: ShardSet, number: int) -> tuple[list[str], list[str]]:
@@ -133,7 +130,7 @@ def _check_shard(shards: ShardSet, number: int) -> tuple[list[str], list[str]]:
     try:
         tar, index = shards.files(number)
         data = _read(index)
-        with _readable(tar), open_regular(tar) as file:
+        with _readable(tar), open(open_regular(tar), "rb") as file:
             length = file.seek(0, os.SEEK_END)
     except FetchError as error:
         return [], [f"{name}: {error}"]
@@ -156,7 +153,7 @@ def _check_shard(shards: ShardSet, number: int) -> tuple[list[str], list[str]]:
 
 
 def _check_hash(tar: Path, name: str, entry: ShardEntry) -> list[str]:
-    with open_regular(tar) as file:
+    with open(open_regular(tar), "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256:
             return []
     return [f"{name}: its sha256 differs from the manifest's, though every sample is whole"]

@@ -225,13 +225,13 @@ def complete_entry(
     """Return the entry of a shard that is complete and made from the sources as they are now."""
     tar, index = out / plan.name, out / plan.index_name
     try:
-        with open_regular(index) as file:
+        with open(open_regular(index), "rb") as file:
             data = file.read()
         header, _ = parse_index(data)
         written = index.stat().st_mtime_ns
         if header["made_from"] != made_from(plan, split, settings, not_newer_than=written):
             return None
-        with open_regular(tar) as file:
+        with open(open_regular(tar), "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if sha256 != header["sha256"]:
             return None
@@ -239,6 +239,10 @@ def complete_entry(
         return ShardEntry(plan.name, len(plan.keys), header["bytes"], sha256, index_sha256)
     except (FileNotFoundError, ValueError, KeyError, RecursionError):
         return None
+    except OSError as error:  # also a named pipe or a folder in its place
+        raise InputError(
+            f"{error.filename}: cannot be read ({error.strerror}); remove it, or give another --out"
+        ) from error
 
 
 def write_missing(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from portrait_dist.errors import DamagedDataError, InputError
-from portrait_dist.files import open_regular
+from portrait_dist.files import open_regular, read_regular
 
 MAX_PIXELS = 178_956_970
 """The most that Pillow decodes (twice its ``MAX_IMAGE_PIXELS``): more is taken for an attack."""
@@ -42,16 +42,13 @@ def read_picture(path: Path, kind: str, magic: bytes) -> bytes:
         DamagedDataError: missing, empty or unreadable.
     """
     try:
-        with open_regular(path) as file:
-            data = file.read(MOST_BYTES + 1)
+        data = read_regular(path, MOST_BYTES)
     except OSError as error:
         raise DamagedDataError(
             f"{path}: cannot be read ({error.strerror}); run 'portrait-dist prepare' again"
         ) from error
     if not data:
         raise DamagedDataError(f"{path}: the file is empty; {REMEDY}")
-    if len(data) > MOST_BYTES:
-        raise InputError(f"{path}: has more than {MOST_BYTES:,} bytes; remove it and its partner")
     if not data.startswith(magic):
         raise InputError(f"{path}: is not a {kind} file; convert it, or remove it and its partner")
     return data
@@ -90,9 +87,10 @@ def check_picture(path: Path, formats: Sequence[str], modes: Sequence[str]) -> t
     # Pillow warns from half of MAX_PIXELS; the whole limit is an error here.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
-        with open_regular(path) as file:
-            with Image.open(file) as picture:
-                kind, mode, size = picture.format, picture.mode, picture.size
+        with open(open_regular(path), "rb") as file:
+            # Not in a ``with`` block of its own, which would close the file.
+            picture = Image.open(file)
+            kind, mode, size = picture.format or "", picture.mode, picture.size
             whole = kind not in formats or _is_whole(file, kind)
     except Image.DecompressionBombError as error:
         raise InputError(
@@ -139,8 +137,7 @@ def _is_whole(file: IO[bytes], kind: str) -> bool:
 
     file.seek(0)
     try:
-        with Image.open(file) as picture:
-            picture.load()
+        Image.open(file).load()
     except (*DAMAGED, Image.DecompressionBombError):
         return False
     return True

@@ -23,7 +23,7 @@ from typing import Any
 
 from portrait_dist.data.source.pairs import Pair, PairReport, check_pairs, find_pairs
 from portrait_dist.errors import DamagedDataError, InputError, nearest
-from portrait_dist.files import atomic_path, explained, lock_output, open_regular, write_text
+from portrait_dist.files import atomic_path, explained, lock_output, read_regular, write_text
 from portrait_dist.system.progress import track
 
 SPLITS = ("train", "val", "test")
@@ -196,8 +196,7 @@ def read_split(data: str | Path) -> Split:
     data = Path(data)
     path = data / MANIFEST
     try:
-        with open_regular(path) as file:
-            text = file.read(MOST_BYTES)
+        text = read_regular(path, MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(_not_prepared(data)) from None
     except OSError as error:
