@@ -378,11 +378,8 @@ def packing_rows(
 
     def pack() -> float:
         shutil.rmtree(work / "packed", ignore_errors=True)
-        return float(
-            writer.pack(folders["tree"], work / "packed", (SIDE, SIDE), workers=options.workers)[
-                "pairs_per_second"
-            ]
-        )
+        done = writer.pack(folders["tree"], work / "packed", (SIDE, SIDE), workers=options.workers)
+        return done.pairs_per_second
 
     cases = {
         "pack": pack,

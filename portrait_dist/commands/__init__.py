@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
+MAX_SIDE = 16384
+"""Pixels; the largest height and width on the command line."""
+
+
 class Size(click.ParamType):
     """A size in pixels, ``HEIGHTxWIDTH`` or one number for a square, as (H, W).
 
@@ -103,10 +108,13 @@ class Size(click.ParamType):
             return None
         height, x, width = value.lower().partition("x")
         sides = (height, width if x else height)
-        if not all(side.isdecimal() for side in sides):
+        # str.isdecimal and int would also take the digits of other scripts.
+        if not all(
+            re.fullmatch("[0-9]{1,5}", side) and 0 < int(side) <= MAX_SIDE for side in sides
+        ):
             either = ", or original" if self.original else ""
             self.fail(
-                f"'{value}' is not a size; give HEIGHTxWIDTH in pixels, such as 256x256{either}",
+                f"'{value[:40]}' is not a size; give HEIGHTxWIDTH in pixels, such as 256x256{either}",
                 param,
                 ctx,
             )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from portrait_dist.errors import DamagedDataError, InputError
-from portrait_dist.files import atomic_path, check_writable, explained
+from portrait_dist.files import atomic_path, check_folder_writable, explained
 from portrait_dist.preprocessing import DEFAULT_SIZE, MEAN, STD
 
 if TYPE_CHECKING:
@@ -88,9 +88,7 @@ def write(
             f"--size {size[0]}x{size[1]}: each side is from {SIDES[0]} to {SIDES[-1]} pixels"
         )
     stored_size, reading = _open(data, split, samples)
-    with explained(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(out)
+    check_folder_writable(out.parent)
     found = list(reading)
     size = size or stored_size or DEFAULT_SIZE
     sheet = contact_sheet(
@@ -99,6 +97,8 @@ def write(
         captions=[sample.key for sample in found],
         augmented=_augmented(found, size, augmentation, seed, augmented) if augmented else (),
     )
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(out, suffix=out.suffix.lower()) as temporary:
         sheet.save(temporary)
     return Sheet(str(out), split, len(found), [sample.key for sample in found])

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +20,15 @@ import simplejpeg
 import webdataset
 from PIL import Image
 
-from portrait_dist.cli import run
 from portrait_dist.data.shards.encode import resize_image
 from portrait_dist.data.shards.reader import ShardSet
 from portrait_dist.data.shards.writer import pack
 from portrait_dist.data.source.split import SPLITS, read_split
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.system.threads import map_in_order
+from tests.cli import PORTRAIT_DIST, assert_one_line, call
+from tests.damage import cut, flip_bit
+from tests.waiting import wait_for
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -128,7 +129,8 @@ def test_the_same_pairs_give_the_same_bytes(tree: Path, tmp_path: Path) -> None:
     pack(tree, tmp_path / "one", size=(16, 16), samples_per_shard=4, workers=1)
     shutil.copytree(tree, tmp_path / "copy")
     manifest = json.loads((tmp_path / "copy" / "split.json").read_text())
-    time.sleep(1.1)  # a tar counts its times in seconds
+    for path in (tmp_path / "copy").rglob("*.*"):
+        os.utime(path, (1e9, 1e9))  # a tar that held times would hold these
     pack(tmp_path / "copy", tmp_path / "two", size=(16, 16), samples_per_shard=4, workers=3)
     assert manifest["source"] == "by hand"
     assert files(tmp_path / "one") == files(tmp_path / "two")
@@ -141,9 +143,9 @@ def test_the_manifest_counts_and_hashes_what_is_there(tree: Path, tmp_path: Path
     assert manifest["size"] == [16, 16]
     assert [shard["samples"] for shard in manifest["splits"]["train"]["shards"]] == [10, 10, 5]
     assert manifest["splits"]["test"] == {**manifest["splits"]["test"], "samples": 0, "shards": []}
-    assert (result["samples"], result["shards"]) == (28, 4)
-    assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
-    assert result["pairs_per_second"] > 0
+    assert (result.samples, result.shards) == (28, 4)
+    assert result.bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
+    assert result.pairs_per_second > 0
     assert not [name for name in files(tmp_path / "out") if name.startswith(".")]
 
 
@@ -160,12 +162,11 @@ def test_killed_and_run_again_it_keeps_whole_shards_and_ends_with_the_same_bytes
         "--workers",
         "1",
     ]
-    command = [sys.executable, "-m", "portrait_dist", "pack", *options]
     out = tmp_path / "out"
-    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL)
-    while len(list(out.glob("*.index"))) < 3:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.005)
+    command = [*PORTRAIT_DIST, "pack", *options, "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list(out.glob("*.index"))) >= 3, what="three shards")
+    assert process.poll() is None, "it ended before it could be killed"
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "manifest.json").exists()
@@ -183,7 +184,7 @@ def test_killed_and_run_again_it_keeps_whole_shards_and_ends_with_the_same_bytes
     assert {name: (out / name).stat().st_ino for name in before} == before, (
         "whole shards were written again"
     )
-    assert result["packed"] == result["samples"] - 6 * len(before)
+    assert result.packed == result.samples - 6 * len(before)
 
 
 def test_a_shard_that_is_damaged_or_older_than_its_pairs_is_made_again(
@@ -191,12 +192,10 @@ def test_a_shard_that_is_damaged_or_older_than_its_pairs_is_made_again(
 ) -> None:
     out = tmp_path / "out"
     pack(tree, out, size=(16, 16), samples_per_shard=5)
-    assert pack(tree, out, size=(16, 16), samples_per_shard=5)["packed"] == 0
+    assert pack(tree, out, size=(16, 16), samples_per_shard=5).packed == 0
     whole = files(out)
-    with (out / "train-00001.tar").open("r+b") as file:
-        file.seek(700)
-        file.write(b"?")
-    assert pack(tree, out, size=(16, 16), samples_per_shard=5)["packed"] == 5
+    flip_bit(out / "train-00001.tar", 700)
+    assert pack(tree, out, size=(16, 16), samples_per_shard=5).packed == 5
     assert files(out) == whole
     path = read_split(tree).pairs("val")[1].image
     length = path.stat().st_size
@@ -205,7 +204,7 @@ def test_a_shard_that_is_damaged_or_older_than_its_pairs_is_made_again(
         other + bytes(length - len(other))
     )  # of the same length, so that only its time tells
     os.utime(path, (time.time() + 5, time.time() + 5))
-    assert pack(tree, out, size=(16, 16), samples_per_shard=5)["packed"] == 3
+    assert pack(tree, out, size=(16, 16), samples_per_shard=5).packed == 3
     assert files(out)["val-00000.tar"] != whole["val-00000.tar"]
 
 
@@ -253,7 +252,7 @@ def broken(tree: Path, kind: str) -> Path:
     """Break one pair; the file that has to be named."""
     pair = read_split(tree).pairs("train")[20]
     if kind == "cut":
-        pair.image.write_bytes(pair.image.read_bytes()[:-200])
+        cut(pair.image, -200)
         return pair.image
     if kind == "missing":
         pair.matte.unlink()
@@ -263,33 +262,39 @@ def broken(tree: Path, kind: str) -> Path:
     elif kind == "other size":
         Image.new("RGBA", (16, 23)).save(pair.matte)
     elif kind == "flipped":
-        data = bytearray(pair.matte.read_bytes())
-        data[len(data) // 2] ^= 1
-        pair.matte.write_bytes(data)
+        flip_bit(pair.matte, pair.matte.stat().st_size // 2)
+    elif kind == "named pipe":
+        pair.matte.unlink()
+        os.mkfifo(pair.matte)
+    elif kind == "too large":
+        Image.new("L", (20000, 16000), 128).save(pair.image)
+        return pair.image
     return pair.matte
 
 
 @pytest.mark.parametrize(
-    ("kind", "error", "words"),
+    ("kind", "error", "message"),
     [
         ("cut", DamagedDataError, "does not decode"),
         ("missing", DamagedDataError, "missing"),
         ("flipped", DamagedDataError, "does not decode"),
         ("no alpha", InputError, "no alpha channel"),
         ("other size", InputError, "16x23 pixels, but its image"),
+        ("named pipe", DamagedDataError, "is not a regular file"),
+        ("too large", InputError, "20000x16000 pixels are more than the 178,956,970"),
     ],
 )
 def test_a_broken_pair_is_named_and_nothing_half_written_is_left(
-    kind: str, error: type[Exception], words: str, tree: Path, tmp_path: Path
+    kind: str, error: type[Exception], message: str, tree: Path, tmp_path: Path
 ) -> None:
     path = broken(tree, kind)
-    with pytest.raises(error, match=words) as caught:
+    with pytest.raises(error, match=message) as caught:
         pack(tree, tmp_path / "out", size=(16, 16))
     assert str(path) in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mended_pair_lets_an_unfinished_folder_be_finished(tree: Path, tmp_path: Path) -> None:
+def test_a_repaired_pair_lets_an_unfinished_folder_be_finished(tree: Path, tmp_path: Path) -> None:
     path = broken(tree, "cut")
     with pytest.raises(DamagedDataError):
         pack(tree, tmp_path / "out", size=(16, 16), samples_per_shard=10)
@@ -302,7 +307,7 @@ def test_a_mended_pair_lets_an_unfinished_folder_be_finished(tree: Path, tmp_pat
         "train-00001.index",
     }
     shutil.copy(tree / "train" / "p-001.jpg", path)
-    assert pack(tree, tmp_path / "out", size=(16, 16), samples_per_shard=10)["packed"] == 8
+    assert pack(tree, tmp_path / "out", size=(16, 16), samples_per_shard=10).packed == 8
 
 
 def test_two_packs_do_not_write_into_one_folder(tree: Path, tmp_path: Path) -> None:
@@ -313,7 +318,7 @@ def test_two_packs_do_not_write_into_one_folder(tree: Path, tmp_path: Path) -> N
     with pytest.raises(InputError, match="another 'portrait-dist pack' is writing there"):
         pack(tree, out, size=(16, 16))
     os.close(descriptor)
-    assert pack(tree, out, size=(16, 16))["samples"] == 28
+    assert pack(tree, out, size=(16, 16)).samples == 28
 
 
 def test_memory_is_bounded_by_the_threads_whatever_the_number_of_pairs() -> None:
@@ -333,49 +338,60 @@ def test_memory_is_bounded_by_the_threads_whatever_the_number_of_pairs() -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
-        ({"size": None, "codec": "raw"}, "give --size"),
-        ({"size": (4, 4)}, "--size 4x4"),
-        ({"quality": 0}, "--quality 0"),
-        ({"samples_per_shard": 0}, "--samples-per-shard 0"),
-        ({"workers": 0}, "--workers 0"),
-        ({"codec": "webp"}, "--codec webp"),
+        (["--size", "original", "--codec", "raw"], "give --size"),
+        (["--size", "4"], "--size 4x4"),
+        (["--size", "٦٤"], "--size"),
+        (["--size", "16385"], "--size"),
+        (["--size", "99999999999999999999"], "--size"),
+        (["--quality", "0"], "--quality"),
+        (["--samples-per-shard", "0"], "--samples-per-shard"),
+        (["--samples-per-shard", "1e3"], "--samples-per-shard"),
+        (["--workers", "0"], "--workers"),
+        (["--codec", "webp"], "--codec"),
     ],
 )
 def test_wrong_options_are_named(
-    options: dict[str, object], words: str, tree: Path, tmp_path: Path
+    options: list[str], message: str, tree: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=words):
-        pack(tree, tmp_path / "out", **options)  # type: ignore[arg-type]
+    result = call("pack", "--data", tree, "--out", tmp_path / "out", *options)
+    assert_one_line(result, 2, message)
+    assert len(result.lines) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_prints_one_json_object(
-    tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_below_a_file_is_one_line(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = call("pack", "--data", tree, "--out", tmp_path / "file" / "out")
+    assert_one_line(result, 2, "file", "give the path of a folder")
+    assert len(result.lines) == 1
+
+
+def test_a_named_pipe_in_place_of_a_shard_is_refused_by_name(tree: Path, tmp_path: Path) -> None:
+    pack(tree, tmp_path / "out", size=(16, 16))
+    tar = tmp_path / "out" / "train-00000.tar"
+    tar.unlink()
+    os.mkfifo(tar)
+    with pytest.raises(InputError, match=r"train-00000\.tar: cannot be read .*; remove it"):
+        pack(tree, tmp_path / "out", size=(16, 16))
+
+
+def test_leftovers_of_killed_processes_are_cleared(tree: Path, tmp_path: Path) -> None:
+    pack(tree, tmp_path / "out", size=(16, 16))
+    before = files(tmp_path / "out")
+    for name in (".train-00000.tar.part", ".tmp-0123abcd-99-0", "train-00007.tar"):
+        (tmp_path / "out" / name).write_bytes(b"half")
+    pack(tree, tmp_path / "out", size=(16, 16))
+    assert files(tmp_path / "out") == before
+
+
+def test_the_command_prints_one_json_object(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert (
-        run(
-            [
-                "pack",
-                "--data",
-                str(tree),
-                "--out",
-                str(out),
-                "--size",
-                "24x16",
-                "--codec",
-                "raw",
-                "--json",
-            ]
-        )
-        == 0
-    )
-    result = json.loads(capfd.readouterr().out)
-    assert result["samples"] == 28
-    assert result["shards"] == 2
+    options = ("--data", tree, "--out", out)
+    result = call("pack", *options, "--size", "24x16", "--codec", "raw", "--json").json
+    assert set(result) >= {"samples", "shards", "bytes", "pairs_per_second"}
+    assert (result["samples"], result["shards"]) == (28, 2)
     assert ShardSet(out, "train").size == (24, 16)
-    assert run(["pack", "--data", str(tree), "--out", str(out), "--size", "24"]) == 2
-    assert run(["pack", "--data", str(tmp_path / "nowhere"), "--out", str(out)]) == 2
-    assert len(capfd.readouterr().err.strip().splitlines()) == 2
+    assert_one_line(call("pack", *options, "--size", "24"), 2, "was packed with --size 24x16")
+    assert_one_line(call("pack", "--data", tmp_path / "nowhere", "--out", out), 2, "nowhere")

@@ -1,13 +1,15 @@
-"""prepare: right pairs, a split that is a pure function, a tree that is whole or not there, and bad input named."""
+"""prepare: right pairs, a split that is a pure function, a tree that is whole or not there."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import socket
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from portrait_dist.cli import run
 from portrait_dist.data.source import pairs, split
-from portrait_dist.errors import InputError
+from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.files import lock_output
+from tests.cli import Result, assert_one_line, call
 
 
 def add_pair(
@@ -45,8 +47,8 @@ def raw(tmp_path: Path) -> Path:
     return tmp_path / "raw"
 
 
-def prepare(raw: Path, out: Path, *words: str) -> int:
-    return run(["prepare", "--raw", str(raw), "--out", str(out), "--json", *words])
+def prepare(raw: Path, out: Path, *options: str) -> Result:
+    return call("prepare", "--raw", raw, "--out", out, "--json", *options)
 
 
 def files(tree: Path) -> dict[str, bytes]:
@@ -57,11 +59,11 @@ def files(tree: Path) -> dict[str, bytes]:
 
 def test_the_split_is_the_same_on_every_machine() -> None:
     keys = [f"1803151818-{number:08d}" for number in range(20)]
-    dealt = split.assign(keys, 1, 0.1, 0.1)
+    assigned = split.assign(keys, 1, 0.1, 0.1)
     # Written down once: sha256 of "1:<key>" is the same everywhere, forever.
-    assert [key[-2:] for key in dealt["val"] + dealt["test"]] == ["01", "16", "03", "04"]
-    assert split.assign(keys[::-1], 1, 0.1, 0.1) == dealt
-    assert split.assign(keys, 2, 0.1, 0.1) != dealt
+    assert [key[-2:] for key in assigned["val"] + assigned["test"]] == ["01", "16", "03", "04"]
+    assert split.assign(keys[::-1], 1, 0.1, 0.1) == assigned
+    assert split.assign(keys, 2, 0.1, 0.1) != assigned
 
 
 @given(
@@ -72,9 +74,9 @@ def test_every_key_is_in_one_split_and_sizes_are_rounded_down(
     n: int, val: float, test: float, seed: int
 ) -> None:
     keys = [f"k{number}" for number in range(n)]
-    dealt = split.assign(keys, seed, val, test)
-    assert sorted(dealt["train"] + dealt["val"] + dealt["test"]) == sorted(keys)
-    assert (len(dealt["val"]), len(dealt["test"])) == (int(val * n), int(test * n))
+    assigned = split.assign(keys, seed, val, test)
+    assert sorted(assigned["train"] + assigned["val"] + assigned["test"]) == sorted(keys)
+    assert (len(assigned["val"]), len(assigned["test"])) == (int(val * n), int(test * n))
 
 
 @given(sizes=st.lists(st.integers(1, 30), min_size=3, max_size=40), seed=st.integers(0, 99))
@@ -82,14 +84,14 @@ def test_every_key_is_in_one_split_and_sizes_are_rounded_down(
 def test_no_group_is_in_two_splits_and_no_split_is_empty(sizes: list[int], seed: int) -> None:
     groups = [f"g{number}" for number, size in enumerate(sizes) for _ in range(size)]
     keys = [f"k{number}" for number in range(len(groups))]
-    dealt = split.assign(keys, seed, 0.2, 0.2, groups)
+    assigned = split.assign(keys, seed, 0.2, 0.2, groups)
     of = dict(zip(keys, groups, strict=True))
-    assert sorted(dealt["train"] + dealt["val"] + dealt["test"]) == sorted(keys)
-    seen = [{of[key] for key in dealt[name]} for name in split.SPLITS]
+    assert sorted(assigned["train"] + assigned["val"] + assigned["test"]) == sorted(keys)
+    seen = [{of[key] for key in assigned[name]} for name in split.SPLITS]
     assert sum(len(each) for each in seen) == len(set(groups))
     wanted = int(0.2 * len(keys))
     assert all(seen) or not wanted
-    assert all(len(dealt[name]) <= wanted + max(sizes) for name in ("val", "test"))
+    assert all(len(assigned[name]) <= wanted + max(sizes) for name in ("val", "test"))
 
 
 @pytest.mark.parametrize(
@@ -100,12 +102,9 @@ def test_fractions_that_leave_no_training_pair_are_refused(val: float, test: flo
         split.assign(["a", "b"], 1, val, test)
 
 
-def test_the_real_sample_is_paired_and_junk_left_aside(
-    real_sample: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert prepare(real_sample, tmp_path / "data") == 0
-    out, told = capfd.readouterr()
-    result: dict[str, Any] = json.loads(out)
+def test_the_real_sample_is_paired_and_junk_is_ignored(real_sample: Path, tmp_path: Path) -> None:
+    done = prepare(real_sample, tmp_path / "data")
+    result = done.json
     assert {name: result[name] for name in ("pairs", "train", "val", "test")} == {
         "pairs": 109,
         "train": 89,
@@ -113,8 +112,8 @@ def test_the_real_sample_is_paired_and_junk_left_aside(
         "test": 10,
     }
     assert (result["images_without_matte"], result["mattes_without_image"]) == (2, 1)
-    assert "2000000006-00000063.jpg" in told
-    assert "2000000006-00000065.png" in told
+    assert "2000000006-00000063.jpg" in done.stderr
+    assert "2000000006-00000065.png" in done.stderr
     made = split.read_split(tmp_path / "data")
     originals = {pair.key: pair for pair in pairs.find_pairs(real_sample).pairs}
     for name in split.SPLITS:
@@ -145,8 +144,8 @@ def test_junk_and_files_without_a_partner_are_reported_or_ignored(raw: Path) -> 
 
 
 def test_links_share_the_file_and_copies_do_not(raw: Path, tmp_path: Path) -> None:
-    assert prepare(raw, tmp_path / "linked") == 0
-    assert prepare(raw, tmp_path / "copied", "--mode", "copy") == 0
+    assert prepare(raw, tmp_path / "linked").exit_code == 0
+    assert prepare(raw, tmp_path / "copied", "--mode", "copy").exit_code == 0
     assert files(tmp_path / "linked") == files(tmp_path / "copied")
     for pair in pairs.find_pairs(raw).pairs:
         (linked,) = (tmp_path / "linked").glob(f"*/{pair.key}.jpg")
@@ -164,7 +163,7 @@ def test_a_file_system_without_links_gets_copies(raw: Path, tmp_path: Path) -> N
         pytest.skip("there is no second file system here")
     out = shared_memory / f"portrait-dist-test-{os.getpid()}"
     try:
-        assert prepare(raw, out) == 0
+        assert prepare(raw, out).exit_code == 0
         assert len(files(out)) == 21
     finally:
         shutil.rmtree(out)
@@ -172,12 +171,12 @@ def test_a_file_system_without_links_gets_copies(raw: Path, tmp_path: Path) -> N
 
 def test_run_again_it_changes_nothing_and_adds_what_is_missing(raw: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
-    assert prepare(raw, out) == 0
+    assert prepare(raw, out).exit_code == 0
     before = files(out)
     kept = (out / "split.json").stat().st_mtime_ns
-    assert prepare(raw, out) == 0
+    assert prepare(raw, out).exit_code == 0
     next(out.glob("train/*.png")).unlink()
-    assert prepare(raw, out) == 0
+    assert prepare(raw, out).exit_code == 0
     assert files(out) == before
     assert (out / "split.json").stat().st_mtime_ns == kept
 
@@ -185,22 +184,20 @@ def test_run_again_it_changes_nothing_and_adds_what_is_missing(raw: Path, tmp_pa
 def test_what_a_killed_run_left_is_cleared(raw: Path, tmp_path: Path) -> None:
     (tmp_path / ".data.part" / "train").mkdir(parents=True)
     (tmp_path / ".data.part" / "train" / "half.jpg").write_bytes(b"x")
-    assert prepare(raw, tmp_path / "data") == 0
+    assert prepare(raw, tmp_path / "data").exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "raw"]
     assert not list((tmp_path / "data").rglob("half.jpg"))
 
 
-def test_two_prepares_do_not_write_into_one_folder(
-    raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_two_prepares_do_not_write_into_one_folder(raw: Path, tmp_path: Path) -> None:
     part = tmp_path / ".data.part"
     (part / "train").mkdir(parents=True)
     (part / "train" / "theirs.jpg").write_bytes(b"x")
     with lock_output(part, "prepare", tmp_path / "data"):
-        assert prepare(raw, tmp_path / "data") == 2
-        assert "another 'portrait-dist prepare' is writing there" in capfd.readouterr().err
+        refused = prepare(raw, tmp_path / "data")
+        assert_one_line(refused, 2, "another 'portrait-dist prepare' is writing there")
         assert (part / "train" / "theirs.jpg").exists()
-    assert prepare(raw, tmp_path / "data") == 0
+    assert prepare(raw, tmp_path / "data").exit_code == 0
 
 
 def change_settings(raw: Path, out: Path) -> list[str]:
@@ -226,22 +223,13 @@ def be_a_file(raw: Path, out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("arrange", [change_settings, change_pairs, hold_something_else, be_a_file])
-def test_an_output_folder_of_something_else_is_left_alone(
-    raw: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    arrange: Callable[[Path, Path], list[str]],
+def test_an_output_folder_of_something_else_stays_as_it_is(
+    raw: Path, tmp_path: Path, arrange: Callable[[Path, Path], list[str]]
 ) -> None:
     out = tmp_path / "data"
-    words = arrange(raw, out)
+    options = arrange(raw, out)
     before = files(tmp_path)
-    capfd.readouterr()
-    assert prepare(raw, out, *words) == 2
-    stdout, message = capfd.readouterr()
-    assert str(out) in message
-    assert "--out" in message
-    assert message.count("\n") == 1
-    assert not stdout
+    assert_one_line(prepare(raw, out, *options), 2, str(out))
     assert files(tmp_path) == before
 
 
@@ -312,43 +300,34 @@ def no_picture(raw: Path) -> Path:
     ],
 )
 def test_a_bad_pair_is_named_and_nothing_is_written(
-    raw: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    spoil: Callable[[Path], Path],
-    code: int,
+    raw: Path, tmp_path: Path, spoil: Callable[[Path], Path], code: int
 ) -> None:
     bad = spoil(raw)
-    assert prepare(raw, tmp_path / "data") == code
-    stdout, message = capfd.readouterr()
-    assert str(bad) in message
-    assert message.count("\n") == 1
-    assert "Traceback" not in message
-    assert not stdout
+    result = prepare(raw, tmp_path / "data")
+    assert_one_line(result, code, str(bad))
+    assert len(result.lines) == 1
+    assert result.json["exit_code"] == code
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
-def test_of_identical_files_one_is_taken_and_the_other_named(
-    raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_of_identical_files_one_is_used_and_the_other_named(raw: Path, tmp_path: Path) -> None:
     image, _ = add_pair(raw, "100-00000050")
     twin = raw / "clip_img" / "200" / "clip_00000000" / image.name
     twin.parent.mkdir(parents=True)
     shutil.copy(image, twin)
-    assert prepare(raw, tmp_path / "data") == 0
-    out, told = capfd.readouterr()
-    assert json.loads(out)["identical_files"] == 1
-    assert str(twin) in told
+    result = prepare(raw, tmp_path / "data")
+    assert result.json["identical_files"] == 1
+    assert str(twin) in result.stderr
 
 
 def test_bytes_behind_the_end_of_a_jpeg_are_no_damage(raw: Path, tmp_path: Path) -> None:
     image, _ = add_pair(raw, "100-00000050")
     image.write_bytes(image.read_bytes() + bytes(9000))
-    assert prepare(raw, tmp_path / "data") == 0
+    assert prepare(raw, tmp_path / "data").exit_code == 0
 
 
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("folder", "message"),
     [
         ("nowhere", "no such folder"),
         (".", "Did you mean"),
@@ -357,42 +336,195 @@ def test_bytes_behind_the_end_of_a_jpeg_are_no_damage(raw: Path, tmp_path: Path)
     ],
 )
 def test_a_folder_that_is_no_raw_tree_is_named(
-    raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], place: str, told: str
+    raw: Path, tmp_path: Path, folder: str, message: str
 ) -> None:
-    assert prepare(tmp_path / place, tmp_path / "data") == 2
-    message = capfd.readouterr().err
-    assert told in message
-    assert message.count("\n") == 1
+    result = prepare(tmp_path / folder, tmp_path / "data")
+    assert_one_line(result, 2, message)
+    assert len(result.lines) == 1
     assert not (tmp_path / "data").exists()
 
 
-def test_a_tree_without_one_pair_is_refused(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tree_without_one_pair_is_refused(tmp_path: Path) -> None:
     _, matte = add_pair(tmp_path / "raw", "100-00000000")
     matte.rename(matte.with_name("other.png"))
-    assert prepare(tmp_path / "raw", tmp_path / "data") == 2
-    assert "1 images and 1 mattes" in capfd.readouterr().err
+    assert_one_line(prepare(tmp_path / "raw", tmp_path / "data"), 2, "1 images and 1 mattes")
+
+
+def test_images_that_are_no_jpeg_are_named_with_what_was_expected(
+    raw: Path, tmp_path: Path
+) -> None:
+    image, _ = add_pair(raw, "100-00000050")
+    png = image.with_suffix(".png")
+    image.rename(png)
+    result = prepare(raw, tmp_path / "data")
+    assert result.json["other_pictures"] == 1
+    assert f"no JPEG by its name: {png}" in result.stderr
+    for image in raw.glob("clip_img/*/*/*.jpg"):
+        image.rename(image.with_suffix(".webp"))
+    refused = prepare(raw, tmp_path / "other")
+    assert_one_line(refused, 2, ".webp: is no JPEG by its name", "convert the images to JPEG")
+
+
+def bomb(raw: Path) -> Path:
+    """A PNG that claims 400 million pixels."""
+    _, matte = add_pair(raw, "100-00000050")
+    data = bytearray(matte.read_bytes())
+    data[16:24] = struct.pack(">II", 20000, 20000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    matte.write_bytes(data)
+    return matte
+
+
+def huge(raw: Path) -> Path:
+    """A real JPEG of 20000×16000 pixels, 4 MB."""
+    image, _ = add_pair(raw, "100-00000050")
+    Image.new("L", (20000, 16000), 128).save(image)
+    return image
+
+
+@pytest.mark.parametrize("spoil", [bomb, huge])
+def test_a_picture_of_too_many_pixels_is_named_beside_other_bad_pairs(
+    raw: Path, tmp_path: Path, spoil: Callable[[Path], Path]
+) -> None:
+    bad = spoil(raw)
+    cut = add_pair(raw, "101-00000051")[0]
+    cut.write_bytes(cut.read_bytes()[:-9])
+    result = prepare(raw, tmp_path / "data")
+    assert_one_line(result, 2, str(bad), "178,956,970 pixels", "and 1 more such pairs")
+    assert len(result.lines) == 1
+
+
+def loop(folder: Path) -> Path:
+    path = folder / "loop.jpg"
+    path.symlink_to(path.name)
+    return path
+
+
+def loop_of_folders(folder: Path) -> Path:
+    path = folder.parent / "clip_loop"
+    path.symlink_to(path.name)
+    return path
+
+
+def named_pipe(folder: Path) -> Path:
+    path = folder / "pipe.jpg"
+    os.mkfifo(path)
+    return path
+
+
+def socket_file(folder: Path) -> Path:
+    path = folder / "s.jpg"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(path))  # a path of a socket has at most 107 bytes
+    return path
+
+
+def device(folder: Path) -> Path:
+    path = folder / "zero.jpg"
+    path.symlink_to("/dev/zero")
+    return path
+
+
+@pytest.mark.parametrize("make", [loop, loop_of_folders, named_pipe, socket_file, device])
+def test_what_is_neither_file_nor_folder_is_refused_by_name(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Path]
+) -> None:
+    folder = next((raw / "clip_img" / "100").glob("clip_*"))
+    monkeypatch.chdir(folder)
+    bad = make(folder)
+    result = prepare(raw, tmp_path / "data")
+    assert_one_line(result, 2, str(bad), "remove it")
+    assert len(result.lines) == 1
+    assert not (tmp_path / "data").exists()
+
+
+def test_names_of_255_bytes_work(tmp_path: Path) -> None:
+    for number in range(3):
+        add_pair(tmp_path / "raw", f"100-{number:0247d}")
+    out = tmp_path / ("d" * 255)
+    assert prepare(tmp_path / "raw", out, "--mode", "copy").json["pairs"] == 3
+    assert prepare(tmp_path / "raw", out, "--mode", "copy").exit_code == 0
+    assert len(files(out)) == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name, "raw"]
 
 
 @pytest.mark.parametrize(
-    ("content", "error"),
-    [("{", "DamagedDataError"), ('{"format": 1, "splits": {"train": []}}', "DamagedDataError")],
+    ("option", "value"),
+    [
+        ("--seed", "٦٤"),
+        ("--seed", "1_000"),
+        ("--seed", "9" * 30),
+        ("--val-fraction", "nan"),
+        ("--val-fraction", "inf"),
+        ("--val-fraction", "٠٫١"),
+        ("--test-fraction", "-0.1"),
+        ("--test-fraction", "1e400"),
+    ],
 )
-def test_a_damaged_split_file_is_named(tmp_path: Path, content: str, error: str) -> None:
-    (tmp_path / "split.json").write_text(content)
-    with pytest.raises(Exception, match=r"split\.json") as caught:
+def test_numbers_that_are_none_are_refused_in_one_line(
+    raw: Path, tmp_path: Path, option: str, value: str
+) -> None:
+    result = prepare(raw, tmp_path / "data", option, value)
+    assert_one_line(result, 2, option)
+    assert len(result.lines) == 1
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_output_that_cannot_be_written_is_one_line_and_leaves_nothing(
+    raw: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = prepare(raw, tmp_path / "file" / "data")
+    assert_one_line(result, 2, "file", "give the path of a folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "raw"]
+
+
+DAMAGED_SPLITS = [
+    b"{",
+    b"[]",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"format": 1, "splits": {"train": []}}',
+    b'{"format": 1, "splits": {"train": [1], "val": [], "test": []}}',
+    b'{"format": 1, "splits": {"train": "abc", "val": [], "test": []}}',
+    b'{"format": 1, "splits": [[], [], []]}',
+    b'{"format": 1, "source": 5, "splits": {"train": [], "val": [], "test": []}}',
+    b'{"format": 1, "seed": 1e400, "splits": {"train": [], "val": [], "test": []}}',
+    b'{"format": 1, "seed": {}, "splits": {"train": [], "val": [], "test": []}}',
+    b'{"format": "1", "splits": {"train": [], "val": [], "test": []}}',
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED_SPLITS, ids=range(len(DAMAGED_SPLITS)))
+def test_a_damaged_split_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "split.json").write_bytes(content)
+    with pytest.raises(DamagedDataError, match=r"split\.json: damaged"):
         split.read_split(tmp_path)
-    assert type(caught.value).__name__ == error
+
+
+@pytest.mark.parametrize(
+    "key", ["", ".", "..", "../../x", "a/b", "a\\b", "a\0b", "line\nbreak", "\ud800"]
+)
+def test_a_key_that_is_no_file_name_is_refused(tmp_path: Path, key: str) -> None:
+    splits = {"train": ["good"], "val": [key], "test": []}
+    (tmp_path / "split.json").write_text(json.dumps({"format": 1, "splits": splits}))
+    with pytest.raises(InputError, match=r"split\.json, val: the key '.*' cannot be a file name"):
+        split.read_split(tmp_path)
+
+
+def test_a_named_pipe_in_place_of_the_split_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "split.json")
+    with pytest.raises(InputError, match=r"split\.json: cannot be read \(is not a regular file\)"):
+        split.read_split(tmp_path)
 
 
 def test_a_folder_that_is_not_prepared_gets_the_command_that_would(
     raw: Path, tmp_path: Path
 ) -> None:
-    for folder, told in (
+    for folder, message in (
         (raw, "portrait-dist prepare --raw"),
         (tmp_path, "portrait-dist prepare"),
         (tmp_path / "x", "no such"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             split.read_split(folder)

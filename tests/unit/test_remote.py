@@ -132,7 +132,7 @@ def test_http_gives_the_samples_of_the_folder(server: Server, folder: Path, cach
     opened = ShardSet(server.address, "train", cache=cache)
     assert server.asked == ["manifest.json"], "opening fetched more than the manifest"
     assert content(opened) == content(ShardSet(folder, "train"))
-    assert verify(server.address, cache=cache)["ok"]
+    assert verify(server.address, cache=cache).ok
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
@@ -196,7 +196,7 @@ def test_a_changed_or_missing_shard_is_named_and_never_used(
     ):
         opened.read(20)
     opened.read(10)
-    assert not verify(server.address, cache=cache)["ok"]
+    assert not verify(server.address, cache=cache).ok
 
 
 def test_a_file_that_changes_while_it_is_fetched_is_fetched_anew(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from portrait_dist import visualize
-from portrait_dist.cli import run
+from portrait_dist.data.shards.reader import ShardSet
 from portrait_dist.data.source.split import read_split
+from tests.cli import Result, assert_one_line, call
 
 
 def cell(sheet: Image.Image, row: int, column: int, size: tuple[int, int]) -> np.ndarray:
@@ -22,28 +23,19 @@ def cell(sheet: Image.Image, row: int, column: int, size: tuple[int, int]) -> np
     return np.asarray(sheet.crop((left, top, left + size[1], top + size[0])))
 
 
+def show(data: Path, out: Path, *options: str) -> Result:
+    return call("show", "--data", data, "--out", out, "--json", *options)
+
+
 def test_the_sheet_of_a_prepared_folder_shows_image_matte_and_augmented_versions(
-    split_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    split_dir: Path, tmp_path: Path
 ) -> None:
-    words = [
-        "show",
-        "--data",
-        str(split_dir),
-        "--split",
-        "val",
-        "--samples",
-        "3",
-        "--augmented",
-        "2",
-        "--size",
-        "80x60",
-        "--json",
-    ]
-    assert run([*words, "--out", str(tmp_path / "deep" / "sheet.png"), "augment.flip=1"]) == 0
-    result = json.loads(capfd.readouterr().out)
+    options = ["--split", "val", "--samples", "3", "--augmented", "2", "--size", "80x60"]
+    options += ["--recipe", "tutorial", "augment.flip=1"]
+    out = tmp_path / "deep" / "sheet.png"
     keys = read_split(split_dir).keys("val")
-    assert result["keys"] == [keys[0], keys[3], keys[6]]
-    sheet = Image.open(tmp_path / "deep" / "sheet.png")
+    assert show(split_dir, out, *options).json["keys"] == [keys[0], keys[3], keys[6]]
+    sheet = Image.open(out)
     pair = read_split(split_dir).pairs("val")[3]
     image = np.asarray(Image.open(pair.image).resize((60, 80), Image.Resampling.BILINEAR))
     matte = np.asarray(
@@ -53,58 +45,80 @@ def test_the_sheet_of_a_prepared_folder_shows_image_matte_and_augmented_versions
     assert np.array_equal(cell(sheet, 1, 1, (80, 60))[..., 0], matte)
     assert not np.array_equal(cell(sheet, 1, 4, (80, 60)), cell(sheet, 1, 5, (80, 60)))
     grey = [cell(sheet, 1, column, (80, 60)).mean(2) for column in (0, 4)]
-    assert (
-        np.corrcoef(grey[0][:, ::-1].ravel(), grey[1].ravel())[0, 1] > 0.9
-    )  # flipped, in other colours
-    assert run([*words, "--out", str(tmp_path / "again.png"), "augment.flip=1"]) == 0
-    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "deep" / "sheet.png").read_bytes()
+    flipped, augmented = grey[0][:, ::-1], grey[1]
+    assert np.corrcoef(flipped.ravel(), augmented.ravel())[0, 1] > 0.9  # in other colours
+    assert show(split_dir, tmp_path / "again.png", *options).exit_code == 0
+    assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["sheet.png"]
 
 
-def test_the_sheet_of_shards_shows_the_stored_samples(
-    tiny_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_photos_keep_their_aspect_ratio_and_the_augmentation_is_that_of_training(
+    split_dir: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "sheet.png"
-    assert (
-        run(["show", "--data", str(tiny_shards), "--split", "test", "--out", str(out), "--json"])
-        == 0
+    options = ["--split", "val", "--samples", "1", "--augmented", "1", "--size", "80"]
+    for name, more in {"default": [], "named": ["--recipe", "aisegment_unet"]}.items():
+        assert show(split_dir, tmp_path / f"{name}.png", *options, *more).exit_code == 0
+    assert show(split_dir, tmp_path / "off.png", *options, "--recipe", "tutorial").exit_code == 0
+    default, named, off = (
+        Image.open(tmp_path / f"{name}.png") for name in ("default", "named", "off")
     )
-    result = json.loads(capfd.readouterr().out)
+    pair = read_split(split_dir).pairs("val")[0]
+    image = np.asarray(Image.open(pair.image).resize((60, 80), Image.Resampling.BILINEAR))
+    assert np.array_equal(cell(default, 0, 0, (80, 60)), image)  # 600×800 within 80×80
+    assert np.array_equal(np.asarray(default), np.asarray(named))
+    assert not np.array_equal(cell(default, 0, 4, (80, 60)), cell(off, 0, 4, (80, 60)))
+
+
+def test_photos_of_different_aspect_ratios_stand_in_the_middle_of_equal_cells() -> None:
+    wide, tall = (np.full((*size, 3), 200, np.uint8) for size in ((20, 40), (40, 20)))
+    sheet = visualize.contact_sheet(
+        [wide, tall], [wide[..., 0], tall[..., 0]], captions=["wide", "tall"]
+    )
+    for row, image in enumerate((wide, tall)):
+        drawn = cell(sheet, row, 0, (40, 40))
+        top, left = (40 - image.shape[0]) // 2, (40 - image.shape[1]) // 2
+        inside = drawn[top : top + image.shape[0], left : left + image.shape[1]]
+        assert (inside == 200).all()
+        assert (drawn == 200).all(2).sum() == 20 * 40
+
+
+def test_the_sheet_of_shards_shows_the_stored_samples(tiny_shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sheet.png"
+    result = show(tiny_shards, out, "--split", "test").json
     assert result["samples"] == len(set(result["keys"])) == 7
     first = cell(Image.open(out), 0, 0, (32, 32))
-    from portrait_dist.data.shards.reader import ShardSet
-
     encoded = ShardSet(tiny_shards, "test").read(0)
     assert encoded.key == result["keys"][0]
-    import simplejpeg
-
     assert np.array_equal(first, simplejpeg.decode_jpeg(encoded.image))
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (["--data", "nowhere", "--out", "a.png"], "nowhere"),
         (["--data", "SPLIT", "--out", "a.gif"], "--out"),
         (["--data", "SPLIT", "--out", "a.png", "--size", "big"], "--size"),
         (["--data", "SPLIT", "--out", "a.png", "--size", "64x4"], "--size 64x4"),
+        (["--data", "SPLIT", "--out", "a.png", "--size", "٦٤"], "--size"),
+        (["--data", "SPLIT", "--out", "a.png", "--size", "9" * 5000], "--size"),
+        (["--data", "SPLIT", "--out", "a.png", "--samples", "0"], "--samples"),
         (["--data", "SPLIT", "--out", "a.png", "--split", "tset"], "Did you mean 'test'"),
         (["--data", "SPLIT", "--out", "a.png", "augment.flop=1"], "augment.flip"),
-        (["--data", "SPLIT", "--out", "SPLIT/split.json/a.png"], "cannot be written"),
+        (["--data", "SPLIT", "--out", "SPLIT/split.json/a.png"], "split.json"),
     ],
 )
-def test_wrong_words_are_named_and_nothing_is_written(
+def test_wrong_arguments_are_named_and_nothing_is_written(
     split_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    words: list[str],
-    told: str,
+    arguments: list[str],
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(["show", *(word.replace("SPLIT", str(split_dir)) for word in words)]) == 2
-    message = capfd.readouterr().err
-    assert told in message
-    assert message.count("\n") == 1
+    result = call("show", *(part.replace("SPLIT", str(split_dir)) for part in arguments))
+    assert_one_line(result, 2, message)
+    assert len(result.lines) == 1
+    assert len(result.lines[0]) < 1000
     assert not list(tmp_path.iterdir())
 
 

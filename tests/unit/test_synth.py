@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +12,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from portrait_dist.cli import run
 from portrait_dist.data.source import pairs, synthetic
+from tests.cli import PORTRAIT_DIST, assert_one_line, call, call_process
+from tests.waiting import wait_for
 
 
 def contents(tree: Path) -> dict[str, bytes]:
@@ -74,11 +72,12 @@ def test_a_killed_run_leaves_whole_files_and_no_process_and_is_finished_by_the_s
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "raw"
-    words = ["synth", "--out", str(out), "--pairs", "10", "--seed", "3", "--workers", "2", "--json"]
-    process = subprocess.Popen([sys.executable, "-m", "portrait_dist", *words])
-    while not (before := {path: path.stat() for path in out.rglob("*.jpg")}):
-        assert process.poll() is None
-        time.sleep(0.05)
+    arguments = ["synth", "--out", str(out), "--pairs", "10", "--seed", "3", "--workers", "2"]
+    process = subprocess.Popen([*PORTRAIT_DIST, *arguments])
+    before = wait_for(
+        lambda: {path: path.stat() for path in out.rglob("*.jpg")}, what="the first image"
+    )
+    assert process.poll() is None, "it ended before it could be killed"
     family = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -86,10 +85,8 @@ def test_a_killed_run_leaves_whole_files_and_no_process_and_is_finished_by_the_s
     assert not alive
     for path in out.rglob("*.png"):
         Image.open(path).load()
-    done = subprocess.run(
-        [sys.executable, "-m", "portrait_dist", *words], check=True, capture_output=True
-    )
-    result = json.loads(done.stdout)
+    (next(iter(before)).parent / ".half.jpg.part").write_bytes(b"x")  # as releases before 0.2
+    result = call_process(*arguments, "--json").json
     assert result["pairs"] == len(pairs.find_pairs(out).pairs) == 10
     assert result["bytes"] == sum(len(data) for data in contents(out).values())
     assert all(path.stat().st_mtime_ns == stat.st_mtime_ns for path, stat in before.items())
@@ -100,30 +97,36 @@ def test_a_killed_run_leaves_whole_files_and_no_process_and_is_finished_by_the_s
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("options", "message"),
     [
         (["--pairs", "4", "--seed", "2"], "--seed 1"),
         (["--pairs", "1", "--seed", "1"], "holds 2 pairs"),
-        (["--pairs", "0", "--seed", "1"], "at least 1"),
+        (["--pairs", "0", "--seed", "1"], "--pairs"),
         (["--pairs", "two"], "--pairs"),
+        (["--pairs", "٢"], "--pairs"),
+        (["--pairs", "2", "--seed", "9" * 40], "--seed"),
+        (["--pairs", "2", "--workers", "1000000"], "--workers"),
     ],
 )
-def test_a_folder_of_another_seed_or_more_pairs_is_left_alone(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], told: str
+def test_a_folder_of_another_seed_or_more_pairs_stays_as_it_is(
+    tmp_path: Path, options: list[str], message: str
 ) -> None:
     synthetic.generate(tmp_path / "raw", 2, seed=1, workers=1)
     before = contents(tmp_path / "raw")
-    assert run(["synth", "--out", str(tmp_path / "raw"), *words]) == 2
-    message = capfd.readouterr().err
-    assert told in message
-    assert message.count("\n") == 1
+    result = call("synth", "--out", tmp_path / "raw", *options)
+    assert_one_line(result, 2, message)
+    assert len(result.lines) == 1
     assert contents(tmp_path / "raw") == before
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_holds_something_else_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    assert run(["synth", "--out", str(tmp_path), "--pairs", "1"]) == 2
-    assert "already holds something else" in capfd.readouterr().err
+    result = call("synth", "--out", tmp_path, "--pairs", "1")
+    assert_one_line(result, 2, "already holds something else")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_an_output_below_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = call("synth", "--out", tmp_path / "file" / "raw", "--pairs", "1")
+    assert_one_line(result, 2, "is a file; give the path of a folder")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from portrait_dist.cli import run
 from portrait_dist.data.shards.reader import DamagedSampleError, ShardSet, read_manifest
-from portrait_dist.data.shards.verify import verify
+from portrait_dist.data.shards.verify import VerifyResult, verify
 from portrait_dist.errors import DamagedDataError, InputError
+from tests.cli import call
+from tests.damage import cut, flip_bit
 
 
 @pytest.fixture
@@ -24,18 +27,9 @@ def shards(tiny_shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
 
 
-def flip(path: Path, place: int, bit: int = 0) -> None:
-    with path.open("r+b") as file:
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ (1 << bit)]))
-
-
-def cut(folder: Path) -> str:
+def cut_a_shard(folder: Path) -> str:
     path = folder / "train-00002.tar"
-    with path.open("r+b") as file:
-        file.truncate(path.stat().st_size // 2)
+    cut(path, path.stat().st_size // 2)
     return "train-00002.tar: has .* bytes instead of .*cut off in sample [3-6] of 10"
 
 
@@ -75,17 +69,18 @@ def drop_a_mask(folder: Path) -> str:
                 file.seek(0)
                 new.addfile(member, file)
     (folder / "data").unlink()
-    return rf"train-00001.tar: .*sample 3 \({members[6][0].name.partition('.')[0]}\) has no image or no mask"
+    key = members[6][0].name.partition(".")[0]
+    return rf"train-00001.tar: .*sample 3 \({key}\) has no image or no mask"
 
 
 def flip_in_a_sample(folder: Path) -> str:
-    flip(folder / "test-00000.tar", 5000)
+    flip_bit(folder / "test-00000.tar", 5000)
     return "test-00000.tar, sample [0-2]: the sample is damaged"
 
 
 def flip_at_the_end(folder: Path) -> str:
     path = folder / "test-00000.tar"
-    flip(path, path.stat().st_size - 600)
+    flip_bit(path, path.stat().st_size - 600)
     return "test-00000.tar: its sha256 differs"
 
 
@@ -94,8 +89,26 @@ def lose_the_wids_index(folder: Path) -> str:
     return "val.json: does not list the shards"
 
 
+def put_a_pipe_for_a_shard(folder: Path) -> str:
+    (folder / "val-00000.tar").unlink()
+    os.mkfifo(folder / "val-00000.tar")
+    return r"val-00000\.tar: cannot be read \(is not a regular file\)"
+
+
+def put_a_pipe_for_an_index(folder: Path) -> str:
+    (folder / "val-00000.index").unlink()
+    os.mkfifo(folder / "val-00000.index")
+    return r"val-00000\.index: cannot be read \(is not a regular file\)"
+
+
+def put_a_pipe_for_the_wids_index(folder: Path) -> str:
+    (folder / "val.json").unlink()
+    os.mkfifo(folder / "val.json")
+    return r"val\.json: cannot be read \(is not a regular file\)"
+
+
 DAMAGES = [
-    cut,
+    cut_a_shard,
     remove,
     remove_index,
     swap_indexes,
@@ -105,31 +118,33 @@ DAMAGES = [
     flip_in_a_sample,
     flip_at_the_end,
     lose_the_wids_index,
+    put_a_pipe_for_a_shard,
+    put_a_pipe_for_an_index,
+    put_a_pipe_for_the_wids_index,
 ]
 
 
 def test_whole_shards_are_found_whole(tiny_shards: Path) -> None:
-    assert verify(tiny_shards) == {"samples": 71, "shards": 8, "ok": True, "errors": []}
+    assert verify(tiny_shards) == VerifyResult(samples=71, shards=8, ok=True, errors=[])
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_verify_names_what_is_damaged(
-    damage: Callable[[Path], str], shards: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    words = damage(shards)
+def test_verify_names_what_is_damaged(damage: Callable[[Path], str], shards: Path) -> None:
+    message = damage(shards)
     result = verify(shards)
-    assert not result["ok"]
-    assert re.search(words, result["errors"][0])
-    assert str(shards) in result["errors"][0]
-    assert result["samples"] <= 71
-    assert run(["verify", str(shards), "--json"]) == 3
-    out, err = capfd.readouterr()
-    assert json.loads(out) == result
-    assert re.search(words, err)
+    assert not result.ok
+    assert re.search(message, result.errors[0])
+    assert str(shards) in result.errors[0]
+    assert result.samples <= 71
+    done = call("verify", shards, "--json")
+    assert done.exit_code == 3
+    assert {name: done.json[name] for name in asdict(result)} == asdict(result)
+    assert re.search(message, done.stderr)
 
 
 @pytest.mark.parametrize(
-    "damage", [cut, remove, remove_index, swap_indexes, swap_shards, drop_a_mask, flip_in_a_sample]
+    "damage",
+    [cut_a_shard, remove, remove_index, swap_indexes, swap_shards, drop_a_mask, flip_in_a_sample],
 )
 def test_the_reader_names_shard_and_sample_and_what_to_do(
     damage: Callable[[Path], str], shards: Path
@@ -156,7 +171,7 @@ def test_a_flipped_bit_anywhere_never_becomes_a_wrong_sample(shards: Path) -> No
     whole = [(one.key, bytes(one.image), bytes(one.alpha)) for one in whole]
     rng = np.random.default_rng(0)
     for place in rng.integers(0, path.stat().st_size - 1024, 40).tolist():
-        flip(path, place, bit=place % 8)
+        flip_bit(path, place, bit=place % 8)
         opened, damaged = ShardSet(shards, "train"), 0
         for sample in range(10):
             try:
@@ -165,23 +180,22 @@ def test_a_flipped_bit_anywhere_never_becomes_a_wrong_sample(shards: Path) -> No
             except DamagedSampleError:
                 damaged += 1
         assert damaged == 1
-        flip(path, place, bit=place % 8)
+        flip_bit(path, place, bit=place % 8)
 
 
 def test_a_flipped_bit_in_an_index_is_found_before_anything_is_read(shards: Path) -> None:
     length = (shards / "train-00000.index").stat().st_size
     for place in range(0, length, 37):
-        flip(shards / "train-00000.index", place)
+        flip_bit(shards / "train-00000.index", place)
         with pytest.raises(DamagedSampleError, match="not the index of this shard"):
             ShardSet(shards, "train").read(3)
-        flip(shards / "train-00000.index", place)
+        flip_bit(shards / "train-00000.index", place)
 
 
 def test_a_shard_cut_off_while_it_is_read_is_named(shards: Path) -> None:
     opened = ShardSet(shards, "val")
     opened.read(0)
-    with (shards / "val-00000.tar").open("r+b") as file:
-        file.truncate(1000)
+    cut(shards / "val-00000.tar", 1000)
     with pytest.raises(
         DamagedSampleError, match=r"val-00000\.tar, sample 6: the shard has 1,000 bytes instead of"
     ):
@@ -201,7 +215,7 @@ def test_a_damaged_manifest_is_named(shards: Path) -> None:
         (shards / "manifest.json").write_text(broken)
         with pytest.raises(DamagedDataError, match=r"manifest\.json: damaged"):
             read_manifest(shards)
-        assert run(["verify", str(shards)]) == 3
+        assert call("verify", shards).exit_code == 3
     (shards / "manifest.json").write_text(text.replace('"format": 1', '"format": 2'))
     with pytest.raises(InputError, match="format 2, this program knows 1"):
         read_manifest(shards)
@@ -220,7 +234,7 @@ def test_what_is_no_folder_of_shards_is_told_from_it(
             ShardSet(folder, "train")
     with pytest.raises(InputError, match=r"no split 'tain' in it\. Did you mean 'train'"):
         ShardSet(tiny_shards, "tain")
-    assert run(["verify", str(tmp_path)]) == 2
+    assert call("verify", tmp_path).exit_code == 2
 
 
 def test_opening_reads_the_manifest_and_nothing_else(shards: Path) -> None:

@@ -46,6 +46,7 @@ from portrait_dist.data.source.split import SPLITS, Split, pair_paths, read_spli
 from portrait_dist.errors import InputError, PortraitDistError
 from portrait_dist.files import (
     atomic_open,
+    check_folder_writable,
     explained,
     lock_output,
     open_regular,
@@ -152,8 +153,7 @@ def pack(
 @contextlib.contextmanager
 def _claimed(out: Path, split: Split, settings: Settings) -> Iterator[None]:
     """Lock ``out`` for this command; on an error leave no folder without a complete shard."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; give a folder as --out")
+    check_folder_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     try:
         with lock_output(out, "pack", out):

@@ -23,7 +23,14 @@ from typing import Any
 
 from portrait_dist.data.source.pairs import Pair, PairReport, check_pairs, find_pairs
 from portrait_dist.errors import DamagedDataError, InputError, nearest
-from portrait_dist.files import atomic_path, explained, lock_output, read_regular, write_text
+from portrait_dist.files import (
+    atomic_path,
+    check_folder_writable,
+    explained,
+    lock_output,
+    read_regular,
+    write_text,
+)
 from portrait_dist.system.progress import track
 
 SPLITS = ("train", "val", "test")
@@ -235,7 +242,7 @@ def parse_split(text: bytes, data: Path) -> Split:
         for key in split.splits[name]:
             if not key or not key.isprintable() or set("/\\") & set(key) or key in (".", ".."):
                 raise InputError(
-                    f"{path}, {name}: the key '{key[:100]}' cannot be a file name; "
+                    f"{path}, {name}: the key {key[:100]!r} cannot be a file name; "
                     "run 'portrait-dist prepare' again"
                 )
     return split
@@ -315,6 +322,7 @@ def prepare(
     settings = SplitSettings(seed, val_fraction, test_fraction, split_by)
     split = Split(Path(os.path.realpath(out)), str(raw), splits, settings)
     again = _is_there(split)
+    check_folder_writable(split.data)
     check_pairs(report.pairs)
     with explained(split.data):
         if again:

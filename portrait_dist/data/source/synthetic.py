@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from portrait_dist.errors import InputError
 from portrait_dist.files import (
+    check_folder_writable,
     claim_folder,
     explained,
     lock_output,
@@ -114,6 +115,7 @@ def generate(out: Path, pairs: int, seed: int = 0, workers: int | None = None) -
 
 def _claim(out: Path, pairs: int, seed: int) -> None:
     """Write into the folder what it is for, unless it is for something else."""
+    check_folder_writable(out)
     before = read_marker(out, MARKER, "synth")
     if before is not None:
         made, made_seed = before.get("pairs"), before.get("seed")
