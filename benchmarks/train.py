@@ -80,7 +80,7 @@ class EndToEnd:
             for line in (self.folder / f"run{self.runs}" / "metrics.jsonl").read_text().splitlines()
         ]
         self.waits += [line["data_wait_share"] for line in lines if line["kind"] == "epoch"]
-        return float(result["images_per_second"])
+        return float(result.images_per_second)
 
 
 class Resident:

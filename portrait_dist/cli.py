@@ -109,9 +109,7 @@ def _report(error: BaseException, arguments: list[str]) -> int:
     """Print an error and return its exit code; raise one that nobody foresaw."""
     expected = _explain(error)
     code, message = expected or (1, f"{type(error).__name__}: {error}")
-    if isinstance(error, PortraitDistError) and error.quiet:
-        return code
-    if "--json" in arguments:
+    if "--json" in arguments and not getattr(error, "secondary", False):
         from portrait_dist.commands import to_json
 
         result = getattr(error, "result", None) or {}
@@ -119,6 +117,8 @@ def _report(error: BaseException, arguments: list[str]) -> int:
         click.echo(to_json({**result, "error": one_line(plain), "exit_code": code}))
     if expected is None:
         raise error
+    if getattr(error, "quiet", False):
+        return code
     if "--debug" in arguments and not isinstance(error, click.ClickException):
         traceback.print_exception(error)
     else:

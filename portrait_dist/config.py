@@ -247,6 +247,13 @@ class TrainConfig:
     accumulate: Annotated[
         Positive, Doc("batches whose gradients are averaged for one optimiser step")
     ] = 1
+    global_batch: Annotated[
+        Count,
+        Doc(
+            "samples per optimiser step on any number of ranks: batches of at most batch_size are "
+            "accumulated; 0 means ranks × batch_size × accumulate"
+        ),
+    ] = 0
     max_batches: Annotated[Count, Doc("training batches per epoch, for trials; 0 means all")] = 0
     max_val_batches: Annotated[
         Count, Doc("validation batches per epoch and rank, for trials; 0 means all")
@@ -528,6 +535,7 @@ def _wrong_value(setting: Setting, text: str, where: str, found: Mapping[str, An
     for name, words in bounds.items():
         if name in found.get("ctx", {}):
             limit = found["ctx"][name]
+            limit = f"{limit:.16g}" if isinstance(limit, float) else limit
             return InputError(
                 f"{where}{setting.name} is {words} {limit}, not {_shown(text.strip())}"
             )

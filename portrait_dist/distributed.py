@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from portrait_dist.errors import InputError, PortraitDistError
 
@@ -104,7 +104,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if local_rank() >= torch.cuda.device_count():
         raise InputError(
             f"local rank {local_rank()} has no GPU: torch sees {torch.cuda.device_count()} here; "
-            f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
+            f"start it with --nproc {torch.cuda.device_count()}"
         )
     torch.cuda.set_device(local_rank())
     return torch.device("cuda", local_rank())
@@ -187,7 +187,8 @@ def on_every_rank(step: Callable[[], T]) -> T:
     if found:
         kind, message = found[0]
         first: PortraitDistError = kind(message)
-        first.agreed, first.quiet = True, rank() != 0
+        first.agreed = True
+        first.quiet = first.secondary = rank() != 0
         if first.quiet:
             time.sleep(SECONDS_AFTER_RANK_0)
         raise first
@@ -261,6 +262,17 @@ def broadcast_bytes(data: bytes) -> bytes:
         buffer = torch.empty(int(length), dtype=torch.uint8, device=device)
     dist.broadcast(buffer, src=0)
     return data if dist.get_rank() == 0 else buffer.cpu().numpy().tobytes()
+
+
+def broadcast_object(value: T) -> T:
+    """Give rank 0's value to every rank. A collective; the value is pickled."""
+    if not is_initialized():
+        return value
+    import torch.distributed as dist
+
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values, src=0)
+    return cast(T, values[0])
 
 
 def sum_over_ranks(tensors: Sequence[torch.Tensor]) -> None:

@@ -33,7 +33,9 @@ class PortraitDistError(Exception):
     agreed = False
     """True when every rank raises it at the same place."""
     quiet = False
-    """True on the ranks that leave the message to another one."""
+    """True where another process has printed the message, or will."""
+    secondary = False
+    """True on a rank that leaves the JSON to another one."""
 
 
 class InputError(PortraitDistError):

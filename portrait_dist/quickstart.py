@@ -1,80 +1,106 @@
-"""The whole way in one call: data → split → shards → training under torchrun → test score → cut-out pictures.
+"""The whole way in one call: data, split, shards, training on ranks, test score, cut-outs.
 
-Every step can be run again: what is finished is kept, so the same command goes on after an interruption.
+Every step can be run again: what is finished is kept, so the same command resumes after an
+interruption.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from portrait_dist.errors import InputError, PortraitDistError, Stopped
+from portrait_dist.errors import InputError, Stopped
+
+if TYPE_CHECKING:
+    from portrait_dist.training.results import TrainResult
 
 GENERATED_PAIRS = 160
 SIZE = (128, 128)
-STEPS = 450  # optimiser steps in all, so that the time does not depend on the number of pictures
+STEPS = 450
+"""Optimiser steps in all, so that the time does not depend on the number of photos."""
 MAX_EPOCHS = 100
+MARKER = "quickstart.json"
 
 
-def quickstart(raw: str | None, out: str, nproc: int | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class QuickstartResult:
+    """What a quickstart gives.
+
+    Args:
+        test_iou: IoU on the test split.
+        baseline_iou: IoU there of a constant mask, the mean of the training split.
+        images_per_second: training speed over all ranks.
+        world_size: number of ranks.
+        pictures: files to look at.
+        checkpoint: the best checkpoint.
+        run_dir: the run's folder.
+    """
+
+    test_iou: float
+    baseline_iou: float
+    images_per_second: float
+    world_size: int
+    pictures: list[str]
+    checkpoint: str
+    run_dir: str
+
+
+def quickstart(raw: str | None, out: str, nproc: str) -> QuickstartResult:
     """Run all steps under ``out``.
 
     Args:
         raw: a raw AISegment tree, or None for a small generated one.
-        out: folder for the generated tree, split, shards, run and pictures.
-        nproc: training processes; None for all GPUs, or 2 on a CPU.
-
-    Returns:
-        ``test_iou, baseline_iou, images_per_second, world_size, pictures, checkpoint, run_dir``.
+        out: folder for the generated tree, split, shards, run and cut-outs.
+        nproc: ranks to train on, as in ``train --nproc``.
 
     Raises:
         InputError: ``raw`` is no AISegment tree, or ``out`` holds something else.
-        DamagedDataError: a picture or matte cannot be decoded.
+        DamagedDataError: an image or matte cannot be decoded.
+        Stopped: stopped by a signal in training, after saving.
     """
+    from portrait_dist.training import launch
+
+    ranks = launch.ranks_here(nproc)
     folder = Path(out)
-    _claim(folder, {"raw": str(Path(raw).resolve()) if raw else None})
+    _claim(folder, str(Path(raw).resolve()) if raw else None)
     shards = _make_shards(Path(raw) if raw else None, folder)
-    trained = _train(shards, folder, nproc or _default_processes())
+    trained = _train(shards, folder, ranks)
+    checkpoint = trained.checkpoint
     _say("4/5 test score")
     from portrait_dist import evaluation
 
-    scored = evaluation.evaluate(trained["checkpoint"], str(shards), "test")
+    scored = evaluation.evaluate(checkpoint, str(shards), "test")
     assert scored is not None
-    examples = evaluation.write_examples(
-        scored, trained["checkpoint"], str(shards), folder / "pictures" / "test"
-    )
+    test = folder / "pictures" / "test"
+    examples = evaluation.write_examples(scored, checkpoint, str(shards), test)
     baseline = evaluation.baseline_iou(str(shards), SIZE)
     _say("5/5 cut-outs")
-    pictures = [*_cut_out(trained["checkpoint"], folder), *examples]
-    return {
-        "test_iou": scored.scores.iou,
-        "baseline_iou": baseline,
-        "images_per_second": trained["images_per_second"],
-        "world_size": trained["world_size"],
-        "pictures": pictures,
-        "checkpoint": trained["checkpoint"],
-        "run_dir": trained["run_dir"],
-    }
+    return QuickstartResult(
+        test_iou=scored.scores.iou,
+        baseline_iou=baseline,
+        images_per_second=trained.images_per_second,
+        world_size=trained.world_size,
+        pictures=[*_cut_out(checkpoint, folder), *examples],
+        checkpoint=checkpoint,
+        run_dir=trained.run_dir,
+    )
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Take an empty folder, or one where the same quickstart was begun."""
-    marker = folder / "quickstart.json"
-    if marker.is_file():
-        if json.loads(marker.read_text()) != settings:
-            raise InputError(
-                f"{folder}: holds a quickstart with other pictures; choose another --out, or remove the folder"
-            )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: holds something else already; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(settings))
+def _claim(folder: Path, raw: str | None) -> None:
+    """Take an empty folder, or one where the same quickstart was started."""
+    from portrait_dist import files
+
+    wanted = {"raw": raw}
+    found = files.read_marker(folder, MARKER, "quickstart")
+    if found is None:
+        files.claim_folder(folder, MARKER, wanted)
+    elif found != wanted:
+        raise InputError(
+            f"{folder}: holds a quickstart with other images; choose another --out, "
+            "or remove the folder"
+        )
 
 
 def _make_shards(raw: Path | None, folder: Path) -> Path:
@@ -91,63 +117,33 @@ def _make_shards(raw: Path | None, folder: Path) -> Path:
     return folder / "shards"
 
 
-def _default_processes() -> int:
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
-
-
-def _train(shards: Path, folder: Path, processes: int) -> dict[str, Any]:
-    """Train under torchrun; its messages pass through to stderr."""
+def _train(shards: Path, folder: Path, ranks: int) -> TrainResult:
+    """Train on ranks of this machine; their messages pass through to stderr."""
     from portrait_dist import config
+    from portrait_dist.data.shards.reader import ShardSet
+    from portrait_dist.training import launch
+    from portrait_dist.training.plan import make_plan
+    from portrait_dist.training.results import TrainResult
 
-    batch = config.load("quickstart").train.batch_size
-    manifest = json.loads((shards / "manifest.json").read_text())
-    steps = max(1, manifest["splits"]["train"]["samples"] // (batch * processes))
+    samples = ShardSet(str(shards), "train").samples
+    steps = make_plan(config.load("quickstart"), samples, ranks).steps_per_epoch
     epochs = max(1, min(MAX_EPOCHS, STEPS // steps))
-    _say(f"3/5 training, {epochs} epochs of {steps} steps in {processes} processes")
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "-m",
-        "portrait_dist",
-    ]
-    keys = [
+    _say(f"3/5 training, {epochs} epochs of {steps} steps on {ranks} ranks")
+    arguments = [
+        "--recipe=quickstart",
         f"data.shards={shards}",
         f"run.root={folder / 'runs'}",
         "run.name=quickstart",
         f"train.max_epochs={epochs}",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    process = subprocess.Popen(
-        [*launcher, "train", "--json", "--recipe", "quickstart", *keys],
-        stdout=subprocess.PIPE,
-        env=environment,
-    )
     try:
-        output, _ = process.communicate()
-    except KeyboardInterrupt:  # the terminal sent it to torchrun too, which saves and ends
-        process.wait()
-        raise Stopped(
-            f"stopped in training; 'portrait-dist quickstart --out {folder}' goes on"
-        ) from None
-    except BaseException:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        raise
-    if process.returncode != 0:
-        raise PortraitDistError(
-            f"training ended with exit code {process.returncode}: the reason stands above; run again to go on"
-        )
-    result: dict[str, Any] = json.loads(output)
-    return result
+        return TrainResult(**launch.run(ranks, arguments))
+    except Stopped:
+        raise Stopped("stopped in training, saved; the same quickstart command resumes") from None
 
 
 def _cut_out(checkpoint: str, folder: Path) -> list[str]:
-    """Mask, cut-out and side-by-side picture of the first four test pictures at their own resolution."""
+    """Write mask, cut-out and side-by-side view of four test photos at their own resolution."""
     from portrait_dist.data.source import split
     from portrait_dist.inference import batch
 

@@ -1,30 +1,36 @@
-"""``quickstart``: the whole way, from raw pictures to cut-outs."""
+"""``quickstart``: the whole way, from raw photos to cut-outs."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from portrait_dist.commands import command
 
+if TYPE_CHECKING:
+    from portrait_dist.quickstart import QuickstartResult
 
-def _summary(result: dict[str, Any]) -> str:
-    pictures = "\n".join(f"  {path}" for path in result["pictures"])
+EXAMPLES = """\b
+Examples:
+  portrait-dist quickstart
+  portrait-dist quickstart --raw AISegment --out out/first --nproc 2
+"""
+
+
+def _summary(result: QuickstartResult) -> str:
+    pictures = "\n".join(f"  {path}" for path in result.pictures)
     return (
-        f"test IoU {result['test_iou']:.4f} (a constant mean mask reaches {result['baseline_iou']:.4f})\n"
-        f"training speed {result['images_per_second']} images/s with {result['world_size']} processes\n"
-        f"pictures\n{pictures}\n"
-        f"checkpoint {result['checkpoint']}\n"
-        f"logs: tensorboard --logdir {result['run_dir']}"
+        f"test IoU {result.test_iou:.4f} "
+        f"(a constant mean mask reaches {result.baseline_iou:.4f})\n"
+        f"training speed {result.images_per_second} images/s on {result.world_size} ranks\n"
+        f"cut-outs and contact sheets\n{pictures}\n"
+        f"checkpoint {result.checkpoint}\n"
+        f"logs: tensorboard --logdir {result.run_dir}"
     )
 
 
-@command(
-    "quickstart",
-    summary=_summary,
-    epilog="\b\nExamples:\n  portrait-dist quickstart\n  portrait-dist quickstart --raw AISegment --out out/first --nproc 2\n",
-)
+@command("quickstart", summary=_summary, epilog=EXAMPLES)
 @click.option(
     "--raw",
     type=click.Path(file_okay=False),
@@ -39,11 +45,12 @@ def _summary(result: dict[str, Any]) -> str:
 )
 @click.option(
     "--nproc",
-    type=click.IntRange(1),
-    help="Training processes; all GPUs, or 2 on a CPU, when not given.",
+    metavar="N|auto|gpu",
+    default="auto",
+    help="Training ranks: a number, or auto: one for each GPU, or 2 without.",
 )
-def quickstart(raw: str | None, out: str, nproc: int | None) -> dict[str, Any]:
-    """Data, shards, distributed training, test score and cut-out pictures, in one go."""
+def quickstart(raw: str | None, out: str, nproc: str) -> QuickstartResult:
+    """Data, shards, distributed training, test score and cut-outs, in one go."""
     from portrait_dist import quickstart as steps
 
     return steps.quickstart(raw, out, nproc)

@@ -2,47 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from portrait_dist.commands import command
 from portrait_dist.commands.completion import complete_setting
 
+if TYPE_CHECKING:
+    from portrait_dist.training.results import TrainResult
+
 TRAIN_EXAMPLES = """\b
 Examples:
   portrait-dist train data.shards=shards run.name=first train.max_epochs=20
+  portrait-dist train --nproc gpu data.shards=shards run.name=first
   portrait-dist train --recipe tutorial data.shards=shards
   portrait-dist train --keys --recipe tutorial
 """
 
 
-def _train_summary(result: dict[str, Any]) -> str:
-    if "keys" in result:
-        return _table(result["recipe"], result["keys"])
-    trained = f"{result['epochs']} epochs ({result['samples_seen']} samples"
+@dataclass(frozen=True)
+class Key:
+    """One setting, as ``train --keys`` lists it.
+
+    Args:
+        name: such as ``train.lr``.
+        default: its value without recipe and arguments.
+        value: its value in the recipe.
+        allowed: what values it takes.
+        help: its meaning.
+    """
+
+    name: str
+    default: Any
+    value: Any
+    allowed: str
+    help: str
+
+
+@dataclass(frozen=True)
+class Keys:
+    """All settings, and their values in a recipe."""
+
+    recipe: str
+    keys: list[Key]
+
+
+def _train_summary(result: Keys | TrainResult) -> str:
+    if isinstance(result, Keys):
+        return _table(result)
+    best = "unknown" if result.best_iou is None else f"{result.best_iou:.4f}"
+    trained = f"{result.epochs} epochs, {result.steps} steps ({result.samples_seen} samples"
     first = (
-        f"trained {trained}, {result['images_per_second']} images/s)"
-        if result["images_per_second"]
+        f"trained {trained}, {result.images_per_second} images/s)"
+        if result.images_per_second
         else f"trained before, nothing to do now: {trained})"
     )
     return (
         f"{first}\n"
-        f"best validation IoU {result['best_iou']:.4f}\n"
-        f"checkpoint {result['checkpoint']}\n"
-        f"look: tensorboard --logdir {result['run_dir']}, "
-        f"or portrait-dist report {result['run_dir']}"
+        f"best validation IoU {best}\n"
+        f"checkpoint {result.checkpoint}\n"
+        f"look: tensorboard --logdir {result.run_dir}, "
+        f"or portrait-dist report {result.run_dir}"
     )
 
 
-def _table(recipe: str, keys: list[dict[str, Any]]) -> str:
+def _table(listed: Keys) -> str:
     """Lay out the settings: key, default, the recipe's value where it differs, values, meaning."""
-    header = ("key", "default", recipe, "values", "meaning")
-    rows = [header]
-    for one in keys:
-        default, value = _shown(one["default"]), _shown(one["value"])
-        allowed = one["allowed"]
-        rows.append((one["name"], default, "" if value == default else value, allowed, one["help"]))
+    rows = [("key", "default", listed.recipe, "values", "meaning")]
+    for one in listed.keys:
+        value = "" if one.value == one.default else _shown(one.value)
+        rows.append((one.name, _shown(one.default), value, one.allowed, one.help))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
@@ -54,23 +85,17 @@ def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _keys(recipe: str) -> dict[str, Any]:
+def _keys(recipe: str) -> Keys:
     from portrait_dist import config
 
     loaded = config.load(recipe)
-    return {
-        "recipe": recipe,
-        "keys": [
-            {
-                "name": name,
-                "default": setting.default,
-                "value": config.value_of(loaded, name),
-                "allowed": setting.allowed,
-                "help": setting.help,
-            }
-            for name, setting in config.settings().items()
+    return Keys(
+        recipe,
+        [
+            Key(name, one.default, config.value_of(loaded, name), one.allowed, one.help)
+            for name, one in config.settings().items()
         ],
-    }
+    )
 
 
 @command("train", summary=_train_summary, epilog=TRAIN_EXAMPLES)
@@ -80,10 +105,18 @@ def _keys(recipe: str) -> dict[str, Any]:
     help="Recipe that comes with the package, or a YAML file; aisegment_unet when not given.",
 )
 @click.option(
+    "--nproc",
+    metavar="N|auto|gpu",
+    help="Ranks to start on this machine: a number, one for each GPU (gpu), or auto: one for each "
+    "GPU, or 2 without. One process when not given.",
+)
+@click.option(
     "--keys", is_flag=True, help="List every key: default, recipe's value, values, meaning."
 )
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_setting)
-def train(recipe: str | None, keys: bool, settings: tuple[str, ...]) -> dict[str, Any] | None:
+def train(
+    recipe: str | None, nproc: str | None, keys: bool, settings: tuple[str, ...]
+) -> Keys | TrainResult | None:
     """Train; resume a run of that name where it stopped."""
     from portrait_dist import config, recipes
 
@@ -93,7 +126,13 @@ def train(recipe: str | None, keys: bool, settings: tuple[str, ...]) -> dict[str
     from portrait_dist.slurm.launch_checks import check_launch
 
     check_launch()
-    loaded = config.load(recipe, settings)
+    loaded = config.load(recipe, settings)  # before any rank starts: a typing error costs nothing
+    if nproc is not None:
+        from portrait_dist.training import launch
+        from portrait_dist.training.results import TrainResult
+
+        if (ranks := launch.ranks_here(nproc)) > 1:
+            return TrainResult(**launch.run(ranks, ["--recipe", recipe, *settings]))
     from portrait_dist.training import main
 
     return main.train(loaded)

@@ -15,6 +15,7 @@ from portrait_dist import config, files
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.runs.folder import RunFolder
 from portrait_dist.slurm.sweep import combinations, run_name
+from portrait_dist.training.plan import Plan, make_plan
 
 # In a checkout the scripts stand beside the package, in an installed wheel inside it.
 SCRIPTS = [parent / "launch" / "slurm.sbatch" for parent in Path(__file__).parents[1:3]]
@@ -50,19 +51,6 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Size:
-    """What follows from the settings, the shards and the number of ranks.
-
-    Args:
-        global_batch: samples of an optimiser step, over all ranks.
-        steps_per_epoch: optimiser steps in an epoch.
-    """
-
-    global_batch: int
-    steps_per_epoch: int
-
-
-@dataclass(frozen=True)
 class Submission:
     """A queued job.
 
@@ -73,6 +61,7 @@ class Submission:
         run_dirs: folder of each run.
         world_size: number of ranks.
         global_batch: samples of an optimiser step, over all ranks.
+        batches_per_epoch: batches of each rank in an epoch.
         steps_per_epoch: optimiser steps in an epoch.
         logs: the job's log.
         watch: command that shows where the run stands.
@@ -86,6 +75,7 @@ class Submission:
     run_dirs: list[str]
     world_size: int
     global_batch: int
+    batches_per_epoch: int
     steps_per_epoch: int
     logs: str
     watch: str
@@ -109,7 +99,7 @@ def submit(
     """
     tasks = combinations(request.array)
     settings = [config.load(recipe, [*overrides, *task]) for task in tasks]
-    size = [check(one, request.ranks) for one in settings]
+    plans = [check(one, request.ranks) for one in settings]
     command = sbatch_command(recipe, overrides, request, settings[0])
     names = [
         run_name(one, task) if task else one.run_dir.name
@@ -125,8 +115,9 @@ def submit(
         script=str(script()),
         run_dirs=run_dirs,
         world_size=request.ranks,
-        global_batch=size[0].global_batch,
-        steps_per_epoch=size[0].steps_per_epoch,
+        global_batch=plans[0].global_batch,
+        batches_per_epoch=plans[0].batches_per_epoch,
+        steps_per_epoch=plans[0].steps_per_epoch,
         logs=str(_log_folder(settings[0]) / log),
         watch=f"portrait-dist status {shlex.quote(run_dirs[0])}",
         stop=f"scancel {shown}",
@@ -176,7 +167,7 @@ def _log_folder(settings: config.Config) -> Path:
     return Path(settings.run.root).resolve() / "slurm"
 
 
-def check(settings: config.Config, ranks: int) -> Size:
+def check(settings: config.Config, ranks: int) -> Plan:
     """Check what would fail later, before anything is queued.
 
     Args:
@@ -187,20 +178,9 @@ def check(settings: config.Config, ranks: int) -> Size:
         InputError: shards that cannot be read or do not fill a global batch, or a run folder that
             cannot be written.
     """
-    samples = _train_samples(settings.data.shards)
-    per_step = settings.train.batch_size * ranks
-    if samples < per_step:
-        raise InputError(
-            f"{settings.data.shards}: {samples} training samples do not fill one global batch of "
-            f"{per_step} ({ranks} ranks × train.batch_size={settings.train.batch_size}); "
-            "lower train.batch_size or ask for fewer ranks"
-        )
+    plan = make_plan(settings, _train_samples(settings.data.shards), ranks)
     _check_run_folder(settings)
-    batches = min(samples // per_step, settings.train.max_batches or samples // per_step)
-    return Size(
-        global_batch=per_step * settings.train.accumulate,
-        steps_per_epoch=-(-batches // settings.train.accumulate),
-    )
+    return plan
 
 
 def _train_samples(location: str) -> int:

@@ -1,65 +1,41 @@
-"""``portrait-dist train``: from a configuration to a trained model in ``<run.root>/<run.name>/``.
+r"""``portrait-dist train``: from a configuration to a trained model in ``<run.root>/<run.name>/``.
 
-    portrait-dist train data.shards=shards                                                        one process
-    torchrun --nproc-per-node 8 -m portrait_dist train data.shards=shards                         one node
+    portrait-dist train data.shards=shards                       one process
+    portrait-dist train --nproc 8 data.shards=shards             one node, 8 ranks
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
-        -m portrait_dist train data.shards=/shared/shards run.root=/shared/runs                   several nodes
+        -m portrait_dist train data.shards=/shared/shards run.root=/shared/runs     several nodes
+
+Everything that can be refused is refused before the run folder is touched: shards, plan, then (with
+the folder's lock) what an existing checkpoint says.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from portrait_dist import checkpoints, distributed
+from portrait_dist import checkpoints, distributed, files
 from portrait_dist.config import Config
 from portrait_dist.data import build_loader
 from portrait_dist.data.augment import Augment
-from portrait_dist.errors import InputError, PortraitDistError, Stopped
+from portrait_dist.errors import InputError
 from portrait_dist.preprocessing import normalise
-from portrait_dist.runs.folder import BEST, LATEST, RunFolder, RunLock
-from portrait_dist.training import averaging
+from portrait_dist.runs.folder import RunFolder, RunLock
+from portrait_dist.system.address import is_address
+from portrait_dist.system.info import cores, environment_number
+from portrait_dist.training import averaging, resume
 from portrait_dist.training.device_batches import TensorBatch
+from portrait_dist.training.failures import FailureReport, reporting_failures
+from portrait_dist.training.plan import Plan, make_plan
 from portrait_dist.training.preemption import StopSignals
-
-
-@dataclass
-class Plan:
-    """What follows from a configuration, the shards and the number of ranks."""
-
-    world_size: int
-    global_batch: int
-    steps_per_epoch: int
-    train_samples: int
-    val_samples: int
-    left_out: int
-    lr: float
-    warmup_steps: int
-    device: str
-    precision: str
-
-    def table(self) -> str:
-        """One short table for people."""
-        rows = {
-            "world size": f"{self.world_size}",
-            "global batch": f"{self.global_batch} samples",
-            "steps per epoch": f"{self.steps_per_epoch}",
-            "training samples": f"{self.train_samples} ({self.left_out} left out each epoch, others every time)",
-            "validation samples": f"{self.val_samples}",
-            "learning rate": f"{self.lr:g} after scaling, {self.warmup_steps} warm-up steps",
-            "device, precision": f"{self.device}, {self.precision}",
-        }
-        return "\n".join(f"  {name:20s} {value}" for name, value in rows.items())
+from portrait_dist.training.results import TrainResult
 
 
 class Prepare:
-    """Batches of the stream → (images [B, 3, H, W] float32 normalised, mattes [B, 1, H, W] float32 in [0, 1]).
+    """Turn batches of the stream into what the network takes.
+
+    Images become float32 [B, 3, H, W], normalised; mattes float32 [B, 1, H, W] in [0, 1].
 
     Args:
         config: augmentation in training; validation gets none.
@@ -80,103 +56,61 @@ class Prepare:
         return images, mattes
 
 
-def _let_another_rank_leave_first(signals: StopSignals, seconds: float = 10.0) -> None:
-    """torchrun ends all ranks when the first one leaves, and reports that one: let it be the one that has the reason."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not signals.received:
-        time.sleep(0.1)
-
-
-def train(config: Config) -> dict[str, Any] | None:
-    """Train as configured, or go on with the run if it exists.
+def train(config: Config) -> TrainResult | None:
+    """Train as configured, or resume the run if it exists.
 
     Returns:
-        ``epochs, steps, samples_seen, best_iou, checkpoint, run_dir, images_per_second, world_size`` on rank 0, else None.
+        What was done, on rank 0; None on the others.
 
     Raises:
-        InputError: shards, options or the existing run do not fit.
-        DamagedDataError: a damaged shard or sample.
+        InputError: shards, options or the existing run do not fit; the run folder is as before.
+        DamagedDataError: a damaged shard, sample or checkpoint.
         Stopped: stopped by a signal, after saving.
     """
+    report = FailureReport()
     with StopSignals() as signals:
         device = distributed.pick_device(config.train.device)
         _use_threads(config.train.threads, device)
         distributed.start(device, config.train.timeout_seconds)
-        try:
-            result = _train(config, device, signals)
-        except Stopped as stopped:
-            _leave_trace(config, "stop", str(stopped), **stopped.position)
-            stopped.quiet = distributed.rank() != 0
-            distributed.stop()
-            raise
-        except Exception as error:
-            if isinstance(error, PortraitDistError) and error.agreed:
-                if distributed.rank() == 0:
-                    _leave_trace(
-                        config,
-                        "error",
-                        str(error),
-                        exit_code=error.exit_code,
-                        requeue=error.requeue,
-                    )
-                raise
-            first = distributed.first_to_fail()
-            if first != distributed.rank():
-                _let_another_rank_leave_first(signals)
-                raise PortraitDistError(
-                    f"rank {distributed.rank()} ended because rank {first} failed"
-                ) from None
-            _leave_trace(config, "error", f"rank {first}: {type(error).__name__}: {error}")
-            raise
+        with reporting_failures(report, signals):
+            result = _train(config, device, signals, report)
         distributed.barrier()  # rank 0 may still be writing; a rank that leaves early would end it
         distributed.stop()
         return result
 
 
 def _use_threads(threads: int, device: torch.device) -> None:
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads or max(1, cores // ranks_here))
+    ranks_here = environment_number("LOCAL_WORLD_SIZE", 1, minimum=1)
+    torch.set_num_threads(threads or max(1, cores() // ranks_here))
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
 
 
-def _leave_trace(config: Config, kind: str, message: str, **place: int) -> None:
-    """The reason of an end, where `status` and the next run look for it."""
-    if config.run_dir.is_dir() and (kind == "error" or distributed.rank() == 0):
-        try:
-            line = {
-                "message": " ".join(message.split()),
-                "world_size": distributed.world_size(),
-                **place,
-            }
-            RunFolder(config.run_dir).append(kind, **line)
-        except PortraitDistError as error:
-            distributed.print0(str(error))
-
-
-def _train(config: Config, device: torch.device, signals: StopSignals) -> dict[str, Any] | None:
-    lock = distributed.on_every_rank(lambda: _claim_run_folder(config))
-    if distributed.world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-        distributed.on_every_rank(lambda: distributed.check_shared_folder(config.run_dir))
-    loaders = distributed.on_every_rank(lambda: _loaders(config, device))
+def _train(
+    config: Config, device: torch.device, signals: StopSignals, report: FailureReport
+) -> TrainResult | None:
+    plan, loaders = distributed.on_every_rank(lambda: make_loaders(config, device))
     distributed.on_every_rank(loaders[0].check_ranks)
-    plan = distributed.on_every_rank(lambda: _plan(config, *loaders, device))
-    distributed.print0(plan.table())
-    trainer = _make_trainer(config, loaders[0], device, signals)
-    resume = distributed.on_every_rank(lambda: _resume(config, plan))
-    if resume == "finished":
-        distributed.on_every_rank(lambda: _complete(config))
-    else:
-        model = distributed.on_every_rank(lambda: _make_model(config, new=resume == "start"))
-        trainer.train(model, _training_params(config, plan, trainer, resume == "go on"), *loaders)
-        if distributed.rank() == 0:
-            RunFolder(config.run_dir).append("end", world_size=distributed.world_size())
-    result = _result(config, trainer, plan) if distributed.rank() == 0 else None
-    if lock:
-        lock.release()
-    return result
+    distributed.on_every_rank(lambda: _check_device(config, device))
+    with _RunFolderOfRank0(config):
+        if distributed.world_size() > environment_number("LOCAL_WORLD_SIZE", 1, minimum=1):
+            distributed.on_every_rank(lambda: distributed.check_shared_folder(config.run_dir))
+        start = _decide(config, plan, loaders)
+        model = distributed.on_every_rank(lambda: make_model(config, new=start.info is None))
+        trainer = _make_trainer(config, plan, device, signals)
+        if start.finished:
+            distributed.on_every_rank(lambda: _complete(config))
+        else:
+            _begin(config, report)
+            _print_plan(config, plan, loaders, device, start)
+            params = _training_params(config, plan, trainer, resuming=start.info is not None)
+            if plan.batches_per_epoch < len(loaders[0]):
+                params["max_train_batches"] = plan.batches_per_epoch
+            trainer.train(model, params, *loaders)
+            if distributed.rank() == 0:
+                RunFolder(config.run_dir).append("end", world_size=distributed.world_size())
+        return _result(config, trainer, plan) if distributed.rank() == 0 else None
 
 
 def _complete(config: Config) -> None:
@@ -189,134 +123,156 @@ def _complete(config: Config) -> None:
             folder.append("end", world_size=distributed.world_size())
 
 
-def _claim_run_folder(config: Config) -> RunLock | None:
-    """Rank 0 takes the run folder for itself, and writes ``config.yaml``."""
-    if distributed.rank() != 0:
-        return None
-    folder = config.run_dir
-    latest = folder / LATEST
-    if not config.run.resume and latest.exists():
-        raise InputError(
-            f"{folder}: the run exists and run.resume=false; choose another run.name, or resume it with run.resume=true"
+class _RunFolderOfRank0:
+    """Hold the lock of the run folder on rank 0; the other ranks wait for it."""
+
+    def __init__(self, config: Config) -> None:
+        self.folder = config.run_dir
+        self.lock: RunLock | None = None
+
+    def __enter__(self) -> None:
+        self.lock = distributed.on_every_rank(
+            lambda: RunLock(self.folder) if distributed.rank() == 0 else None
         )
-    try:
-        lock = RunLock(folder)
-        temporary = folder / ".config.yaml.tmp"
-        temporary.write_text(config.to_yaml())
-        os.replace(temporary, folder / "config.yaml")
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot write the run folder ({error.strerror}); choose another run.root"
-        ) from error
-    return lock
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock:
+            self.lock.release()
 
 
-def _loaders(config: Config, device: torch.device) -> tuple[Any, Any]:
+def _begin(config: Config, report: FailureReport) -> None:
+    """Write ``config.yaml``; from here on the run folder is this start's."""
+
+    def write() -> None:
+        if distributed.rank() == 0:
+            files.write_text(RunFolder(config.run_dir).config, config.to_yaml())
+
+    distributed.on_every_rank(write)
+    report.folder = config.run_dir
+
+
+def _decide(config: Config, plan: Plan, loaders: tuple[Any, Any]) -> resume.Start:
+    """Let rank 0 read the checkpoint, and tell all ranks what follows from it."""
+    data = _identity(loaders)
+
+    def decide() -> resume.Start | None:
+        if distributed.rank() != 0:
+            return None
+        return resume.decide(config, plan, data, tuple(loaders[0].dataset.size))
+
+    start = distributed.broadcast_object(distributed.on_every_rank(decide))
+    assert start is not None
+    return start
+
+
+def _identity(loaders: tuple[Any, Any]) -> dict[str, str]:
+    """Return the hash of each split's shards, by split."""
+    return {loader.dataset.split: loader.dataset.shards.identity for loader in loaders}
+
+
+def make_loaders(config: Config, device: torch.device) -> tuple[Plan, tuple[Any, Any]]:
+    """Open the shards, and make the plan with the loaders of training and validation.
+
+    Raises:
+        InputError: no shards there, or they do not fill what was asked for.
+        DamagedDataError: the manifest is damaged.
+    """
+    from portrait_dist.data.shards.reader import ShardSet
+
     if not config.data.shards:
         raise InputError(
-            "data.shards is not given: add data.shards=DIR, the folder that 'portrait-dist pack' wrote"
+            "data.shards is not given: add data.shards=DIR, the folder that 'portrait-dist pack' "
+            "wrote"
         )
     data, train = config.data, config.train
+    options = _stream_options(config, device)
+    samples = ShardSet(data.shards, "train", cache=options["cache"]).samples
+    plan = make_plan(config, samples, distributed.world_size())
+    return plan, (
+        build_loader(data.shards, "train", plan.batch_size, train.seed, **options),
+        build_loader(data.shards, "val", plan.batch_size, train.seed, **options),
+    )
+
+
+def _stream_options(config: Config, device: torch.device) -> dict[str, Any]:
+    data = config.data
     cache = None
-    if "://" in data.shards:
+    if is_address(data.shards):
         from portrait_dist.data.shards.cache import Cache
 
         cache = Cache(data.cache_dir or None, data.cache_gigabytes)
-    common: dict[str, Any] = {
-        "seed": train.seed,
+    return {
         "workers": data.workers,
         "prefetch": data.prefetch_batches,
         "cache": cache,
         "pin_memory": device.type == "cuda",
-    }
-    common |= {
+        "size": (data.size, data.size) if data.size else None,
         "on_damage": data.on_damage,
         "order": data.order,
         "block_samples": data.block_samples,
     }
-    size = (data.size, data.size) if data.size else None
-    return (
-        build_loader(data.shards, "train", train.batch_size, size=size, **common),
-        build_loader(data.shards, "val", train.batch_size, size=size, **common),
-    )
 
 
-def _plan(config: Config, train_loader: Any, val_loader: Any, device: torch.device) -> Plan:
-    train = config.train
-    world = distributed.world_size()
-    batches = min(len(train_loader), train.max_batches or len(train_loader))
-    samples = train_loader.dataset.samples
-    if batches == 0:
+def _check_device(config: Config, device: torch.device) -> None:
+    if config.train.sync_bn and device.type == "cpu":
         raise InputError(
-            f"{config.data.shards}: {samples} training samples do not fill one global batch of {train.batch_size * world} "
-            f"({world} ranks × train.batch_size={train.batch_size}); lower train.batch_size"
+            "train.sync_bn=true: torch has SyncBatchNorm for GPUs only; on CPUs use "
+            "model.norm=group"
         )
-    if train.sync_bn and device.type == "cpu":
-        raise InputError(
-            "train.sync_bn=true: torch has SyncBatchNorm for GPUs only; on CPUs use model.norm=group"
-        )
-    global_batch = train.batch_size * world * train.accumulate
-    lr = train.lr * global_batch / train.lr_base_batch if train.lr_base_batch else train.lr
-    return Plan(
-        world_size=world,
-        global_batch=global_batch,
-        steps_per_epoch=-(-batches // train.accumulate),
-        train_samples=samples,
-        val_samples=val_loader.dataset.samples,
-        left_out=samples - batches * train.batch_size * world,
-        lr=lr,
-        warmup_steps=min(train.warmup_steps, batches),
-        device=f"{device}"
-        if device.type == "cpu"
-        else f"{device} ({torch.cuda.get_device_name(device)})",
-        precision=train.precision,
-    )
 
 
-def _resume(config: Config, plan: Plan) -> str:
-    """``start``, ``go on`` or ``finished``."""
-    latest = config.run_dir / LATEST
-    if not latest.exists():
-        return "start"
-    info = checkpoints.read_info(latest)
-    if (info.epoch or 0) >= config.train.max_epochs:
-        distributed.print0(
-            f"{config.run_dir}: finished already ({info.epoch} epochs); raise train.max_epochs to train on"
-        )
-        return "finished"
-    before = info.global_batch or plan.global_batch
-    if info.batches is not None and before != plan.global_batch:
-        raise InputError(
-            f"{latest}: stopped in the middle of an epoch with a global batch of {before}, now it is {plan.global_batch}; "
-            f"set train.batch_size so that ranks × batch_size × accumulate is {before}"
-        )
-    where = "in the middle of" if info.batches is not None else "at the start of"
-    distributed.print0(f"{config.run_dir}: resuming {where} epoch {(info.epoch or 0) + 1}")
-    return "go on"
+def _print_plan(
+    config: Config, plan: Plan, loaders: tuple[Any, Any], device: torch.device, start: resume.Start
+) -> None:
+    """Print the derived numbers as one short table."""
+    rows = plan.rows()
+    rows["validation samples"] = f"{loaders[1].dataset.samples:,}"
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    rows["device, precision"] = f"{device}{gpu}, {config.train.precision}"
+    rows["time"] = _expected_time(config, plan, start)
+    for note in plan.notes:
+        distributed.print0(note)
+    distributed.print0("\n".join(f"  {name:20s} {value}" for name, value in rows.items()))
 
 
-def _make_model(config: Config, new: bool) -> torch.nn.Module:
+def _expected_time(config: Config, plan: Plan, start: resume.Start) -> str:
+    """Say how long the rest takes at the speed of the run's last attempt."""
+    speed = RunFolder(config.run_dir).events().latest("images_per_second")
+    if not speed or start.info is None:
+        return "known after the first steps"
+    left = plan.total_steps * plan.global_batch - start.info.samples_seen
+    minutes = max(0, round(left / speed / 60))
+    return f"about {minutes // 60} h {minutes % 60:02d} min at the last {speed:.0f} images/s"
+
+
+def make_model(config: Config, new: bool) -> torch.nn.Module:
+    """Build the network.
+
+    Args:
+        config: the configuration.
+        new: a new run, which starts with ``model.weights`` where they are given.
+
+    Raises:
+        InputError: ``model.weights`` is no checkpoint, or one of a network of another form.
+    """
     from portrait_dist.models import UNet
 
     torch.manual_seed(config.train.seed)  # the same weights on every rank
-    settings: dict[str, Any] = {
-        "init_features": config.model.init_features,
-        "norm": config.model.norm,
-    }
-    model = UNet(**settings)
+    form = {"init_features": config.model.init_features, "norm": config.model.norm}
+    model = UNet(init_features=config.model.init_features, norm=config.model.norm)
     if config.model.weights and new:
         given, _ = checkpoints.load_model(config.model.weights)
         found = {"init_features": given.init_features, "norm": given.norm}
-        if found != settings:
-            words = " ".join(f"model.{name}={value}" for name, value in found.items())
+        if found != form:
+            keys = " ".join(f"model.{name}={value}" for name, value in found.items())
             raise InputError(
-                f"model.weights={config.model.weights}: a network of another form; give {words}"
+                f"model.weights={config.model.weights}: a network of another form; give {keys}"
             )
         model.load_state_dict(given.state_dict())
     return model
 
 
-def _make_trainer(config: Config, loader: Any, device: torch.device, signals: StopSignals) -> Any:
+def _make_trainer(config: Config, plan: Plan, device: torch.device, signals: StopSignals) -> Any:
     from portrait_dist.training.sg_adapter import use_device
     from portrait_dist.training.trainer import LoopOptions, PortraitTrainer
 
@@ -330,10 +286,7 @@ def _make_trainer(config: Config, loader: Any, device: torch.device, signals: St
         log_keys=config.data.log_keys,
         timeout_seconds=train.timeout_seconds,
     )
-    metadata = {
-        "config": dataclasses.asdict(config),
-        "global_batch": train.batch_size * distributed.world_size() * train.accumulate,
-    }
+    metadata = {"config": config.to_dict(), "global_batch": plan.global_batch}
     trainer = PortraitTrainer(
         config.run_dir.name,
         str(config.run_dir.parent),
@@ -346,8 +299,8 @@ def _make_trainer(config: Config, loader: Any, device: torch.device, signals: St
     return trainer
 
 
-def _training_params(config: Config, plan: Plan, trainer: Any, resume: bool) -> dict[str, Any]:
-    """SuperGradients' training parameters."""
+def _training_params(config: Config, plan: Plan, trainer: Any, *, resuming: bool) -> dict[str, Any]:
+    """Return SuperGradients' training parameters."""
     from portrait_dist.metrics import SoftIoU
     from portrait_dist.training.recorder import RunRecorder
 
@@ -357,11 +310,10 @@ def _training_params(config: Config, plan: Plan, trainer: Any, resume: bool) -> 
         "initial_lr": plan.lr,
         "lr_mode": "CosineLRScheduler",
         "cosine_final_lr_ratio": train.lr_final_ratio,
-        "lr_warmup_steps": plan.warmup_steps,
-        "warmup_mode": "LinearBatchLRWarmup"
-        if plan.warmup_steps
-        else "LinearEpochLRWarmup",  # the latter does nothing
-        "warmup_initial_lr": plan.lr / (plan.warmup_steps + 1) if plan.warmup_steps else None,
+        "lr_warmup_steps": plan.warmup_batches,
+        # Without warm-up the one by epochs, which does nothing.
+        "warmup_mode": "LinearBatchLRWarmup" if plan.warmup_batches else "LinearEpochLRWarmup",
+        "warmup_initial_lr": plan.lr / (plan.warmup_batches + 1) if plan.warmup_batches else None,
         "lr_warmup_epochs": 0,
         "loss": _make_loss(config),
         "train_metrics_list": [SoftIoU()],
@@ -369,7 +321,7 @@ def _training_params(config: Config, plan: Plan, trainer: Any, resume: bool) -> 
         "metric_to_watch": "SoftIoU",
         "greater_metric_to_watch_is_better": True,
         "zero_weight_decay_on_bias_and_bn": not train.decay_norms,
-        "batch_accumulate": train.accumulate,
+        "batch_accumulate": plan.accumulate,
         "clip_grad_norm": train.clip_grad_norm or None,
         "mixed_precision": train.precision == "bf16",
         "torch_compile": train.compile,
@@ -379,9 +331,8 @@ def _training_params(config: Config, plan: Plan, trainer: Any, resume: bool) -> 
         "ema": train.ema,
         "ema_params": {"decay": train.ema_decay, "decay_type": "threshold"} if train.ema else {},
         "seed": train.seed,
-        "resume": resume,
+        "resume": resuming,
         "average_best_models": train.average_best,
-        "max_train_batches": train.max_batches or None,
         "max_valid_batches": train.max_val_batches or None,
         "phase_callbacks": [RunRecorder(trainer, train.pictures)],
         "kill_ddp_pgroup_on_end": False,
@@ -413,17 +364,20 @@ def _make_loss(config: Config) -> torch.nn.Module:
     return SoftIoULoss(loss.bce_weight, loss.iou_weight)
 
 
-def _result(config: Config, trainer: Any, plan: Plan) -> dict[str, Any]:
-    folder = config.run_dir
-    latest = checkpoints.read_info(folder / LATEST)
-    best = folder / BEST
-    return {
-        "epochs": latest.epoch,
-        "steps": (latest.epoch or 0) * plan.steps_per_epoch,
-        "samples_seen": latest.samples_seen,
-        "best_iou": latest.best_metric,
-        "checkpoint": str(best if best.exists() else Path(folder / LATEST)),
-        "run_dir": str(folder),
-        "images_per_second": round(trainer.images_per_second, 2),
-        "world_size": plan.world_size,
-    }
+def _result(config: Config, trainer: Any, plan: Plan) -> TrainResult:
+    folder = RunFolder(config.run_dir)
+    latest = checkpoints.read_info(folder.latest)
+    epochs = latest.epoch or 0
+    return TrainResult(
+        epochs=epochs,
+        steps=epochs * plan.steps_per_epoch,
+        samples_seen=latest.samples_seen,
+        best_iou=latest.best_metric,
+        checkpoint=str(folder.checkpoint),
+        run_dir=str(folder.path),
+        images_per_second=round(trainer.images_per_second, 2),
+        world_size=plan.world_size,
+        global_batch=plan.global_batch,
+        batches_per_epoch=plan.batches_per_epoch,
+        steps_per_epoch=plan.steps_per_epoch,
+    )

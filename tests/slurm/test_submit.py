@@ -75,10 +75,10 @@ def test_unknown_keys_and_too_large_batches_are_said_before_queueing(
         _dry(tiny_shards, tmp_path, "train.lrr=1")
     with pytest.raises(
         InputError,
-        match=r"57 training samples do not fill one global batch of 64 "
+        match=r"57 training samples do not fill one batch of 64 "
         r"\(4 ranks × train.batch_size=16\)",
     ):
-        _dry(tiny_shards, tmp_path, nodes=4)
+        _dry(tiny_shards, tmp_path, "train.batch_size=16", nodes=4)
 
 
 def test_shards_that_are_missing_cut_or_not_there_are_named(

@@ -374,59 +374,13 @@ def test_warm_up_climbs_to_the_learning_rate(batches: TensorDataset, tmp_path: P
     assert max(steps.rates) == pytest.approx(1e-2)
 
 
-def plan_of(shards: Path, *keys: str) -> Any:
-    from portrait_dist.training import main
-
-    loaded = config.load(None, [f"data.shards={shards}", *keys])
-    cpu = torch.device("cpu")
-    return main._plan(loaded, *main._loaders(loaded, cpu), cpu)
-
-
-def test_derived_numbers_stand_in_one_table_before_training(tiny_shards: Path) -> None:
-    plan = plan_of(
-        tiny_shards,
-        "train.batch_size=6",
-        "train.accumulate=2",
-        "train.lr=0.1",
-        "train.lr_base_batch=4",
-        "train.warmup_steps=100",
-    )
-    assert plan.global_batch == 12
-    assert plan.lr == pytest.approx(0.3), "linear in the global batch"
-    assert plan.warmup_steps == 9, "no longer than an epoch"
-    assert (plan.train_samples, plan.val_samples, plan.left_out, plan.steps_per_epoch) == (
-        57,
-        7,
-        3,
-        5,
-    )
-    for word in (
-        "world size",
-        "global batch",
-        "steps per epoch",
-        "left out",
-        "learning rate",
-        "device, precision",
-    ):
-        assert word in plan.table()
-
-
-def test_a_plan_that_cannot_work_is_refused_with_its_numbers(tiny_shards: Path) -> None:
-    with pytest.raises(
-        config.InputError, match=r"57 training samples do not fill one global batch of 64"
-    ):
-        plan_of(tiny_shards, "train.batch_size=64")
-    with pytest.raises(config.InputError, match=r"sync_bn.*GPUs only"):
-        plan_of(tiny_shards, "train.sync_bn=true", "train.batch_size=6")
-
-
 def model_of(*keys: str, new: bool = True) -> torch.nn.Module:
     from portrait_dist.training import main
 
-    return main._make_model(config.load(None, ["model.init_features=2", *keys]), new)
+    return main.make_model(config.load(None, ["model.init_features=2", *keys]), new)
 
 
-def test_a_new_run_begins_with_the_weights_it_is_given_and_one_that_goes_on_does_not(
+def test_a_new_run_starts_with_the_weights_it_is_given_and_a_resumed_one_does_not(
     tmp_path: Path,
 ) -> None:
     given = model_of("train.seed=1")

@@ -1,0 +1,152 @@
+"""Start, resume or refuse: what a run folder allows, decided before anything is written into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from portrait_dist import checkpoints, distributed
+from portrait_dist.checkpoints import CheckpointInfo
+from portrait_dist.config import ASK, FIXED, Config, settings
+from portrait_dist.errors import InputError, shorten
+from portrait_dist.runs.folder import RunFolder
+from portrait_dist.system.address import redact
+from portrait_dist.training.plan import Plan
+
+SILENT = ("recipe", "run.", "data.workers", "data.prefetch_batches", "data.cache_", "train.threads")
+"""Settings whose change is not worth a word."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run starts.
+
+    Args:
+        info: what the latest checkpoint says; None for a new run.
+        finished: the run has all its epochs.
+    """
+
+    info: CheckpointInfo | None = None
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that the checkpoint has otherwise."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {_shown(self.before)}, now it is {_shown(self.now)}"
+
+
+def decide(config: Config, plan: Plan, data: Mapping[str, str], size: tuple[int, int]) -> Start:
+    """Compare a run's latest checkpoint with what is asked for; reads only.
+
+    Args:
+        config: the configuration.
+        plan: what follows from it.
+        data: identity of each split of the shards, by split.
+        size: (H, W) of the training images.
+
+    Raises:
+        InputError: ``run.resume=false``, or the run was started with other data, another network or
+            other settings.
+        DamagedDataError: the checkpoint is damaged.
+    """
+    folder = RunFolder(config.run_dir)
+    if not folder.latest.exists():
+        return Start()
+    if not config.run.resume:
+        raise InputError(
+            f"{folder.path}: the run exists and run.resume=false; choose another run.name, or "
+            "resume it with run.resume=true"
+        )
+    info = checkpoints.read_info(folder.latest)
+    _refuse_other_data(config, info, data)
+    _refuse_changes(config, info, size)
+    if (info.epoch or 0) >= plan.max_epochs:
+        distributed.print0(
+            f"{folder.path}: finished already ({info.epoch} epochs); raise train.max_epochs to "
+            "train on"
+        )
+        return Start(info, finished=True)
+    if info.batches is not None and info.global_batch not in (None, plan.global_batch):
+        raise InputError(
+            f"{folder.latest}: stopped in the middle of an epoch with a global batch of "
+            f"{info.global_batch}, now it is {plan.global_batch}; set "
+            f"train.global_batch={info.global_batch}"
+        )
+    _print_start(config, info)
+    return Start(info)
+
+
+def _print_start(config: Config, info: CheckpointInfo) -> None:
+    where = "in the middle of" if info.batches is not None else "at the start of"
+    distributed.print0(f"{config.run_dir}: resuming {where} epoch {(info.epoch or 0) + 1}")
+    changed = [str(one) for one in _changes(config, info) if not one.key.startswith(SILENT)]
+    if changed:
+        distributed.print0(f"{config.run_dir}: resuming with other settings: {'; '.join(changed)}")
+
+
+def _advice(config: Config) -> str:
+    best = RunFolder(config.run_dir).checkpoint
+    return f"choose another run.name (model.weights={best} starts it from this run's weights)"
+
+
+def _refuse_other_data(config: Config, info: CheckpointInfo, data: Mapping[str, str]) -> None:
+    for split, identity in data.items():
+        before = info.data.get(split)
+        if before is not None and before != identity:
+            shards = _of(info.config, "data.shards") or "other shards"
+            raise InputError(
+                f"{config.run_dir}: this run's {split} split is that of {_shown(shards)} "
+                f"({before[:8]}), now it is that of {_shown(config.data.shards)} "
+                f"({identity[:8]}): scores would not compare; {_advice(config)}, or give the "
+                "run's own shards"
+            )
+
+
+def _refuse_changes(config: Config, info: CheckpointInfo, size: tuple[int, int]) -> None:
+    changes = list(_changes(config, info))
+    if info.size is not None and info.size != size:
+        before, now = (f"{height}x{width}" for height, width in (info.size, size))
+        changes.insert(0, Change("image size", before, now))
+    known = settings()
+    fixed = [one for one in changes if one.key not in known or known[one.key].on_resume is FIXED]
+    if fixed:
+        raise InputError(f"{config.run_dir}: {'; '.join(map(str, fixed))}; {_advice(config)}")
+    asked = [change for change in changes if known[change.key].on_resume is ASK]
+    if asked and not config.run.accept_changes:
+        raise InputError(
+            f"{config.run_dir}: {'; '.join(map(str, asked))}; {_advice(config)}, or resume on "
+            "purpose with run.accept_changes=true"
+        )
+
+
+def _changes(config: Config, info: CheckpointInfo) -> Iterator[Change]:
+    """Compare the settings with the checkpoint's; one that it does not know had its default."""
+    if not info.config:  # written by PortraitTrainer from Python
+        return
+    kept = config.to_dict()
+    for key, setting in settings().items():
+        before, now = _of(info.config, key, setting.default), _of(kept, key)
+        if before != now:
+            yield Change(key, before, now)
+
+
+def _of(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    for name in key.split("."):
+        if not isinstance(values, Mapping) or name not in values:
+            return default
+        values = values[name]
+    return values
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return shorten(redact(str(value))) if value != "" else "empty"

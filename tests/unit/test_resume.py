@@ -1,0 +1,192 @@
+"""A run folder admits the run it belongs to: everything else is refused and leaves it as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from portrait_dist.data.shards import writer
+from tests.cli import Result, assert_one_line, call
+from tests.jobs import PLAIN, TINY, checkpoint, lines
+
+Train = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def other_shards(split_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same photos packed with another quality: other bytes under the same names."""
+    folder = tmp_path_factory.mktemp("other") / "shards"
+    writer.pack(split_dir, folder, size=(32, 32), samples_per_shard=10, quality=60)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of a run of one epoch."""
+    root = tmp_path_factory.mktemp("finished")
+    assert train_into(root, tiny_shards, "train.max_epochs=1").exit_code == 0
+    return root
+
+
+def train_into(root: Path, shards: Path, *keys: str) -> Result:
+    return call(
+        "train",
+        "--json",
+        "--recipe",
+        PLAIN,
+        f"data.shards={shards}",
+        f"run.root={root}",
+        "run.name=run",
+        "train.batch_size=19",
+        *TINY,
+        *keys,
+    )
+
+
+def state_of(run: Path) -> dict[str, str]:
+    """Hash of every file of a run folder but the lock."""
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in run.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_other_shards_are_refused_and_the_run_is_as_before(
+    finished: Path, other_shards: Path, epochs: int
+) -> None:
+    """Also where the run has all its epochs: finished already is said of its own shards only."""
+    before = state_of(finished / "run")
+    result = train_into(finished, other_shards, f"train.max_epochs={epochs}")
+    assert_one_line(result, 2, "train split", str(other_shards), "model.weights=", "run.name")
+    assert result.json["exit_code"] == 2
+    assert state_of(finished / "run") == before
+    assert call("status", finished / "run", "--json").json["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        (["model.init_features=3"], ["model.init_features was 2, now it is 3"]),
+        (["model.norm=batch"], ["model.norm was group, now it is batch"]),
+        (["train.optimizer=sgd"], ["train.optimizer was adam, now it is sgd"]),
+        (["model.init_features=3", "run.accept_changes=true"], ["model.init_features"]),
+        (
+            ["loss.bce_weight=1", "augment.flip=0"],
+            ["loss.bce_weight was 0.5, now it is 1.0", "augment.flip", "run.accept_changes=true"],
+        ),
+        (["train.seed=7"], ["train.seed was 42, now it is 7", "run.accept_changes=true"]),
+        (["run.resume=false"], ["run.resume=false"]),
+        (["train.batch_size=60"], ["57 training samples do not fill"]),
+        (["data.shards=/nowhere"], ["/nowhere"]),
+    ],
+)
+def test_a_refused_command_changes_nothing_in_the_run_folder(
+    finished: Path, tiny_shards: Path, keys: list[str], parts: list[str]
+) -> None:
+    before = state_of(finished / "run")
+    result = train_into(finished, tiny_shards, "train.max_epochs=2", *keys)
+    assert_one_line(result, 2, *parts)
+    assert state_of(finished / "run") == before
+
+
+def test_what_a_resumed_run_may_change_is_said_and_taken(
+    finished: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    moved = shutil.copytree(tiny_shards, tmp_path / "moved")
+    result = train_into(
+        tmp_path,
+        moved,
+        "train.max_epochs=2",
+        "train.lr=0.002",
+        "loss.bce_weight=1",
+        "run.accept_changes=true",
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.json["epochs"] == 2
+    for part in (
+        "resuming at the start of epoch 2",
+        "train.lr was 0.001, now it is 0.002",
+        "train.max_epochs was 1, now it is 2",
+        "loss.bce_weight was 0.5, now it is 1.0",
+    ):
+        assert part in result.stderr
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (kept["train"]["lr"], kept["data"]["shards"]) == (0.002, str(moved))
+    again = train_into(tmp_path, moved, "train.max_epochs=2", "loss.bce_weight=1")
+    assert again.exit_code == 0
+    assert "finished already (2 epochs)" in again.stderr
+    assert again.json["steps"] == 6
+
+
+def test_a_run_of_an_older_version_resumes(
+    finished: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """Without the identity of its data, and without the settings that did not exist."""
+    import torch
+
+    shutil.copytree(finished / "run", tmp_path / "run")
+    state = checkpoint(tmp_path / "run")
+    state["portrait_dist"].pop("data", None)
+    del state["portrait_dist"]["config"]["train"]["global_batch"]
+    del state["portrait_dist"]["config"]["run"]["accept_changes"]
+    torch.save(state, tmp_path / "run" / "ckpt_latest.pth")
+    result = train_into(tmp_path, tiny_shards, "train.max_epochs=2")
+    assert result.exit_code == 0, result.stderr
+    assert result.json["epochs"] == 2
+
+
+def test_a_small_folder_trains_without_a_setting(tmp_path: Path) -> None:
+    """Five photos on a laptop: the batch is fitted, one line says so."""
+    tree = tmp_path / "raw"
+    from portrait_dist.data.source import split, synthetic
+
+    synthetic.generate(tree, 6, seed=3)
+    split.prepare(tree, tmp_path / "data")
+    writer.pack(tmp_path / "data", tmp_path / "shards", size=(32, 32))
+    manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
+    samples = manifest["splits"]["train"]["samples"]
+    result = call(
+        "train",
+        "--json",
+        f"data.shards={tmp_path / 'shards'}",
+        f"run.root={tmp_path}",
+        "run.name=run",
+        "model.init_features=2",
+        "train.max_epochs=1",
+        "train.threads=1",
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.json["global_batch"] == samples < 16
+    assert f"train.batch_size is {samples} instead of 16" in result.stderr
+
+
+def test_numbers_are_the_same_in_result_events_and_submit(
+    finished: Path, tiny_shards: Path
+) -> None:
+    again = train_into(finished, tiny_shards, "train.max_epochs=1")
+    last = lines(finished / "run", "epoch")[-1]
+    result = again.json
+    assert result["steps"] == result["steps_per_epoch"] == last["step"] == 3
+    assert last["steps_per_epoch"] == result["steps_per_epoch"]
+    assert last["batches_per_epoch"] == result["batches_per_epoch"]
+    queued = call(
+        "submit",
+        "--dry-run",
+        "--json",
+        "--recipe",
+        PLAIN,
+        f"data.shards={tiny_shards}",
+        f"run.root={finished}",
+        "train.batch_size=19",
+    ).json
+    for name in ("global_batch", "batches_per_epoch", "steps_per_epoch"):
+        assert queued[name] == result[name]
