@@ -8,6 +8,7 @@ written, and says itself what goes in and comes out: ONNX in its metadata, .pt2 
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from portrait_dist.models import UNet
 from portrait_dist.preprocessing import MEAN, STD
 
 ExportFormat = Literal["onnx", "pt2"]
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 FORMATS: tuple[ExportFormat, ...] = ("onnx", "pt2")
 TOLERANCE = 1e-4
 """Largest difference of a probability that counts as the same network; fp32 rounding makes about
@@ -127,6 +129,8 @@ def export(
     network, info = load_model(checkpoint)
     trained = input_geometry(info, size)
     model, metadata = Normalised(network).eval(), describe(trained.size)
+    if format == "onnx":
+        check_onnx_installed()
     make, read = (_make_onnx, _read_onnx) if format == "onnx" else (_make_pt2, _read_pt2)
     # In memory first: torch.export.save aborts the process where a disk refuses to take more.
     data = make(model, torch.rand(2, 3, *trained.size), metadata)
@@ -157,6 +161,20 @@ def largest_difference(
         with torch.inference_mode():
             worst = max(worst, float((model(images) - exported(images)).abs().max()))
     return worst
+
+
+def check_onnx_installed() -> None:
+    """Check that the packages of the extra ``export`` are there.
+
+    Raises:
+        InputError: one is missing.
+    """
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"--format onnx needs {', '.join(missing)}: pip install 'portrait-dist[export]', "
+            "or give --format pt2"
+        )
 
 
 def _make_onnx(model: nn.Module, example: Tensor, metadata: dict[str, str]) -> bytes:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import logging
 import os
 import threading
@@ -152,7 +153,16 @@ _REPLACED: dict[str, dict[str, Any]] = {
 
 
 def import_super_gradients() -> types.ModuleType:
-    """Import SuperGradients as described above; later calls return the same module."""
+    """Import SuperGradients as described above; later calls return the same module.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if importlib.util.find_spec("super_gradients") is None:
+        raise InputError(
+            "SuperGradients is not installed: pip install --no-deps super-gradients==3.7.1 "
+            "(its own pins cannot be fulfilled any more; what it needs is here already)"
+        )
     importlib.import_module("torchmetrics")  # with the real scipy, transformers … where they are
     return lean_import("super_gradients", UNUSED_PACKAGES, _REPLACED)
 

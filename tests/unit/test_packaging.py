@@ -1,0 +1,50 @@
+"""The wheel resolves without SuperGradients, and what is missing is named with the line that installs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portrait_dist.errors import InputError
+from portrait_dist.inference import export
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+
+
+def _without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
+    """Let the named packages look as if they were not installed."""
+    real = importlib.util.find_spec
+
+    def find(name: str, *rest: Any) -> Any:
+        return None if name in missing else real(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+
+
+def test_the_wheel_does_not_name_supergradients_whose_pins_nothing_can_fulfil() -> None:
+    named = [
+        *PROJECT["project"]["dependencies"],
+        *sum(PROJECT["project"]["optional-dependencies"].values(), []),
+    ]
+    assert [line for line in named if line.lower().startswith("super")] == []
+    assert PROJECT["dependency-groups"]["supergradients"] == ["super-gradients==3.7.1"]
+    assert "supergradients" in PROJECT["tool"]["uv"]["default-groups"]
+
+
+def test_onnx_that_is_not_installed_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _without(monkeypatch, "onnxscript")
+    with pytest.raises(
+        InputError, match=r"needs onnxscript: pip install 'portrait-dist\[export\]'"
+    ):
+        export.check_onnx_installed()
+
+
+def test_every_package_of_the_extra_export_is_checked_for() -> None:
+    extra = PROJECT["project"]["optional-dependencies"]["export"]
+    assert sorted(line.partition(">")[0] for line in extra) == sorted(export.ONNX_PACKAGES)
