@@ -57,7 +57,10 @@ class Event:
         max_epochs: epochs of the whole run.
         samples_seen: training samples since the run began, over all ranks.
         world_size: number of ranks.
-        loss, iou, val_loss, val_iou: of the epoch, or of it so far.
+        loss: of the epoch, or of it so far.
+        iou: likewise.
+        val_loss: of the validation after the epoch.
+        val_iou: likewise.
         lr: learning rate.
         images_per_second: over all ranks.
         data_wait_share: fraction of the time that rank 0 waited for data.
@@ -67,7 +70,12 @@ class Event:
         requeue: whether another attempt of a SLURM job can help; None where the exit code decides.
         machine: see :func:`portrait_dist.system.info.machine`.
         shards: absolute path or address of the shards.
-        rank, host: the rank that the line is about, and its node.
+        rank: the rank that the line is about.
+        host: its node.
+        relative_speed: of a slow rank, as a fraction of the median.
+        step_seconds: of a step.
+        data_seconds: that the slow rank waited for data in a step.
+        compute_seconds: that it took for forward and loss.
     """
 
     kind: str
@@ -95,6 +103,10 @@ class Event:
     shards: str | None = None
     rank: int | None = None
     host: str | None = None
+    relative_speed: float | None = None
+    step_seconds: float | None = None
+    data_seconds: float | None = None
+    compute_seconds: float | None = None
 
     @property
     def batches_done(self) -> int | None:
