@@ -17,7 +17,10 @@ from typing import Any
 import psutil
 import torch
 
-# Small enough that a job is little more than its imports; no batch norm, so that ranks change nothing but rounding.
+from tests import waiting
+
+# Small enough that a job is little more than its imports; no batch norm, so that the number of
+# ranks changes nothing but rounding.
 TINY = (
     "train.threads=1",
     "model.init_features=2",
@@ -108,7 +111,7 @@ def train(
     name: str = "run",
     recipe: str = PLAIN,
 ) -> Job:
-    """Start ``portrait-dist train --json`` alone (``ranks=0``), or under torchrun with ``ranks`` processes.
+    """Start ``portrait-dist train --json`` alone (``ranks=0``) or under torchrun.
 
     Args:
         folder: run.root; the log stands beside the runs.
@@ -135,17 +138,15 @@ def train(
 def wait_for(
     condition: Callable[[], Any], what: str, job: Job | None = None, seconds: float = 120
 ) -> Any:
-    """Poll until the condition holds and return its value."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        if job is not None and job.process.poll() is not None and not condition():
+    """Wait until the condition holds and return its value; fail at once where the job has ended."""
+
+    def holds() -> Any:
+        value = condition()
+        if not value and job is not None and job.process.poll() is not None and not condition():
             raise AssertionError(f"the job ended before {what}:\n{job.text()[-4000:]}")
-        time.sleep(0.05)
-    raise AssertionError(
-        f"{what} did not happen within {seconds} s:\n{job.text()[-4000:] if job else ''}"
-    )
+        return value
+
+    return waiting.wait_for(holds, seconds, what)
 
 
 def lines(run: Path, kind: str | None = None) -> list[dict[str, Any]]:

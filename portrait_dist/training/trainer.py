@@ -774,6 +774,9 @@ class _EvaluationHooks:
 
 
 def _acts_on_a_best_epoch(callback: Any) -> bool:
+    phase = getattr(callback, "phase", None)
+    if phase is not None:  # a PhaseCallback has all methods and acts in one phase
+        return str(getattr(phase, "name", phase)) == "VALIDATION_END_BEST_EPOCH"
     method = "on_validation_end_best_epoch"
     return getattr(type(callback), method, None) is not getattr(Callback, method)
 

@@ -1,4 +1,4 @@
-"""Ranks: one model on any number of processes and nodes, one writer, exact validation, equal to one process."""
+"""One model on any number of ranks and nodes: one writer, exact validation, as one process."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_validation_on_uneven_counts_equals_one_process_to_1e_6(
 
 @pytest.fixture
 def two_hosts() -> Iterator[tuple[str, str]]:
-    """Two network namespaces with their own addresses, 10.77.0.1 and 10.77.0.2, joined by a cable."""
+    """Two network namespaces with an address each (10.77.0.1, 10.77.0.2), joined by a cable."""
     if shutil.which("ip") is None:
         pytest.skip("needs iproute2 (ip) to make network namespaces")
     names = ("pd-host-1", "pd-host-2")
@@ -188,7 +188,7 @@ def test_two_hosts_with_their_own_addresses_train_one_model(
 ) -> None:
     jobs = []
     for number, host in enumerate(two_hosts, start=1):
-        rendezvous = (
+        rendezvous: tuple[str, ...] = (
             "--nnodes=2",
             "--nproc-per-node=1",
             "--rdzv-backend=c10d",

@@ -1,4 +1,4 @@
-"""Stops: by signal, by a killed rank, by an error, by a stall; and going on without a sample lost or seen twice."""
+"""Stops by signal, kill, error or stall, and resuming with no sample lost and none seen twice."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import shutil
 import signal
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.damage import damage_sample
 from tests.jobs import Job, checkpoint, largest_difference, lines, train, wait_for
 
 STEPS = 4
@@ -47,16 +49,24 @@ def steps_done(run: Path) -> int:
 
 
 def stop_after(job: Job, run: Path, step: int, number: signal.Signals, to: str) -> None:
-    """Send a signal to torchrun or to the last rank when the run has passed a step; all must be gone within 20 s."""
+    """Send a signal to torchrun or to the last rank when the run has passed a step.
+
+    All must be gone within 20 s, the ranks of a torchrun that was killed as well.
+    """
     wait_for(lambda: steps_done(run) >= step, f"step {step}", job)
     ranks = job.ranks()
     sent = time.monotonic()
     os.kill(job.process.pid if to == "torchrun" else ranks[-1].pid, number)
     assert job.wait(60) != 0
+    wait_for(lambda: not any(rank.is_running() for rank in ranks), "the end of the ranks")
     assert time.monotonic() - sent < 20
-    assert not any(rank.is_running() for rank in ranks)
     assert "stopped by" in job.text()
     assert lines(run)[-1]["kind"] == "stop"
+
+
+def reached(run: Path, starts: int, step: int) -> bool:
+    """Whether the n-th start has passed a step."""
+    return len(lines(run, "start")) == starts and steps_done(run) >= step
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +83,15 @@ def uninterrupted(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_interrupted_by_each_signal_and_resumed_equals_uninterrupted_to_the_bit(
     uninterrupted: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    """USR2 to one rank, then SIGINT and SIGTERM to torchrun, at whatever step they hit; then the run is left to end."""
+    """USR2 to one rank; INT, KILL and TERM to torchrun, at whatever step they hit; then to the end.
+
+    torchrun cannot hand on SIGKILL: the kernel tells the ranks.
+    """
     run = tmp_path / "run"
     for step, number, to in (
         (5, signal.SIGUSR2, "one rank"),
         (30, signal.SIGINT, "torchrun"),
+        (50, signal.SIGKILL, "torchrun"),
         (70, signal.SIGTERM, "torchrun"),
     ):
         job = train(tmp_path, tiny_shards, *KEYS, "train.batch_size=6", ranks=2)
@@ -85,7 +99,8 @@ def test_interrupted_by_each_signal_and_resumed_equals_uninterrupted_to_the_bit(
     assert (
         train(tmp_path, tiny_shards, *KEYS, "train.batch_size=6", ranks=2).result()["epochs"] == 40
     )
-    assert len(lines(run, "stop")) == 3
+    assert len(lines(run, "stop")) == 4
+    assert "torchrun process" in lines(run, "stop")[2]["message"]
     assert_equal_to_the_bit(run, uninterrupted)
     for epoch, keys in keys_by_epoch(run).items():
         assert keys == keys_by_epoch(uninterrupted)[epoch]
@@ -109,11 +124,15 @@ def test_one_process_alone_exits_with_75_and_goes_on(tiny_shards: Path, tmp_path
 def test_resumed_on_other_world_sizes_no_sample_is_seen_twice_and_none_is_skipped(
     tiny_shards: Path, tmp_path: Path
 ) -> None:
-    """Two ranks, stopped; three, stopped; one, to the end; always a global batch of 12."""
+    """Two ranks, stopped; three, stopped; one whose torchrun is killed; one process to the end.
+
+    The global batch is always 12.
+    """
     run = tmp_path / "run"
-    for ranks, step in ((2, 6), (3, 22)):
+    stops = ((2, 6, signal.SIGTERM), (3, 22, signal.SIGTERM), (1, 38, signal.SIGKILL))
+    for ranks, step, number in stops:
         job = train(tmp_path, tiny_shards, *KEYS, f"train.batch_size={12 // ranks}", ranks=ranks)
-        stop_after(job, run, step, signal.SIGTERM, "torchrun")
+        stop_after(job, run, step, number, "torchrun")
     epochs = checkpoint(run)["epoch"] + 2
     job = train(
         tmp_path, tiny_shards, *KEYS, "train.batch_size=12", f"train.max_epochs={epochs}", ranks=0
@@ -141,16 +160,12 @@ def test_killed_ranks_are_restarted_from_the_last_checkpoint_and_lose_nothing(
     )
     run = tmp_path / "run"
     for started, step, victim in ((1, 10, 1), (2, 60, 0)):
-        wait_for(
-            lambda n=started, s=step: len(lines(run, "start")) == n and steps_done(run) >= s,
-            f"step {step}",
-            job,
-        )
+        wait_for(partial(reached, run, started, step), f"step {step}", job)
         job.ranks()[victim].kill()
     assert job.result()["epochs"] == 40
     assert len(lines(run, "start")) == 3
     assert_equal_to_the_bit(run, uninterrupted)
-    assert not list(run.glob(".*.tmp"))
+    assert not [path for path in run.iterdir() if "tmp" in path.name]
 
 
 def test_a_damaged_sample_met_by_one_rank_stops_all_with_its_name(
@@ -158,10 +173,7 @@ def test_a_damaged_sample_met_by_one_rank_stops_all_with_its_name(
 ) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(tiny_shards, shards)
-    tar = shards / "train-00002.tar"
-    data = bytearray(tar.read_bytes())
-    data[1500:1600] = bytes(100)
-    tar.write_bytes(data)
+    damage_sample(shards, "train-00002.tar", 0)
     job = train(tmp_path, shards, *KEYS, "train.batch_size=6", ranks=2)
     assert job.wait(60) != 0
     assert "train-00002.tar" in job.text()

@@ -162,7 +162,7 @@ WAITS: dict[str, Callable[[torch.Tensor], object]] = {
     "numpy": lambda loss: loss.numpy(),
     "nonzero": lambda loss: loss.nonzero(),
     "mask": lambda loss: loss[loss > 0],
-    "masked assignment": lambda loss: loss.clone().__setitem__(loss > 0, 0.0),
+    "masked_select": lambda loss: loss.masked_select(loss > 0),
     "where": lambda loss: torch.where(loss > 0),
     "unique": lambda loss: loss.unique(),
 }
