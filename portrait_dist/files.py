@@ -28,7 +28,7 @@ from portrait_dist.errors import InputError, PortraitDistError
 log = logging.getLogger("portrait_dist.files")
 
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}-[0-9]+-[0-9]+(\.[a-z0-9]+)?|\..*\.(tmp|part)")
-"""Names of temporary files: those of this module, and those that releases before 0.2 left behind."""
+"""Names of temporary files: of this module, and what releases before 0.2 left behind."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 HELD = (errno.EAGAIN, errno.EACCES)
@@ -77,15 +77,14 @@ def atomic_path(path: str | Path, *, durable: bool = False, suffix: str = "") ->
             if durable:
                 _flush(path.parent)
     finally:
-        with contextlib.suppress(
-            OSError
-        ):  # the reason of a failure is the first error, not the clean-up's
+        # The reason of a failure is the first error, not the clean-up's.
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_open(path: str | Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
-    """Open a binary file that appears under its name when the block ends; see :func:`atomic_path`."""
+    """Open a binary file that appears when the block ends; see :func:`atomic_path`."""
     with atomic_path(path, durable=durable) as temporary, open(temporary, "wb") as file:
         yield file
 
@@ -204,10 +203,12 @@ def remove_temporary_files(folder: Path) -> None:
 def open_regular(path: str | Path) -> int:
     """Open an existing regular file for reading and return its descriptor.
 
-    A FIFO, device, socket or folder is refused at once, where a plain ``open`` would hang or read without end.
+    A FIFO, device, socket or folder is refused at once, where a plain ``open`` would hang or
+    read without end.
 
     Raises:
-        OSError: the file is missing or cannot be opened; ``EINVAL`` with "is not a regular file" for anything else.
+        OSError: the file is missing or cannot be opened; ``EINVAL`` with "is not a regular file"
+            for anything else.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):

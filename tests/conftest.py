@@ -1,4 +1,4 @@
-"""Data shared by all tests: a generated raw tree, its split, and small shards. The real sample is used where it is there."""
+"""Data shared by all tests: a generated raw tree, its split, small shards, the real sample."""
 
 from __future__ import annotations
 

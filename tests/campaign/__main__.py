@@ -58,7 +58,7 @@ def _build_in_child(root: Path) -> World:
     root.mkdir(parents=True)
     code = (
         "import sys, pickle; from pathlib import Path; from tests.campaign.world import build\n"
-        "world = build(Path(sys.argv[1])); Path(sys.argv[1], 'world.pkl').write_bytes(pickle.dumps(world))"
+        "root = Path(sys.argv[1]); (root / 'world.pkl').write_bytes(pickle.dumps(build(root)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(root)], capture_output=True, text=True, errors="replace"

@@ -432,7 +432,7 @@ def _strict_json(outcome: Outcome) -> str:
 
 
 def run_folders(world: World, random: Random, folder: Path) -> Iterator[Case]:
-    """Run folders with odd metrics.jsonl and config.yaml: status and report say what can be said."""
+    """Run folders with odd metrics.jsonl and config.yaml: status and report say what they can."""
     events = [json.loads(line) for line in (world.run / "metrics.jsonl").read_text().splitlines()]
     for number in itertools.count():
         run = odd.copy_tree(world.run, folder / f"run{number}")
@@ -704,7 +704,7 @@ def slurm_variables(world: World, random: Random, folder: Path) -> Iterator[Case
 
 
 def kills(world: World, random: Random, folder: Path) -> Iterator[Case]:
-    """Two ranks that are killed at random moments until the run is finished: weights as without a kill, to the bit."""
+    """Two ranks, killed at random moments: in the end the weights of an undisturbed run."""
     from tests.campaign import killing
 
     reference = killing.finish(world.shards, folder / "undisturbed", random, kills=0)

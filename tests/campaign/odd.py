@@ -49,7 +49,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def replace_somewhere(random: Random, value: Any, by: Any) -> Any:
-    """Return a copy of nested dicts and lists with one random place replaced, removed or doubled."""
+    """Return a copy of nested dicts and lists with one random item replaced or removed."""
     places = list(_places(value, ()))
     if not places:
         return by
@@ -172,6 +172,6 @@ def _rubbish(random: Random, path: Path) -> str:
 
 
 def copy_tree(source: Path, target: Path) -> Path:
-    """Copy a folder by hard links, so that a thousand cases cost little; :func:`damage_file` unlinks first."""
+    """Copy a folder by hard links, so that cases cost little; :func:`damage_file` unlinks first."""
     shutil.copytree(source, target, copy_function=os.link, symlinks=True)
     return target

@@ -1,4 +1,4 @@
-"""The wheel resolves without SuperGradients, and what is missing is named with the line that installs it."""
+"""The wheel resolves without SuperGradients; what is missing is named with what installs it."""
 
 from __future__ import annotations
 
