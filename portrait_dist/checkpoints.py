@@ -562,7 +562,7 @@ def _unet_settings(
     return derived
 
 
-# The network's input ---------------------------------------------------------------------------------------------------
+# The network's input ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -579,7 +579,9 @@ class InputGeometry:
 
 
 def input_geometry(info: CheckpointInfo, size: tuple[int, int] | None = None) -> InputGeometry:
-    """Say at which size and aspect a checkpoint was trained; what it does not say is assumed and logged in one line.
+    """Say at which size and aspect a checkpoint was trained.
+
+    What it does not say is assumed, and logged in one line.
 
     Args:
         info: from :func:`load_model`.
@@ -592,8 +594,8 @@ def input_geometry(info: CheckpointInfo, size: tuple[int, int] | None = None) ->
 
     if size and info.size and size != info.size:
         raise InputError(
-            f"{info.path}: was trained at {info.size[0]}x{info.size[1]}, not at {size[0]}x{size[1]}; "
-            "leave --size out"
+            f"{info.path}: was trained at {info.size[0]}x{info.size[1]}, not at "
+            f"{size[0]}x{size[1]}; leave --size out"
         )
     if size and any(side < STRIDE or side % STRIDE or side > MAX_SIDE for side in size):
         raise InputError(

@@ -295,12 +295,18 @@ class TrainConfig:
     average_best: Annotated[
         bool, Doc("keep average_model.pth, the mean of the ten best models")
     ] = True
+    validate_every: Annotated[
+        Positive,
+        Doc(
+            "epochs between two validations, after which the run is saved; the last epoch always is"
+        ),
+    ] = 1
     save_every_steps: Annotated[
         Count, Doc("save within the epoch every so many batches; 0 means never")
     ] = 0
     save_every_seconds: Annotated[
         Seconds, Doc("save within the epoch every so many seconds; 0 means never")
-    ] = 600.0
+    ] = 60.0
     log_every_steps: Annotated[Positive, Doc("batches between two lines of progress")] = 50
     timeout_seconds: Annotated[
         float, Gt(0), Le(MONTH), Doc("a rank that stalls for so long ends the run, seconds")

@@ -50,7 +50,7 @@ class Job:
             ) from None
 
     def text(self) -> str:
-        """stdout and stderr of all ranks."""
+        """Read stdout and stderr of all ranks."""
         return self.log.read_text(errors="replace")
 
     def result(self) -> dict[str, Any]:
@@ -115,6 +115,11 @@ def train(
 
     Args:
         folder: run.root; the log stands beside the runs.
+        shards: data.shards.
+        keys: settings.
+        ranks: processes under torchrun; 0 for none.
+        name: run.name.
+        recipe: its name or file.
         launcher: torchrun options in place of ``--standalone --nproc-per-node ranks``.
         prefix: words before the command, such as ``ip netns exec NAME``.
     """

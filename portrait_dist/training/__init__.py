@@ -1,4 +1,7 @@
-"""Training with SuperGradients. Importing this package does not import SuperGradients; asking for its classes does."""
+"""Training with SuperGradients.
+
+Importing this package does not import SuperGradients; asking for its classes does.
+"""
 
 from __future__ import annotations
 

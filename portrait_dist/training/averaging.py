@@ -1,9 +1,10 @@
 """The mean of the best models of a run.
 
-Each model is a file of its own in ``averaging_snapshots/``, written before the checkpoint that names it.
-Which files belong to the average stands in ``ckpt_latest.pth`` alone, so the set changes exactly when
-that file is renamed, and a process that is killed at any moment leaves a set that is whole. The mean is
-a function of the set: after any schedule of kills it has the bits of an undisturbed run.
+Each model is a file of its own in ``averaging_snapshots/``, written before the checkpoint that
+names it. Which files belong to the average stands in ``ckpt_latest.pth`` alone, so the set changes
+exactly when that file is renamed, and a process that is killed at any moment leaves a set that is
+whole. The mean is a function of the set: after any schedule of kills it has the bits of an
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from portrait_dist.runs.folder import AVERAGE, LATEST
 
 SNAPSHOTS = "averaging_snapshots"
 OLD_FILE = "averaging_snapshots.pkl"
-"""Where releases before 0.2 kept all snapshots in one file, rewritten at each epoch (310 MB for ten)."""
+"""Where releases before 0.2 kept all snapshots, rewritten at each epoch (310 MB for ten)."""
 
 
 class AverageOfBest:
@@ -109,7 +110,7 @@ class AverageOfBest:
         checkpoints.write(self.folder / AVERAGE, {"net": mean, **entries, "portrait_dist": own})
 
     def discard_others(self, members: Iterable[Snapshot]) -> None:
-        """Remove the files of models that left the average, after the checkpoint that drops them."""
+        """Remove the files of models that the latest checkpoint no longer names."""
         kept = {self.path(member.epoch).name for member in members}
         for path in (self.folder / SNAPSHOTS).glob("*"):
             if path.name not in kept:
@@ -137,8 +138,8 @@ class AverageOfBest:
         snapshots = found.get("snapshots") if isinstance(found, dict) else None
         if not isinstance(snapshots, list) or not all(map(_is_old_snapshot, snapshots)):
             raise DamagedDataError(
-                f"{path}: holds no snapshots of an average; remove it to continue without the models "
-                "in it"
+                f"{path}: holds no snapshots of an average; remove it to continue without its "
+                "models"
             )
         members = []
         for epoch, snapshot in enumerate(snapshots, start=-len(snapshots)):
@@ -160,14 +161,15 @@ def _is_old_snapshot(snapshot: Any) -> bool:
 def mean_of_files(paths: Sequence[Path]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Average the ``net`` of checkpoints, oldest first.
 
-    Summed in float64 in the order of the epochs, anew each time: a sum that is kept and corrected when
-    a model leaves depends on its history in the last bit. Ten U-Nets take 0.4 s of the writing thread.
+    Summed in float64 in the order of the epochs, anew each time: a sum that is kept and corrected
+    when a model leaves depends on its history in the last bit. Ten U-Nets take 0.4 s of the writing
+    thread.
 
     Args:
         paths: at least one checkpoint.
 
     Returns:
-        The mean of each floating-point tensor (other tensors are the last file's), and the last file.
+        The mean of each floating-point tensor (others are the last file's), and the last file.
 
     Raises:
         DamagedDataError: a file is damaged, or its tensors are not those of the first one.

@@ -48,10 +48,10 @@ class Position:
 class DeviceBatches:
     """Iterate a loader and yield its batches on ``device``.
 
-    Batches of the stream come as :class:`TensorBatch`, others as the tuples they were. The next batch
-    is fetched when the consumer asks for it, after it has launched its step: a loader that is late then
-    delays nothing that could run already, and on a GPU the copy still overlaps with the step, because
-    the host is ahead of the device.
+    Batches of the stream come as :class:`TensorBatch`, others as the tuples they were. The next
+    batch is fetched when the consumer asks for it, after it has launched its step: a loader that is
+    late then delays nothing that could run already, and on a GPU the copy still overlaps with the
+    step, because the host is ahead of the device.
 
     Args:
         loader: a ``StreamLoader``, or any iterable of (inputs, targets, …).

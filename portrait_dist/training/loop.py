@@ -242,7 +242,7 @@ class LossWatch:
             self.first_bad()
 
     def first_bad(self) -> Step | None:
-        """Return the first step of the epoch with a loss that is not finite (waits for the device)."""
+        """Return the epoch's first step with a loss that is not finite (waits for the device)."""
         if self.losses and self.bad is None:
             finite = torch.isfinite(torch.stack(self.losses)).tolist()
             self.bad = next(

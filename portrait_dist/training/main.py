@@ -334,6 +334,7 @@ def _training_params(config: Config, plan: Plan, trainer: Any, *, resuming: bool
         "resume": resuming,
         "average_best_models": train.average_best,
         "max_valid_batches": train.max_val_batches or None,
+        "run_validation_freq": train.validate_every,
         "phase_callbacks": [RunRecorder(trainer, train.pictures)],
         "kill_ddp_pgroup_on_end": False,
         "log_installed_packages": False,

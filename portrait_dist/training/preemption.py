@@ -1,9 +1,9 @@
 """Stop without loss: signals set a flag, and all ranks agree on the step at which they act on it.
 
 SIGTERM, SIGINT and SIGUSR2 (which SLURM sends before a time limit) ask for a stop. The handler only
-records the signal. Every k steps the ranks exchange one small number over a gloo group of its own and
-read the result k steps later, so that nobody waits for the exchange, and every rank reads the same
-number at the same step.
+records the signal. Every k steps the ranks exchange one small number over a gloo group of its own
+and read the result k steps later, so that nobody waits for the exchange, and every rank reads the
+same number at the same step.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class StopSignals:
 
 
 def _request_signal_at_parents_death(number: signal.Signals | None) -> None:
-    """Set (or, with None, clear) PR_SET_PDEATHSIG of this process; elsewhere than on Linux nothing."""
+    """Set PR_SET_PDEATHSIG of this process, or clear it with None. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number or 0), 0, 0, 0)
 
@@ -82,8 +82,8 @@ def _request_signal_at_parents_death(number: signal.Signals | None) -> None:
 def exchange_interval(world_size: int, steps: int) -> int:
     """Return the number of steps between two exchanges.
 
-    Gloo sends the number around a ring of 2 (N - 1) hops of 50 to 100 µs each: 1 ms for 8 ranks, 50 to
-    100 ms for 512, longer than a step. N / 8 steps later the result has arrived at any size.
+    Gloo sends the number around a ring of 2 (N - 1) hops of 50 to 100 µs each: 1 ms for 8 ranks, 50
+    to 100 ms for 512, longer than a step. N / 8 steps later the result has arrived at any size.
 
     Args:
         world_size: number of ranks.
@@ -131,13 +131,14 @@ class Agreement:
         if (self._calls - 1) % self.interval:
             return NOTHING
         agreed = self.finish()
-        self._submit()
-        # A rank that waits for a save goes on requesting it until it happens. What was submitted just
-        # now was requested before the save that follows, and must not lead to a second one.
+        self.submit()
+        # A rank that waits for a save goes on requesting it until it happens. What was submitted
+        # just now was requested before the save that follows, and must not lead to a second one.
         self._ignore_save = agreed == SAVE
         return agreed
 
-    def _submit(self) -> None:
+    def submit(self) -> None:
+        """Start an exchange of the requests since the last one, for ``finish``."""
         import torch.distributed as dist
 
         tensor = torch.tensor([self._request], dtype=torch.int32)
@@ -184,7 +185,7 @@ class StopNotice:
 
 
 def _asked(question: Callable[[Any], Any]) -> Any:
-    """Ask the job's store; True where it is gone, because the torchrun process that kept it ended."""
+    """Ask the job's store; True where it is gone with the torchrun process that kept it."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     try:

@@ -84,9 +84,9 @@ class EpochFiles:
     def write(self, write: Callable[[str], None], link: Callable[[str, str], None]) -> None:
         """Write the files in the order that a kill may interrupt anywhere.
 
-        ``latest`` commits the epoch. The model's snapshot is there before it, and the best checkpoint,
-        whose value a resumed run takes over; the average, which can be made again from the snapshots,
-        and the removal of models that left it come after it.
+        ``latest`` commits the epoch. The model's snapshot is there before it, and the best
+        checkpoint, whose value a resumed run takes over; the average, which can be made again from
+        the snapshots, and the removal of models that left it come after it.
 
         Args:
             write: writes the state under a name.
@@ -121,7 +121,7 @@ class Saver(BackgroundWriter):
     """Writes the files of an epoch beside the next one."""
 
     def save(self, files: EpochFiles, folder: Path, logger: Any) -> None:
-        """Write the files on the thread; through a logger that is not ours at once, by its own method.
+        """Write the files on the thread; a foreign logger writes them itself, at once.
 
         Args:
             files: what to write.

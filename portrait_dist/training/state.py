@@ -1,4 +1,4 @@
-"""What a checkpoint holds beyond SuperGradients' entries: metadata, random states, sums, position."""
+"""What a checkpoint holds beyond SuperGradients' entries: metadata, random states, sums."""
 
 from __future__ import annotations
 
@@ -134,7 +134,8 @@ def restore_sums(ranks: list[Any], meter: LossMeter, metrics: Any, device: torch
 
     Args:
         ranks: what a checkpoint holds of every rank.
-        meter, metrics: where they are added.
+        meter: of the losses.
+        metrics: of training; both are added to.
         device: of this rank.
     """
     sums = [rank["sums"] for rank in ranks if rank and "sums" in rank]

@@ -1,9 +1,9 @@
 """The Trainer: what SuperGradients asks for, around the loop of :mod:`portrait_dist.training.loop`.
 
-SuperGradients brings parameters, callbacks, loggers and the sequence of epochs. Between two steps all
-ranks agree whether to save or to stop (:mod:`portrait_dist.training.preemption`), so a checkpoint in
-the middle of an epoch is a few integers more than one at its end: the position in the stream, the sums
-so far, and the random state of every rank (:mod:`portrait_dist.training.state`).
+SuperGradients brings parameters, callbacks, loggers and the sequence of epochs. Between two steps
+all ranks agree whether to save or to stop (:mod:`portrait_dist.training.preemption`), so a
+checkpoint in the middle of an epoch is a few integers more than one at its end: the position in the
+stream, the sums so far, and the random state of every rank (:mod:`portrait_dist.training.state`).
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class PortraitTrainer(AdaptedTrainer):
 
     It takes SuperGradients' training parameters. ``mixed_precision`` means bf16 autocast,
     ``batch_accumulate`` averages the gradients of its batches, ``sync_bn``, ``ema``,
-    ``clip_grad_norm``, ``torch_compile`` are as there. A loss that is not finite ends the training with
-    :class:`portrait_dist.errors.DivergedError`.
+    ``clip_grad_norm``, ``torch_compile`` are as there. A loss that is not finite ends the training
+    with :class:`portrait_dist.errors.DivergedError`.
 
     Args:
         experiment_name: name of the run; its folder is ``<ckpt_root_dir>/<experiment_name>``.
@@ -107,8 +107,8 @@ class PortraitTrainer(AdaptedTrainer):
         signals: recorded stop signals, looked at between two steps.
         prepare: turns a batch of the stream into (inputs, targets) on the device; plain (inputs,
             targets) batches need none.
-        metadata: entries for the checkpoints' ``portrait_dist`` dict, such as the configuration. What
-            network it is, the size of the images and the hash of the data are added.
+        metadata: entries for the checkpoints' ``portrait_dist`` dict, such as the configuration.
+            What network it is, the size of the images and the hash of the data are added.
         device, multi_gpu: refused with advice, as by SuperGradients' Trainer.
     """
 
@@ -178,8 +178,9 @@ class PortraitTrainer(AdaptedTrainer):
     def _in_ddp(self, model: nn.Module, accumulate: int) -> nn.Module:
         """Wrap a model for the exchange of gradients.
 
-        A static graph is prepared once, but a network that uses other parameters in some step (layer
-        dropping, staged losses) dies in it; such a network needs the search for unused parameters.
+        A static graph is prepared once, but a network that uses other parameters in some step
+        (layer dropping, staged losses) dies in it; such a network needs the search for unused
+        parameters.
         """
         uniform = self.options.static_graph
         if uniform is None:
@@ -210,7 +211,10 @@ class PortraitTrainer(AdaptedTrainer):
         return int(self.max_train_batches or len(self.train_loader))
 
     def train(self, *args: Any, **kwargs: Any) -> None:
-        """Train; see SuperGradients' Trainer.train for the arguments. All files are written at the end."""
+        """Train; see SuperGradients' Trainer.train for the arguments.
+
+        All files are written at the end.
+        """
         try:
             super().train(*args, **kwargs)
         except BaseException:
@@ -250,7 +254,7 @@ class PortraitTrainer(AdaptedTrainer):
         return self._reduce(context.loss_avg_meter, self.train_metrics)
 
     def _start_epoch(self, context: PhaseContext) -> int:
-        """Tell the loader the epoch; take up an interrupted one. Returns the batches that are done."""
+        """Begin an epoch or take up an interrupted one; return how many batches are done."""
         loader, epoch = self.train_loader, context.epoch
         resumed = self.checkpoint.get("portrait_dist", {}) if epoch == self.start_epoch else {}
         self.checkpoint = {}
@@ -275,8 +279,8 @@ class PortraitTrainer(AdaptedTrainer):
                 "portrait_dist.data.build_loader"
             )
         loader.load_state_dict(position["loader"])
-        # On another number of ranks, or with another batch size, the same samples are another number
-        # of batches.
+        # On another number of ranks, or with another batch size, the same samples are another
+        # number of batches.
         left = getattr(loader, "batches_left", None)
         return int(position["batches"]) if left is None else len(loader) - int(left)
 
@@ -356,7 +360,7 @@ class PortraitTrainer(AdaptedTrainer):
         self._sums_of_training = checkpoints.host_copy(sums)
 
     def _gather_states(self, **more: Any) -> list[dict[str, Any]] | None:
-        """Every rank's random state on rank 0, 16 kB each; over gloo where there is such a group."""
+        """Gather every rank's random state on rank 0, 16 kB each; over gloo where it can."""
         own = checkpoints.host_copy({**state.random_state(), **more})
         return distributed.gather_to_rank_0(own, self.agreement.group)
 
@@ -410,7 +414,8 @@ class PortraitTrainer(AdaptedTrainer):
         if first is None:
             lr = float(self.optimizer.param_groups[0]["lr"])
             return DivergedError(
-                f"the weights are not finite in epoch {epoch + 1}, learning rate {lr:g}; {kept}; {advice}",
+                f"the weights are not finite in epoch {epoch + 1}, learning rate {lr:g}; {kept}; "
+                f"{advice}",
                 epoch=epoch,
                 lr=lr,
             )
@@ -419,8 +424,8 @@ class PortraitTrainer(AdaptedTrainer):
         shown += f" and {more} more" if more > 0 else ""
         step = first.index + 1
         return DivergedError(
-            f"the loss is not finite at epoch {epoch + 1}, step {step} of {self.steps_per_epoch}, on rank "
-            f"{first.rank}, learning rate {first.lr:g}, samples {shown}; {kept}; {advice}",
+            f"the loss is not finite at epoch {epoch + 1}, step {step} of {self.steps_per_epoch}, "
+            f"on rank {first.rank}, learning rate {first.lr:g}, samples {shown}; {kept}; {advice}",
             keys=first.keys,
             epoch=epoch,
             step=step + self.steps_per_epoch * epoch,
@@ -597,7 +602,7 @@ class PortraitTrainer(AdaptedTrainer):
         self.saver.join()
 
     def _state(self, epoch: int, value: float, metrics: dict[str, Any]) -> dict[str, Any]:
-        """SuperGradients' checkpoint dict, and under ``portrait_dist`` what resuming needs besides."""
+        """Build SuperGradients' checkpoint dict, with what resuming needs besides."""
         averaged = None if self.average is None else [asdict(one) for one in self.average.members]
         entries = {
             "net": unwrap_model(self._training_net).state_dict(),
@@ -654,7 +659,7 @@ class PortraitTrainer(AdaptedTrainer):
         return bool(self.training_params.save_model and position.loader)
 
 
-# What SuperGradients is told around a batch -----------------------------------------------------------
+# What SuperGradients is told around a batch -------------------------------------------------------
 
 
 class _TrainingHooks:

@@ -36,6 +36,9 @@ def attempt(shards: str, folder: Path, name: str, fatal: Fatal | None, before: b
     """Train in a child that dies at a rename; returns whether it ended by itself.
 
     Args:
+        shards: data.shards.
+        folder: run.root.
+        name: run.name.
         fatal: which rename kills; None for none.
         before: whether it dies before the rename or behind it.
     """

@@ -148,7 +148,7 @@ def test_resumed_on_other_world_sizes_no_sample_is_seen_twice_and_none_is_skippe
 def test_killed_ranks_are_restarted_from_the_last_checkpoint_and_lose_nothing(
     uninterrupted: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    """kill -9 of rank 1, then of rank 0, which writes a checkpoint at every step."""
+    """Kill -9 of rank 1, then of rank 0, which writes a checkpoint at every step."""
     rendezvous = ("--standalone", "--nproc-per-node=2", "--max-restarts=2")
     job = train(
         tmp_path,
