@@ -110,6 +110,7 @@ def train(
     prefix: tuple[str, ...] = (),
     name: str = "run",
     recipe: str = PLAIN,
+    nproc: int = 0,
 ) -> Job:
     """Start ``portrait-dist train --json`` alone (``ranks=0``) or under torchrun.
 
@@ -122,12 +123,14 @@ def train(
         recipe: its name or file.
         launcher: torchrun options in place of ``--standalone --nproc-per-node ranks``.
         prefix: words before the command, such as ``ip netns exec NAME``.
+        nproc: start so many ranks by ``train --nproc``, without torchrun's command line.
     """
     folder.mkdir(parents=True, exist_ok=True)
     options = launcher or ("--standalone", f"--nproc-per-node={ranks}")
-    start = (sys.executable,) if ranks == 0 else (*TORCHRUN, *options)
+    start = (sys.executable,) if ranks == 0 or nproc else (*TORCHRUN, *options)
     words = [*prefix, *start, "-m", "portrait_dist", "train", "--json", "--recipe", recipe]
     words += [f"data.shards={shards}", f"run.root={folder}", f"run.name={name}", *TINY, *keys]
+    words += ["--nproc", str(nproc)] if nproc else []
     log = folder / f"{name}-{time.time_ns()}.log"
     environment = {
         key: value

@@ -334,13 +334,11 @@ def machine(found: Mapping[str, Any]) -> dict[str, str]:
 def commands(run: Run, location: ShardsLocation) -> list[str]:
     """Return the commands that train and score the same again."""
     ranks = run.status.world_size or 1
-    launch = "portrait-dist"
-    if ranks > 1:
-        launch = f"torchrun --nproc-per-node {ranks} -m portrait_dist"
+    launch = f"portrait-dist train --nproc {ranks}" if ranks > 1 else "portrait-dist train"
     lines = []
     if run.settings.values:
         arguments = shlex.join(train_arguments(run))
-        lines.append(f"{launch} train {arguments} run.name=again")
+        lines.append(f"{launch} {arguments} run.name=again")
     if run.checkpoint:
         checkpoint, shards = shlex.quote(str(run.checkpoint)), shlex.quote(location.path)
         lines.append(f"portrait-dist evaluate --checkpoint {checkpoint} --data {shards}")
