@@ -7,11 +7,13 @@ both run it.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 import torch
 
@@ -20,7 +22,7 @@ from portrait_dist.checkpoints import input_geometry, load_model
 from portrait_dist.data import build_loader
 from portrait_dist.errors import InputError
 from portrait_dist.losses import SoftIoULoss
-from portrait_dist.metrics import PrecisionRecall, SoftIoU, per_sample
+from portrait_dist.metrics import BOUNDARY_RATIO, PrecisionRecall, SoftIoU, per_sample
 from portrait_dist.preprocessing import Alpha, ImageArray, normalise
 from portrait_dist.system.malloc import keep_freed_memory
 
@@ -48,12 +50,48 @@ class SampleScores:
 
 
 @dataclass(frozen=True)
+class ErrorGroups:
+    """Wrong pixels (masks cut at 0.5) by where they are; counts of one sample or sums of many.
+
+    Attributes:
+        edge: within 2 % of the diagonal of the true edge (the band of boundary IoU): hair, blur.
+        missed: person beyond that band taken for background: hands, bags, clothes.
+        attached: background beyond it taken for person, in one piece with the person.
+        islands: background in pieces that touch no person; ``predict --largest`` drops them.
+        pieces: number of such islands.
+    """
+
+    edge: int = 0
+    missed: int = 0
+    attached: int = 0
+    islands: int = 0
+    pieces: int = 0
+
+    def __add__(self, other: ErrorGroups) -> ErrorGroups:
+        """Add up the counts."""
+        return ErrorGroups(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def wrong(self) -> int:
+        """Number of wrong pixels."""
+        return self.edge + self.missed + self.attached + self.islands
+
+
+@dataclass(frozen=True)
 class SampleRow:
-    """What is kept of every sample: ``key``, ``position`` in the split and ``scores``."""
+    """What is kept of every sample.
+
+    Attributes:
+        key: of the sample.
+        position: number of the sample in the split.
+        scores: of the prediction.
+        errors: of the prediction, where they were asked for.
+    """
 
     key: str
     position: int
     scores: SampleScores
+    errors: ErrorGroups | None
 
 
 @dataclass(frozen=True)
@@ -72,12 +110,12 @@ class ScoredSample(SampleRow):
 
     def row(self) -> SampleRow:
         """Return the sample without its images."""
-        return SampleRow(self.key, self.position, self.scores)
+        return SampleRow(self.key, self.position, self.scores, self.errors)
 
     def copy(self) -> ScoredSample:
         """Return a copy that does not keep the whole batch in memory."""
         images = (self.image.copy(), self.alpha.copy(), self.prediction.copy())
-        return ScoredSample(self.key, self.position, self.scores, *images)
+        return ScoredSample(self.key, self.position, self.scores, self.errors, *images)
 
 
 @dataclass(frozen=True)
@@ -122,11 +160,13 @@ class Evaluation:
         scores: of the whole split.
         rows: of every sample, ordered by key.
         curve: at 101 thresholds from 0 to 1.
+        errors: sums over the split, where they were asked for.
     """
 
     scores: SplitScores
     rows: list[SampleRow]
     curve: list[CurvePoint]
+    errors: ErrorGroups | None = None
 
 
 class Scorer:
@@ -135,6 +175,7 @@ class Scorer:
     Args:
         model: a U-Net in evaluation mode; it is moved to ``device``.
         device: where to compute.
+        group_errors: count the wrong pixels of every sample by where they are, on the host.
 
     Attributes:
         pooled: IoU over all pixels seen so far; its ``compute`` sums over the ranks.
@@ -143,8 +184,9 @@ class Scorer:
         samples: how many samples were seen, of this rank.
     """
 
-    def __init__(self, model: UNet, device: torch.device) -> None:
+    def __init__(self, model: UNet, device: torch.device, *, group_errors: bool = False) -> None:
         self.model, self.device = model.to(device), device
+        self.group_errors = group_errors
         self.pooled = SoftIoU().to(device)
         self.thresholds = PrecisionRecall().to(device)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -158,8 +200,16 @@ class Scorer:
             images, alphas = batch.image.numpy(), batch.alpha.numpy()
             for i, key in enumerate(batch.keys):
                 scores = SampleScores(**{name: values[i] for name, values in columns.items()})
-                position = int(batch.positions[i])
-                yield ScoredSample(key, position, scores, images[i], alphas[i], predictions[i])
+                errors = group_errors(alphas[i], predictions[i]) if self.group_errors else None
+                yield ScoredSample(
+                    key,
+                    int(batch.positions[i]),
+                    scores,
+                    errors,
+                    images[i],
+                    alphas[i],
+                    predictions[i],
+                )
 
     @torch.inference_mode()
     def _score_batch(self, batch: Batch) -> tuple[Alpha, dict[str, list[float]]]:
@@ -176,6 +226,36 @@ class Scorer:
         # One copy from the device for all scores: each `tolist` of its own would wait for it again.
         rows = torch.stack(list(found.values())).tolist()
         return probabilities[:, 0].float().cpu().numpy(), dict(zip(found, rows, strict=True))
+
+
+def group_errors(alpha: ImageArray, prediction: Alpha) -> ErrorGroups:
+    """Count the wrong pixels of one sample by where they are.
+
+    Args:
+        alpha: uint8 [H, W], the true matte.
+        prediction: float32 [H, W] in [0, 1].
+    """
+    truth, found = alpha > 127, prediction > 0.5
+    wrong = truth != found
+    if not wrong.any():
+        return ErrorGroups()
+    reach = max(1, round(BOUNDARY_RATIO * math.hypot(*truth.shape)))
+    box = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
+    # A pixel is in the band where its neighbourhood holds both person and background.
+    band = cv2.dilate(truth.astype(np.uint8), box) > cv2.erode(truth.astype(np.uint8), box)
+    count, labels = cv2.connectedComponents(found.astype(np.uint8), connectivity=8)
+    touching = np.zeros(count, bool)
+    touching[np.unique(labels[truth])] = True
+    touching[0] = True  # the background
+    island = ~touching[labels]
+    beyond = wrong & ~band & ~island
+    return ErrorGroups(
+        edge=int((wrong & band & ~island).sum()),
+        missed=int((beyond & truth).sum()),
+        attached=int((beyond & found).sum()),
+        islands=int(island.sum()),
+        pieces=int(count - touching.sum()),
+    )
 
 
 @contextlib.contextmanager
@@ -211,6 +291,7 @@ def evaluate(
     workers: int = 2,
     device: str = "auto",
     size: tuple[int, int] | None = None,
+    group_errors: bool = False,
 ) -> Evaluation | None:
     """Score a checkpoint on a split; under torchrun every rank calls it.
 
@@ -222,6 +303,7 @@ def evaluate(
         workers: decoding threads.
         device: ``auto``, ``cpu`` or ``cuda``.
         size: (H, W) of training, for a checkpoint that does not say it.
+        group_errors: count wrong pixels by where they are.
 
     Returns:
         The evaluation on rank 0, None on the other ranks.
@@ -247,7 +329,7 @@ def evaluate(
             drop_last=False,
         )
     )
-    scorer = Scorer(model, chosen)
+    scorer = Scorer(model, chosen, group_errors=group_errors)
     rows = [sample.row() for sample in scorer.score(loader)]
     return _gathered(scorer, split, rows)
 
@@ -284,7 +366,8 @@ def _gathered(scorer: Scorer, split: str, rows: list[SampleRow]) -> Evaluation |
         best_threshold=max(curve, key=lambda point: point.iou).thresholds,
         world_size=distributed.world_size(),
     )
-    return Evaluation(scores, every, curve)
+    errors = [row.errors for row in every if row.errors]
+    return Evaluation(scores, every, curve, sum(errors, ErrorGroups()) if errors else None)
 
 
 def mean_scores(scores: Sequence[SampleScores]) -> SampleScores:

@@ -12,7 +12,7 @@ import click
 from portrait_dist.commands import Size, command
 
 if TYPE_CHECKING:
-    from portrait_dist.evaluation import Evaluation
+    from portrait_dist.evaluation import Evaluation, SampleRow
 
 EXAMPLES = """\b
 Examples:
@@ -33,7 +33,25 @@ def _summary(result: dict[str, Any]) -> str:
         f"boundary IoU {result['boundary_iou']:.4f}, "
         f"gradient error {result['gradient_error']:.3f}\n"
         f"MAE {result['mae']:.5f}, MSE {result['mse']:.5f}, loss {result['loss']:.4f}"
+        f"{_errors_line(result.get('errors'))}"
     )
+
+
+def _errors_line(errors: dict[str, Any] | None) -> str:
+    """Describe the error groups, where they were asked for."""
+    if not errors:
+        return ""
+    wrong = errors["wrong"] or 1
+    parts = ", ".join(
+        f"{errors[name] / wrong:.0%} {text}"
+        for name, text in (
+            ("edge", "at the edge"),
+            ("missed", "person missed"),
+            ("attached", "background attached"),
+            ("islands", "islands"),
+        )
+    )
+    return f"\n{errors['wrong']} wrong pixels: {parts}"
 
 
 @command("evaluate", summary=_summary, epilog=EXAMPLES)
@@ -72,6 +90,12 @@ def _summary(result: dict[str, Any]) -> str:
     help="CSV file for precision, recall and IoU over thresholds.",
 )
 @click.option(
+    "--errors",
+    is_flag=True,
+    help="Count the wrong pixels by where they are: at the edge, person missed, background "
+    "attached to the person, islands (which predict --largest drops).",
+)
+@click.option(
     "--pictures",
     type=click.Path(path_type=Path),
     help="Folder for pictures of the worst and the median samples.",
@@ -86,6 +110,7 @@ def evaluate(
     size: tuple[int, int] | None,
     table: Path | None,
     curve: Path | None,
+    errors: bool,
     pictures: Path | None,
 ) -> dict[str, Any] | None:
     """Score a checkpoint on a split, alone or under torchrun; every sample counts exactly once."""
@@ -102,6 +127,7 @@ def evaluate(
             workers=workers,
             device=device,
             size=size,
+            group_errors=errors,
         )
     finally:
         distributed.stop()
@@ -109,6 +135,8 @@ def evaluate(
         return None
     _write_tables(found, table, curve)
     result = dataclasses.asdict(found.scores)
+    if found.errors:
+        result["errors"] = dataclasses.asdict(found.errors) | {"wrong": found.errors.wrong}
     if pictures:
         result["pictures"] = evaluation.write_examples(
             found, checkpoint, shards, pictures, device=device, size=size
@@ -132,10 +160,18 @@ def _check_outputs(table: Path | None, curve: Path | None, pictures: Path | None
 def _write_tables(found: Evaluation, table: Path | None, curve: Path | None) -> None:
     """Write the CSV files."""
     if table:
-        scored = ({"key": row.key} | dataclasses.asdict(row.scores) for row in found.rows)
-        _write_csv(table, scored)
+        _write_csv(table, map(_columns, found.rows))
     if curve:
         _write_csv(curve, map(dataclasses.asdict, found.curve))
+
+
+def _columns(row: SampleRow) -> dict[str, Any]:
+    errors = {
+        f"{name}_errors": count
+        for name, count in (dataclasses.asdict(row.errors) if row.errors else {}).items()
+        if name != "pieces"
+    }
+    return {"key": row.key, **dataclasses.asdict(row.scores), **errors}
 
 
 def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:

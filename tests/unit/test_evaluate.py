@@ -138,3 +138,26 @@ def test_shards_of_another_size_are_refused_with_the_size_of_training(
     large = blobs.save(blobs.train(steps=1), tmp_path / "ckpt.pth", size=(64, 64))
     result = evaluate(large, tiny_shards)
     cli.assert_one_line(result, 2, "trained at 64x64", "packed at 32x32", "--size 64x64")
+
+
+def test_wrong_pixels_are_grouped_by_where_they_are_and_every_one_counts_once(
+    checkpoint: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    alpha = np.zeros((100, 100), np.uint8)
+    alpha[20:80, 20:60] = 255  # the person; the band of the edge is 3 pixels wide on each side
+    prediction = (alpha / 255).astype(np.float32)
+    prediction[19, 20:60] = 1  # 40 pixels at the edge
+    prediction[40:44, 30:35] = 0  # a hole of 20 pixels
+    prediction[50:60, 60:90] = 1  # 300 pixels attached, 30 of them within the band
+    prediction[5:9, 90:95] = 1  # an island of 20 pixels
+    groups = evaluation.group_errors(alpha, prediction)
+    assert groups == evaluation.ErrorGroups(40 + 30, 20, 270, 20, 1)
+    assert groups.wrong == int(((alpha > 127) != (prediction > 0.5)).sum())
+    rows = tmp_path / "rows.csv"
+    result = evaluate(checkpoint, tiny_shards, "--errors", "--per-sample", rows).json
+    assert result["errors"]["wrong"] == sum(
+        int(row[f"{name}_errors"])
+        for row in table(rows)
+        for name in ("edge", "missed", "attached", "islands")
+    )
+    assert "errors" not in evaluate(checkpoint, tiny_shards).json
