@@ -153,8 +153,14 @@ class DataConfig:
         Doc("side of the square training image, pixels, for shards of original size; 0 means 256"),
     ] = 0
     workers: Annotated[
-        int, Ge(0), Le(4096), Doc("decoding threads of each rank; never changes the batches")
-    ] = 2
+        int,
+        Ge(-1),
+        Le(4096),
+        Doc(
+            "decoding threads of each rank; 0 chooses by cores and ranks, -1 decodes in the "
+            "training thread; never changes the batches"
+        ),
+    ] = 0
     prefetch_batches: Annotated[
         int, Ge(1), Le(1_000_000), Doc("batches decoded before they are needed, per rank")
     ] = 4

@@ -68,7 +68,11 @@ def _errors_line(errors: dict[str, Any] | None) -> str:
     help="Samples per rank and batch.",
 )
 @click.option(
-    "--workers", default=2, show_default=True, type=click.IntRange(0), help="Decoding threads."
+    "--workers",
+    default=0,
+    show_default=True,
+    type=click.IntRange(-1),
+    help="Decoding threads; 0 chooses by cores and ranks, -1 decodes without threads.",
 )
 @click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])

@@ -1,4 +1,7 @@
-"""From raw pictures to batches: pairs, split, shards, the exact stream, augmentation. Nothing here knows SuperGradients."""
+"""From raw images to batches: pairs, split, shards, the exact stream, augmentation.
+
+Nothing here knows SuperGradients.
+"""
 
 from __future__ import annotations
 

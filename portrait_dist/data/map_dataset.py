@@ -1,7 +1,8 @@
 """The map-style dataset of the tutorial, over the tree that ``portrait-dist prepare`` writes.
 
-It is the plain reference the stream is compared with: it opens two files for each sample, decodes the whole RGBA matte and
-augments on the CPU at full size, as the tutorial does. To train, ``pack`` the tree and use ``build_loader``: many times faster.
+It is the plain reference the stream is compared with: it opens two files for each sample, decodes
+the whole RGBA matte and augments on the CPU at full size, as the tutorial does. To train, ``pack``
+the tree and use ``build_loader``: many times faster.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from portrait_dist.preprocessing import MEAN, STD
 class AISegmentDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Pairs of image and soft mask of one split.
 
-    A sample is ``(image, mask)``: image float32 [3, H, W], RGB, normalised by ImageNet's mean and deviation; mask float32
-    [1, H, W] in 0..1, the matte's last channel.
+    A sample is ``(image, mask)``: image float32 [3, H, W], RGB, normalised by ImageNet's mean and
+    deviation; mask float32 [1, H, W] in 0..1, the matte's last channel.
 
-    On ``train`` a sample is flipped with probability 0.5, then its brightness, contrast and saturation are jittered by
-    factors from [0.5, 1.5] at full size, then it is resized: the image bilinear with antialiasing, the mask to the nearest
-    pixel. These are SuperGradients' SegRandomFlip, SegColorJitter and SegResize: equal to the bit when ``random`` and
-    ``torch`` are seeded equally. On ``val`` and ``test`` it is only resized.
+    On ``train`` a sample is flipped with probability 0.5, then its brightness, contrast and
+    saturation are jittered by factors from [0.5, 1.5] at full size, then it is resized: the image
+    bilinear with antialiasing, the mask to the nearest pixel. These are SuperGradients'
+    SegRandomFlip, SegColorJitter and SegResize: equal to the bit when ``random`` and ``torch`` are
+    seeded equally. On ``val`` and ``test`` it is only resized.
 
     Args:
-        data_path: tree with ``<split>/<key>.jpg`` and ``<split>/<key>.png``, of ``prepare`` or of the tutorial.
+        data_path: tree with ``<split>/<key>.jpg`` and ``<split>/<key>.png``, of ``prepare`` or of
+            the tutorial.
         split: ``train``, ``val`` or ``test``.
         input_height: of the samples, in pixels.
         input_width: of the samples, in pixels.
@@ -64,17 +67,21 @@ class AISegmentDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return F.normalize(F.to_tensor(image), MEAN, STD), F.to_tensor(mask)
 
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """Image (RGB) and mask (L) of a pair at their own size."""
+        """Return image (RGB) and mask (L) of a pair at their own size."""
         pair = self.pairs[index]
         image, matte = _decode(pair.image), _decode(pair.matte)
         if image.size != matte.size:
             raise InputError(
-                f"{pair.matte}: {matte.size}, but its image {pair.image} has {image.size}; bring both to one size"
+                f"{pair.matte}: {matte.size}, but its image {pair.image} has {image.size}; "
+                "bring both to one size"
             )
         return image.convert("RGB"), matte.getchannel(matte.getbands()[-1])
 
     def augment(self, image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
-        """Flip both, jitter the image. Draws from ``random`` and torch's default generator, in SuperGradients' order."""
+        """Flip both and jitter the image.
+
+        Draws from ``random`` and torch's default generator, in the order of SuperGradients.
+        """
         if random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             mask = mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -82,7 +89,7 @@ class AISegmentDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def _pairs(data: Path, split: str) -> list[Pair]:
-    """Pairs of a prepared tree, or of one arranged by other means (no split.json)."""
+    """Return the pairs of a prepared tree, or of one arranged by other means (no split.json)."""
     images = data / split
     if split in SPLITS and not (data / MANIFEST).is_file() and images.is_dir():
         keys = sorted(path.stem for path in images.glob("*.jpg") if not path.name.startswith("."))
@@ -94,9 +101,9 @@ def _pairs(data: Path, split: str) -> list[Pair]:
 
 def _decode(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
+        with Image.open(path) as image:
+            image.load()
+            return image
     except FileNotFoundError as error:
         raise DamagedDataError(
             f"{path}: missing; run 'portrait-dist prepare' again, it adds what is missing"

@@ -90,7 +90,7 @@ def samples(shards: Path | str, cache: Any = None) -> dict[str, str]:
             4,
             shuffle=False,
             drop_last=False,
-            workers=0,
+            workers=-1,
             rank=0,
             world_size=1,
             cache=cache,

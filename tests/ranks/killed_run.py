@@ -26,7 +26,7 @@ SETTINGS = (
     "train.threads=1",
     "train.ema=true",
     "train.ema_decay=0.5",
-    "data.workers=0",
+    "data.workers=-1",
 )
 Fatal = Callable[[str, int], bool]
 """(name of the file, how often this attempt has renamed something) → is this the end?"""

@@ -81,7 +81,7 @@ def train(
         "silent_mode": True,
         "log_installed_packages": False,
     }
-    loaders = (build_loader(shards, split, BATCH, workers=0) for split in ("train", "val"))
+    loaders = (build_loader(shards, split, BATCH, workers=-1) for split in ("train", "val"))
     trainer.train(model, defaults | params, *loaders)
     return trainer
 

@@ -110,7 +110,7 @@ def decoding_threads(workers: int) -> int:
     Raises:
         InputError: not a whole number, or less than -1.
     """
-    workers = whole_number("workers", workers, IN_CALLER, 1024)
+    workers = whole_number("workers", workers, IN_CALLER, 4096)
     if workers != 0:
         return max(0, workers)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
