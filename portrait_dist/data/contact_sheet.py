@@ -1,4 +1,4 @@
-"""Read samples of a prepared folder or of shards, augment them, and draw them as a contact sheet."""
+"""Draw samples of a prepared folder or of shards, and what augmentation makes of them."""
 
 from __future__ import annotations
 

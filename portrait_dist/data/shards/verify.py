@@ -43,9 +43,9 @@ def verify(
 ) -> VerifyResult:
     """Check that shards are what ``portrait-dist pack`` wrote.
 
-    That is: nothing is missing, cut off, changed or there in addition; each index belongs to its tar
-    and agrees with what ``tarfile`` finds in it; every sample has an image and a mask of one size
-    that decode; the keys are those of the manifest.
+    That is: nothing is missing, cut off, changed or there in addition; each index belongs to its
+    tar and agrees with what ``tarfile`` finds in it; every sample has an image and a mask of one
+    size that decode; the keys are those of the manifest.
 
     Args:
         location: folder or address of the shards.

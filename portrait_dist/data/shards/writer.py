@@ -1,11 +1,11 @@
 """Pack a prepared tree into shards, on all cores, whole shards or none.
 
-Every shard is written under a temporary name, flushed to the disk and renamed; its index follows, so
-a shard with an index is complete. Killed at any moment and run again, ``pack`` keeps complete shards
-whose sources have not changed and ends with the same bytes as a run that was not interrupted.
+Every shard is written under a temporary name, flushed to the disk and renamed; its index follows,
+so a shard with an index is complete. Killed at any moment and run again, ``pack`` keeps complete
+shards whose sources have not changed and ends with the same bytes as an uninterrupted run.
 
-Threads are enough: reading, decoding, resizing, encoding and compressing all release the interpreter
-lock.
+Threads are enough: reading, decoding, resizing, encoding and compressing all release the
+interpreter lock.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def pack(
         quality: of the JPEGs; not used at original size.
 
     Raises:
-        InputError: wrong options, keys that cannot be stored, a pair that cannot be used, or ``out``
-            holds something else or cannot be written.
+        InputError: wrong options, keys that cannot be stored, a pair that cannot be used, or
+            ``out`` holds something else or cannot be written.
         DamagedDataError: a file that does not decode.
         PortraitDistError: the disk is full or failed.
     """

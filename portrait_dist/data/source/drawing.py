@@ -1,9 +1,12 @@
-"""Draws one synthetic portrait with its alpha: a figure with soft hair before a textured background.
+"""Draw one synthetic portrait with its alpha: a figure with soft hair before a textured background.
 
-The pictures are learnable but not trivial: scale, pose, hair, clothes and light vary, and the background takes its colours from
-the same palettes as skin, hair and cloth, so that colour alone does not tell the figure from what is behind it.
-``draw_portrait`` is a pure function of its generator. Pictures are drawn as planes, [3, H, W] float32 in 0..1, which numpy adds
-and multiplies several times faster than [H, W, 3].
+The images are learnable but not trivial: scale, pose, hair, clothes and light vary, and the
+background takes its colours from the same palettes as skin, hair and cloth, so that colour alone
+does not tell the figure from what is behind it. ``draw_portrait`` is a pure function of its
+generator: whoever changes the order of draws here changes every generated set.
+
+Images are drawn as planes, [3, H, W] float32 in 0..1, which numpy adds and multiplies several times
+faster than [H, W, 3].
 """
 
 # ruff: noqa: RUF005  (array + list adds coordinates here, it does not join)
@@ -43,23 +46,41 @@ SUBPIXEL = 4  # cv2 takes coordinates in 1/16 pixel
 
 @dataclass
 class Figure:
-    """Where the parts of a person are, in pixels; x to the right, y down."""
+    """Where the parts of a person are, in pixels; x to the right, y down.
 
-    head: Array  # centre of the head [2]
-    width: float  # half width of the head
-    height: float  # half height of the head
-    tilt: float  # of the head, degrees
-    shoulders: float  # half width of the shoulders
-    lean: float  # shift of the hips against the head
-    skin: Array  # RGB
-    hair: Array  # RGB
+    Args:
+        head: centre of the head, [2].
+        width: half width of the head.
+        height: half height of the head.
+        tilt: of the head, in degrees.
+        shoulders: half width of the shoulders.
+        lean: shift of the hips against the head.
+        skin: RGB.
+        hair: RGB.
+    """
+
+    head: Array
+    width: float
+    height: float
+    tilt: float
+    shoulders: float
+    lean: float
+    skin: Array
+    hair: Array
 
     def at(self, across: float, down: float) -> Array:
-        """The point ``across`` half widths and ``down`` half heights from the head's centre, turned with the head."""
+        """Return the point ``across`` half widths and ``down`` half heights from the head's centre.
+
+        The axes are tilted as the head is.
+        """
         angle = np.deg2rad(self.tilt)
         x, y = across * self.width, down * self.height
-        turned = [x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)]
-        return np.asarray(self.head + turned, np.float32)
+        tilted = [x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)]
+        return np.asarray(self.head + tilted, np.float32)
+
+    def dark(self, colour: Array, brightness: float) -> Array:
+        """Return a colour of the figure at a brightness below 1."""
+        return np.asarray(colour * brightness, np.float32)
 
 
 class Canvas:
@@ -70,9 +91,12 @@ class Canvas:
         self.alpha = np.zeros((HEIGHT, WIDTH), np.float32)
 
     def paint(self, mask: Array, colour: Array, shade: Array | None = None) -> None:
-        """Lay a colour, [3] or [3, H, W], over what is there, where ``mask`` [H, W] in 0..1 says so.
+        """Lay a colour over what is there.
 
-        ``shade`` [H, W] is a factor of brightness.
+        Args:
+            mask: coverage, [H, W] in 0..1.
+            colour: [3] or [3, H, W].
+            shade: factor of brightness, [H, W].
         """
         rows, columns = _bounds(mask)
         cover = mask[rows, columns]
@@ -99,7 +123,7 @@ def _pick(rng: Generator, palette: list[tuple[float, float, float]], spread: flo
 
 
 def _any_colour(rng: Generator) -> Array:
-    """Cloth, wall or leaf: a third from the skin and hair palettes, else of any hue, mostly muted."""
+    """Cloth, wall or leaf: a third of the palettes of skin and hair, else any hue, mostly muted."""
     if rng.random() < 0.33:
         return _pick(rng, SKIN + HAIR, 0.1)
     hue, saturation, value = rng.uniform(0, 360), rng.beta(1.6, 2.6), rng.uniform(0.12, 0.95)
@@ -108,11 +132,12 @@ def _any_colour(rng: Generator) -> Array:
 
 
 def _noise(rng: Generator, cells: int, octaves: int = 3, stretch: float = 1.0) -> Array:
-    """Smooth noise [H, W] of mean 0 and deviation about 1; ``cells`` is the coarsest grid's width, ``stretch`` makes it longer
-    down than across."""
-    shrink = (
-        4 if cells * 2**octaves <= WIDTH // 2 else 2
-    )  # the octaves are added up at no more pixels than they need
+    """Smooth noise [H, W] of mean 0 and deviation about 1.
+
+    ``cells`` is the coarsest grid's width, ``stretch`` makes it longer down than across.
+    """
+    # The octaves are added up at no more pixels than they need.
+    shrink = 4 if cells * 2**octaves <= WIDTH // 2 else 2
     height, width = HEIGHT // shrink, WIDTH // shrink
     total = np.zeros((height, width), np.float32)
     for octave in range(octaves):
@@ -124,14 +149,14 @@ def _noise(rng: Generator, cells: int, octaves: int = 3, stretch: float = 1.0) -
 
 
 def _planes(colour: Array) -> Array:
-    """A picture of one colour, [3, H, W]."""
+    """An image of one colour, [3, H, W]."""
     return np.broadcast_to(np.asarray(colour, np.float32)[:, None, None], (3, HEIGHT, WIDTH)).copy()
 
 
-def _mix(scene: Array, colour: Array, share: Array) -> None:
-    """Move a picture [3, H, W] towards a colour [3] by ``share`` [H, W], in place."""
+def _mix(scene: Array, colour: Array, fraction: Array) -> None:
+    """Move an image [3, H, W] towards a colour [3] by a fraction [H, W], in place."""
     for plane, value in zip(scene, colour, strict=True):
-        plane += share * (value - plane)
+        plane += fraction * (value - plane)
 
 
 def _fixed(points: Array) -> NDArray[np.int32]:
@@ -139,9 +164,10 @@ def _fixed(points: Array) -> NDArray[np.int32]:
 
 
 def _polygon(points: list[Array] | Array, roundness: float, edge: float = 1.6) -> Array:
-    """Filled polygon as a mask [H, W] with corners rounded by ``roundness`` pixels and an edge ``edge`` pixels soft.
+    """Filled polygon as a mask [H, W].
 
-    Drawn at half size, blurred, and made steep again: the 0.5 level of a blurred corner is a round one.
+    Its corners are rounded by ``roundness`` pixels, its edge is ``edge`` pixels soft. Drawn at half
+    size, blurred, and made steep again: the 0.5 level of a blurred corner is a round one.
     """
     mask = np.zeros((HEIGHT // 2, WIDTH // 2), np.uint8)
     cv2.fillPoly(mask, [_fixed(np.asarray(points, np.float32) / 2)], 255, cv2.LINE_AA, SUBPIXEL)
@@ -164,7 +190,7 @@ def _rounded(half: NDArray[np.uint8], roundness: float, edge: float) -> Array:
     columns = slice(max(0, left - reach), min(WIDTH // 2, left + width + reach))
     full = np.zeros((HEIGHT, WIDTH), np.float32)
     if width and height:
-        # A blurred mask falls off at the border of the picture unless the border is continued.
+        # A blurred mask falls off at the border of the image unless the border is continued.
         part = half[rows, columns].astype(np.float32) / 255
         smooth = cv2.GaussianBlur(part, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
         steep = 2 * sigma * np.sqrt(2 * np.pi) / edge
@@ -191,7 +217,7 @@ def _ellipse(
 
 
 def draw_background(rng: Generator) -> Array:
-    """A wall, street, room, or foliage, sharp or out of focus: [3, H, W] in 0..1."""
+    """Draw a wall, street, room, or foliage, sharp or out of focus: [3, H, W] in 0..1."""
     scene = _planes(_any_colour(rng))
     ramp = np.linspace(0, rng.uniform(0.1, 1), HEIGHT, dtype=np.float32)[:, None]
     _mix(scene, _any_colour(rng), ramp)
@@ -208,7 +234,7 @@ def draw_background(rng: Generator) -> Array:
 
 
 def _coordinates() -> tuple[Array, Array]:
-    """y [H, 1] and x [1, W], in pixels."""
+    """Coordinates y [H, 1] and x [1, W], in pixels."""
     return np.arange(HEIGHT, dtype=np.float32)[:, None], np.arange(WIDTH, dtype=np.float32)[None]
 
 
@@ -251,19 +277,10 @@ def _clutter(rng: Generator, scene: Array) -> None:
             for plane, value in zip(scene, colour, strict=True):
                 cv2.fillPoly(plane, boxes, float(value), cv2.LINE_AA, SUBPIXEL)
         else:
-            axes, turn = np.round(half).astype(int).tolist(), rng.uniform(0, 180)
+            axes, angle = np.round(half).astype(int).tolist(), rng.uniform(0, 180)
             for plane, value in zip(scene, colour, strict=True):
-                cv2.ellipse(
-                    plane,
-                    centre.astype(int).tolist(),
-                    axes,
-                    turn,
-                    0,
-                    360,
-                    float(value),
-                    -1,
-                    cv2.LINE_AA,
-                )
+                middle = centre.astype(int).tolist()
+                cv2.ellipse(plane, middle, axes, angle, 0, 360, float(value), -1, cv2.LINE_AA)
 
 
 def _foliage(rng: Generator, scene: Array) -> None:
@@ -285,18 +302,18 @@ def _bokeh(rng: Generator, scene: Array) -> None:
         cv2.circle(disc, (62, 62), radius, 0.6, -1, cv2.LINE_AA)
         rows, columns = slice(max(0, top), top + 125), slice(max(0, left), left + 125)
         part = scene[:, rows, columns]
-        seen = disc[rows.start - top :, columns.start - left :][: part.shape[1], : part.shape[2]]
-        part += seen * (_any_colour(rng) * np.float32(rng.uniform(0.2, 0.8)))[:, None, None]
+        visible = disc[rows.start - top :, columns.start - left :][: part.shape[1], : part.shape[2]]
+        part += visible * (_any_colour(rng) * np.float32(rng.uniform(0.2, 0.8)))[:, None, None]
 
 
 def draw_figure(rng: Generator, canvas: Canvas, figure: Figure) -> None:
     """Paint one person, from the hair behind the neck to the hand before the face."""
     style = _hair_style(rng)
     cloth = _cloth(rng)
-    _paint_hair(rng, canvas, figure, style, front=False)
+    _paint_hair_behind(rng, canvas, figure, style)
     _paint_body(rng, canvas, figure, cloth)
     _paint_head(rng, canvas, figure)
-    _paint_hair(rng, canvas, figure, style, front=True)
+    _paint_fringe(rng, canvas, figure, style)
     _paint_accessories(rng, canvas, figure)
     if rng.random() < 0.55:
         _paint_arms(rng, canvas, figure, cloth)
@@ -345,103 +362,139 @@ def _cloth(rng: Generator) -> Array:
 
 
 def _paint_body(rng: Generator, canvas: Canvas, figure: Figure, cloth: Array) -> None:
-    w, h, s = figure.width, figure.height, figure.shoulders
-    neck, x = figure.at(0, 1.25), float(figure.head[0])
-    line = float(neck[1]) + h * rng.uniform(0.12, 0.4)  # height of the shoulders
-    drop, waist = h * rng.uniform(0.25, 0.6), s * rng.uniform(0.68, 1.0)
-    hips = x + figure.lean
-    slope = rng.normal(0, 0.12) * h
-    torso: list[Array] = [
-        np.array(p)
-        for p in (
-            (neck[0] - 0.75 * w, neck[1] - 0.02 * h),
-            (neck[0] + 0.75 * w, neck[1] - 0.02 * h),
-            (x + s, line + drop + slope),
-            (x + s * 1.03, line + drop + 1.5 * h),
-            (hips + waist, line + 4.2 * h),
-            (hips + waist * 1.15, line + 9 * h),
-            (hips - waist * 1.15, line + 9 * h),
-            (hips - waist, line + 4.2 * h),
-            (x - s * 1.03, line + drop + 1.5 * h),
-            (x - s, line + drop - slope),
-        )
-    ]
+    """Torso, throat, and sometimes the opening of a jacket."""
+    w, h = figure.width, figure.height
+    neck = figure.at(0, 1.25)
+    torso = _torso(rng, figure, neck)
     canvas.paint(_polygon(torso, roundness=0.28 * w, edge=rng.uniform(1.4, 3)), cloth)
-    throat: list[Array] = [
+    throat = [
         figure.at(-0.55, 0.4),
         figure.at(0.55, 0.4),
         neck + [0.62 * w, 0.15 * h],
         neck + [0, 0.6 * h * rng.uniform(0.4, 1.6)],
+        neck + [-0.62 * w, 0.15 * h],
     ]
-    throat.append(neck + [-0.62 * w, 0.15 * h])
-    canvas.paint(_polygon(throat, roundness=0.15 * w), np.asarray(figure.skin * 0.86, np.float32))
-    if rng.random() < 0.3:  # a jacket over it
-        inner: list[Array] = [
+    canvas.paint(_polygon(throat, roundness=0.15 * w), figure.dark(figure.skin, 0.86))
+    if rng.random() < 0.3:
+        opening = [
             neck + [-0.75 * w, 0],
             neck + [0.75 * w, 0],
             neck + [0.1 * w, 3.2 * h],
             neck + [-0.1 * w, 3.2 * h],
         ]
-        opening = (
-            _polygon(inner, roundness=3)
+        inner = (
+            _polygon(opening, roundness=3)
             * (canvas.alpha > 0.98)
             * (1 - _polygon(throat, roundness=0.15 * w))
         )
-        canvas.paint(opening, _any_colour(rng))
+        canvas.paint(inner, _any_colour(rng))
+
+
+def _torso(rng: Generator, figure: Figure, neck: Array) -> list[Array]:
+    """Outline of the trunk: from the neck over shoulder, armpit and waist to below the picture."""
+    w, h, s = figure.width, figure.height, figure.shoulders
+    x = float(figure.head[0])
+    line = float(neck[1]) + h * rng.uniform(0.12, 0.4)  # height of the shoulders
+    drop, waist = h * rng.uniform(0.25, 0.6), s * rng.uniform(0.68, 1.0)
+    hips = x + figure.lean
+    slope = rng.normal(0, 0.12) * h
+    neckline, armpit = neck[1] - 0.02 * h, line + drop + 1.5 * h
+    waistline, below = line + 4.2 * h, line + 9 * h
+    outline = (
+        (neck[0] - 0.75 * w, neckline),
+        (neck[0] + 0.75 * w, neckline),
+        (x + s, line + drop + slope),
+        (x + s * 1.03, armpit),
+        (hips + waist, waistline),
+        (hips + waist * 1.15, below),
+        (hips - waist * 1.15, below),
+        (hips - waist, waistline),
+        (x - s * 1.03, armpit),
+        (x - s, line + drop - slope),
+    )
+    return [np.array(point) for point in outline]
+
+
+# Parts of the face as ellipses in the head's own coordinates (see ``Figure.at``): distance of the
+# centre from the middle line, height, half width, half height.
+EAR = (0.98, 0.08, 0.16, 0.22)
+EYE = (0.42, -0.08, 0.17, 0.065)
+IRIS = (0.42, -0.08, 0.075, 0.065)
+BROW = (0.42, -0.25, 0.24, 0.035)
+NOSE = (0.0, 0.22, 0.13, 0.06)
+MOUTH_HEIGHT, BEARD_HEIGHT = 0.52, 0.62
+EYE_WHITE = (0.92, 0.9, 0.88)
+LIPS = (1.0, 0.62, 0.62)  # factors of the skin's colour
 
 
 def _paint_head(rng: Generator, canvas: Canvas, figure: Figure) -> None:
-    skin = figure.skin
+    """Ears, face, eyes, nose, mouth, and sometimes a beard."""
     for side in (-1, 1):
-        canvas.paint(
-            _ellipse(figure, side * 0.98, 0.08, 0.16, 0.22), np.asarray(skin * 0.9, np.float32)
+        across, down, width, height = EAR
+        ear = _ellipse(figure, side * across, down, width, height)
+        canvas.paint(ear, figure.dark(figure.skin, 0.9))
+    face = _face(rng, figure)
+    canvas.paint(face, figure.skin)
+    # Darker towards the rim, as a round thing is.
+    middle = _ellipse(figure, rng.uniform(-0.2, 0.2), 0, 0.75, 0.8, edge=figure.width * 0.5)
+    rim = np.asarray(face * (1 - middle) * 0.35, np.float32)
+    canvas.paint(rim, figure.dark(figure.skin, 0.55))
+    gaze = rng.uniform(-0.25, 0.25)  # of the whole face to one side
+    _paint_eyes(rng, canvas, figure, gaze)
+    _, down, width, height = NOSE
+    nose = _ellipse(figure, gaze * 1.2, down, width, height, edge=5)
+    canvas.paint(nose, figure.dark(figure.skin, 0.72))
+    lips = np.clip(figure.skin * LIPS, 0, 1).astype(np.float32)
+    width, height = rng.uniform(0.22, 0.36), rng.uniform(0.04, 0.1)
+    canvas.paint(_ellipse(figure, gaze, MOUTH_HEIGHT, width, height, edge=2.5), lips)
+    if rng.random() < 0.2:
+        beard = _ellipse(figure, gaze * 0.5, BEARD_HEIGHT, 0.72, 0.42, edge=7) * (
+            1 - _ellipse(figure, gaze, 0.5, 0.3, 0.12)
         )
+        canvas.paint(np.asarray(beard * face * 0.8, np.float32), figure.dark(figure.hair, 0.7))
+
+
+def _face(rng: Generator, figure: Figure) -> Array:
+    """Mask of the face: a circle in the head's coordinates that is narrower at the jaw."""
     jaw = rng.uniform(0.72, 1.0)
     angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     narrow = np.where(np.sin(angles) > 0, 1 - (1 - jaw) * np.sin(angles) ** 2, 1)
     outline = np.array(
         [figure.at(np.cos(a) * n, np.sin(a)) for a, n in zip(angles, narrow, strict=True)]
     )
-    face = _polygon(outline, roundness=2.0)
-    canvas.paint(face, skin)
-    # Darker towards the rim, as a round thing is.
-    middle = _ellipse(figure, rng.uniform(-0.2, 0.2), 0, 0.75, 0.8, edge=figure.width * 0.5)
-    canvas.paint(
-        np.asarray(face * (1 - middle) * 0.35, np.float32),
-        np.asarray(figure.skin * 0.55, np.float32),
-    )
-    turn = rng.uniform(-0.25, 0.25)
-    dark = np.asarray(figure.hair * 0.7, np.float32)
+    return _polygon(outline, roundness=2.0)
+
+
+def _paint_eyes(rng: Generator, canvas: Canvas, figure: Figure, gaze: float) -> None:
+    """Eyes with irises of any hair colour, and brows."""
+    brow_colour = figure.dark(figure.hair, 0.7)
     for side in (-1, 1):
-        x = turn + side * 0.42
-        canvas.paint(
-            _ellipse(figure, x, -0.08, 0.17, 0.065), np.array([0.92, 0.9, 0.88], np.float32)
+        eye, iris, brow = (
+            _ellipse(figure, gaze + side * across, down, width, height)
+            for across, down, width, height in (EYE, IRIS, BROW)
         )
-        canvas.paint(_ellipse(figure, x, -0.08, 0.075, 0.065), _pick(rng, HAIR))
-        canvas.paint(_ellipse(figure, x, -0.25, 0.24, 0.035), dark)
-    canvas.paint(
-        _ellipse(figure, turn * 1.2, 0.22, 0.13, 0.06, edge=5),
-        np.asarray(figure.skin * 0.72, np.float32),
-    )
-    lips = np.clip(figure.skin * [1.0, 0.62, 0.62], 0, 1).astype(np.float32)
-    canvas.paint(
-        _ellipse(figure, turn, 0.52, rng.uniform(0.22, 0.36), rng.uniform(0.04, 0.1), edge=2.5),
-        lips,
-    )
-    if rng.random() < 0.2:  # beard
-        beard = _ellipse(figure, turn * 0.5, 0.62, 0.72, 0.42, edge=7) * (
-            1 - _ellipse(figure, turn, 0.5, 0.3, 0.12)
-        )
-        canvas.paint(np.asarray(beard * face * 0.8, np.float32), dark)
+        canvas.paint(eye, np.array(EYE_WHITE, np.float32))
+        canvas.paint(iris, _pick(rng, HAIR))
+        canvas.paint(brow, brow_colour)
 
 
 @dataclass
 class HairStyle:
-    length: float  # of the strands, in half heights of the head
-    volume: float  # how far they stand off, in half widths
+    """How the hair of a figure is.
+
+    Args:
+        length: of the strands, in half heights of the head.
+        volume: how far they stand off, in half widths.
+        curl: amplitude of their waves, in half widths.
+        strands: number of single ones.
+        hairline: height of the forehead's upper end, in half heights from the head's centre.
+    """
+
+    length: float
+    volume: float
     curl: float
     strands: int
-    hairline: float  # height of the forehead's upper end, in half heights from the centre
+    hairline: float
 
 
 def _hair_style(rng: Generator) -> HairStyle:
@@ -455,37 +508,49 @@ def _hair_style(rng: Generator) -> HairStyle:
     )
 
 
-def _paint_hair(
-    rng: Generator, canvas: Canvas, figure: Figure, style: HairStyle, front: bool
-) -> None:
-    """The hair behind the head and neck, or the cap over the forehead, each with single strands at its edge."""
+def _paint_hair_behind(rng: Generator, canvas: Canvas, figure: Figure, style: HairStyle) -> None:
+    """The hair behind the head and neck, with single strands at its edge."""
     if style.length == 0:
         return
-    if front:
-        cap = _ellipse(
-            figure, 0, -0.12, 1.06 + style.volume * 0.4, 1.0 + style.volume * 0.35, edge=3
-        )
-        bare = _ellipse(figure, rng.uniform(-0.15, 0.15), style.hairline + 1.0, 0.86, 1.0, edge=4)
-        below = _polygon(
-            [figure.at(-3, 0.15), figure.at(3, 0.15), figure.at(3, 4), figure.at(-3, 4)],
-            roundness=6,
-            edge=20,
-        )
-        solid = np.asarray(cap * (1 - bare) * (1 - below), np.float32)
-        paths = _strands(rng, figure, style, style.strands // 2, min(style.length, 0.45))
-    else:
-        fall = min(style.length, 2.4) if style.length > 0.6 else 0.1
-        sides = 1.05 + style.volume * 0.6
-        mass = [
-            figure.at(-sides, -0.3),
-            figure.at(-0.7, -1.1),
-            figure.at(0.7, -1.1),
-            figure.at(sides, -0.3),
-        ]
-        mass += [figure.at(sides * 1.02, fall * 0.75), figure.at(-sides * 1.02, fall * 0.75)]
-        solid = _polygon(mass, roundness=0.3 * figure.width, edge=3)
-        paths = _strands(rng, figure, style, style.strands, style.length)
-    mask, shade = _draw_strands(rng, paths)
+    fall = min(style.length, 2.4) if style.length > 0.6 else 0.1
+    sides = 1.05 + style.volume * 0.6
+    outline = [
+        figure.at(-sides, -0.3),
+        figure.at(-0.7, -1.1),
+        figure.at(0.7, -1.1),
+        figure.at(sides, -0.3),
+        figure.at(sides * 1.02, fall * 0.75),
+        figure.at(-sides * 1.02, fall * 0.75),
+    ]
+    solid = _polygon(outline, roundness=0.3 * figure.width, edge=3)
+    _paint_strands(rng, canvas, figure, style, solid, style.strands, style.length)
+
+
+def _paint_fringe(rng: Generator, canvas: Canvas, figure: Figure, style: HairStyle) -> None:
+    """The cap over the forehead: an ellipse without the bare face, cut off below the temples."""
+    if style.length == 0:
+        return
+    width, height = 1.06 + style.volume * 0.4, 1.0 + style.volume * 0.35
+    cap = _ellipse(figure, 0, -0.12, width, height, edge=3)
+    bare = _ellipse(figure, rng.uniform(-0.15, 0.15), style.hairline + 1.0, 0.86, 1.0, edge=4)
+    temples = [figure.at(-3, 0.15), figure.at(3, 0.15), figure.at(3, 4), figure.at(-3, 4)]
+    below = _polygon(temples, roundness=6, edge=20)
+    solid = np.asarray(cap * (1 - bare) * (1 - below), np.float32)
+    length = min(style.length, 0.45)
+    _paint_strands(rng, canvas, figure, style, solid, style.strands // 2, length)
+
+
+def _paint_strands(
+    rng: Generator,
+    canvas: Canvas,
+    figure: Figure,
+    style: HairStyle,
+    solid: Array,
+    count: int,
+    length: float,
+) -> None:
+    """A solid mass of hair, [H, W] in 0..1, and single strands that stand off from it."""
+    mask, shade = _draw_strands(rng, _strands(rng, figure, style, count, length))
     canvas.paint(np.maximum(solid, mask), figure.hair, shade)
 
 
@@ -539,50 +604,47 @@ def _draw_strands(rng: Generator, paths: Array) -> tuple[Array, Array]:
 
 
 def _paint_accessories(rng: Generator, canvas: Canvas, figure: Figure) -> None:
-    if rng.random() < 0.2:  # glasses
-        frame = _pick(rng, HAIR)
-        for side in (-1, 1):
-            ring = _ellipse(figure, side * 0.42, -0.06, 0.3, 0.2) - _ellipse(
-                figure, side * 0.42, -0.06, 0.26, 0.165
-            )
-            canvas.paint(np.clip(ring, 0, 1), frame)
-        canvas.paint(
-            _limb([figure.at(-0.14, -0.1), figure.at(0.14, -0.1)], figure.width * 0.06), frame
-        )
-    if rng.random() < 0.14:  # hat: a crown and a brim
-        colour = _any_colour(rng)
-        crown = [
-            figure.at(-1.1, -0.5),
-            figure.at(-0.95, -1.45),
-            figure.at(0.95, -1.45),
-            figure.at(1.1, -0.5),
-        ]
-        canvas.paint(_polygon(crown, roundness=0.2 * figure.width), colour)
-        brim = rng.uniform(1.15, 1.9)
-        canvas.paint(_ellipse(figure, 0, -0.52, brim, 0.13), np.asarray(colour * 0.8, np.float32))
+    """Glasses and a hat, each now and then."""
+    if rng.random() < 0.2:
+        _paint_glasses(rng, canvas, figure)
+    if rng.random() < 0.14:
+        _paint_hat(rng, canvas, figure)
+
+
+def _paint_glasses(rng: Generator, canvas: Canvas, figure: Figure) -> None:
+    frame = _pick(rng, HAIR)
+    for side in (-1, 1):
+        outer = _ellipse(figure, side * 0.42, -0.06, 0.3, 0.2)
+        inner = _ellipse(figure, side * 0.42, -0.06, 0.26, 0.165)
+        canvas.paint(np.clip(outer - inner, 0, 1), frame)
+    bridge = _limb([figure.at(-0.14, -0.1), figure.at(0.14, -0.1)], figure.width * 0.06)
+    canvas.paint(bridge, frame)
+
+
+def _paint_hat(rng: Generator, canvas: Canvas, figure: Figure) -> None:
+    colour = _any_colour(rng)
+    crown = [
+        figure.at(-1.1, -0.5),
+        figure.at(-0.95, -1.45),
+        figure.at(0.95, -1.45),
+        figure.at(1.1, -0.5),
+    ]
+    canvas.paint(_polygon(crown, roundness=0.2 * figure.width), colour)
+    brim = _ellipse(figure, 0, -0.52, rng.uniform(1.15, 1.9), 0.13)
+    canvas.paint(brim, figure.dark(colour, 0.8))
 
 
 def _paint_arms(rng: Generator, canvas: Canvas, figure: Figure, cloth: Array) -> None:
-    """One or two arms: hanging, on the hip (with a gap to the body), crossed, or raised to the head."""
+    """One or two arms: hanging, on the hip (with a gap to the body), crossed, or raised."""
     thick, h = figure.width * rng.uniform(0.5, 0.75), figure.height
     bare = figure.skin * np.float32(0.97)
     sleeve = cloth * np.float32(0.93)
     for side in (-1, 1) if rng.random() < 0.6 else (rng.choice([-1, 1]),):
-        shoulder = np.array(
-            [
-                figure.head[0] + side * figure.shoulders * 0.86,
-                figure.head[1] + h * rng.uniform(1.9, 2.1),
-            ]
-        )
+        across, down = side * figure.shoulders * 0.86, h * rng.uniform(1.9, 2.1)
+        shoulder = np.array([figure.head[0] + across, figure.head[1] + down])
         out = rng.choice([0.15, 0.6, 1.1]) * side
         elbow = shoulder + [out * figure.width, h * rng.uniform(1.4, 2.1)]
-        wrist_ends = (
-            elbow + [side * 0.1 * figure.width, 2.0 * h],
-            figure.head + [side * 0.4 * figure.width + figure.lean, h * 4.2],
-            figure.head + [-side * 0.3 * figure.width, h * 3.4],
-            figure.head + [side * figure.width * rng.uniform(0.9, 1.6), h * rng.uniform(-0.2, 1.0)],
-        )
-        wrist = np.asarray(wrist_ends[rng.choice(4, p=[0.3, 0.25, 0.2, 0.25])])
+        wrist = _wrist(rng, figure, side, elbow)
         short = rng.random() < 0.4
         canvas.paint(_limb([shoulder, elbow], thick), sleeve)
         canvas.paint(_limb([elbow, wrist], thick * 0.8), bare if short else sleeve)
@@ -595,8 +657,23 @@ def _paint_arms(rng: Generator, canvas: Canvas, figure: Figure, cloth: Array) ->
         canvas.paint(_polygon(hand, roundness=3), bare)
 
 
+def _wrist(rng: Generator, figure: Figure, side: int, elbow: Array) -> Array:
+    """Where a hand is: beside the body, on the hip, before the chest, or at the head."""
+    w, h = figure.width, figure.height
+    poses = (
+        elbow + [side * 0.1 * w, 2.0 * h],
+        figure.head + [side * 0.4 * w + figure.lean, h * 4.2],
+        figure.head + [-side * 0.3 * w, h * 3.4],
+        figure.head + [side * w * rng.uniform(0.9, 1.6), h * rng.uniform(-0.2, 1.0)],
+    )
+    return np.asarray(poses[rng.choice(4, p=[0.3, 0.25, 0.2, 0.25])])
+
+
 def _camera(rng: Generator, image: Array) -> NDArray[np.uint8]:
-    """Exposure, white balance, vignette, lens blur and sensor noise: from [3, H, W] in 0..1 to RGB [H, W, 3] uint8."""
+    """Exposure, white balance, vignette, lens blur and sensor noise.
+
+    From [3, H, W] in 0..1 to RGB [H, W, 3] uint8.
+    """
     y = np.linspace(-1, 1, HEIGHT, dtype=np.float32)[:, None]
     x = np.linspace(-1, 1, WIDTH, dtype=np.float32)[None]
     image *= 1 - np.float32(rng.uniform(0, 0.25)) * (x * x + y * y)
@@ -617,7 +694,11 @@ def _camera(rng: Generator, image: Array) -> NDArray[np.uint8]:
 
 
 def draw_portrait(rng: Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """One portrait: RGB [800, 600, 3] uint8 and alpha [800, 600] uint8, a pure function of the generator's state."""
+    """Draw one portrait, a pure function of the generator's state.
+
+    Returns:
+        RGB uint8 [800, 600, 3] and alpha uint8 [800, 600].
+    """
     image, canvas = draw_background(rng), Canvas()
     width = float(np.exp(rng.uniform(np.log(60), np.log(125))))
     centre = float(np.clip(rng.normal(WIDTH / 2, 60), 0.25 * WIDTH, 0.75 * WIDTH))
