@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import io
 import os
@@ -23,8 +24,9 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Of the files that are taken from folders and patterns; a file given by name may have any."""
 KINDS = ("mask", "cutout", "side-by-side")
 """For photo.jpg there are photo.mask.png, photo.cutout.png and photo.side-by-side.png."""
-VIDEOS = (".3gp", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 HEIC = (".heic", ".heif", ".hif")
+"""What phones write; read where pillow-heif is installed."""
+VIDEOS = (".3gp", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 STDIN = Path("/dev/stdin")
 """The photo ``-``: standard input, read to its end."""
@@ -132,7 +134,7 @@ def _photos_of(text: str, out: Path, found: Found) -> list[tuple[Path, Path]]:
         skipped = found.describe_skipped()
         raise InputError(
             f"{text}: {what}{f' ({skipped})' if skipped else ''}; give photos "
-            f"({', '.join(SUFFIXES)}), folders or patterns in quotes"
+            f"({', '.join(readable_suffixes())}), folders or patterns in quotes"
         )
     return hits
 
@@ -163,7 +165,7 @@ def _is_wanted(path: Path, found: Found) -> bool:
         return False
     if path.stem.endswith(tuple(f".{kind}" for kind in KINDS)):
         return False
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in readable_suffixes():
         found.skipped[path.suffix.lower() or "without suffix"] += 1
         return False
     try:
@@ -172,6 +174,22 @@ def _is_wanted(path: Path, found: Found) -> bool:
         found.unusable.append(FailedPhoto(str(path), str(error)))
         return False
     return True
+
+
+@functools.cache
+def reads_heic() -> bool:
+    """Let Pillow read HEIC where pillow-heif is installed; say whether it is."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def readable_suffixes() -> tuple[str, ...]:
+    """List the suffixes of files that are taken from folders and patterns."""
+    return (*SUFFIXES, *HEIC) if reads_heic() else SUFFIXES
 
 
 def name_outputs(photos: dict[Path, Path]) -> list[Photo]:
@@ -233,6 +251,7 @@ def read_photo(source: PhotoSource) -> ImageArray:
     if isinstance(source, Image.Image):
         return _upright(source)
     path = Path(source)
+    reads_heic()
     if path != STDIN:
         _check_regular(path)
     try:
@@ -285,7 +304,9 @@ def _why_not_a_photo(path: Path) -> str:
     if suffix in VIDEOS:
         return "a video; predict takes photos, so save its frames as JPEG or PNG first"
     if suffix in HEIC:
-        return "Pillow cannot read HEIC here; convert it to JPEG or PNG"
+        if reads_heic():
+            return "the HEIC photo is damaged; take another copy of it"
+        return "HEIC needs pip install 'portrait-dist[heic]'; or convert it to JPEG or PNG"
     return "not a photo that Pillow can read; convert it to JPEG or PNG"
 
 

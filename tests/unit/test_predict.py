@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from portrait_dist.distributed import job_part
+from portrait_dist.inference import photos as photos_module
 from portrait_dist.inference.photos import name_outputs
 from portrait_dist.models import int8
 from tests import blobs, cli
@@ -83,12 +84,25 @@ def test_patterns_find_photos_to_any_depth_and_a_photo_given_twice_is_done_once(
 def test_files_of_other_types_in_a_folder_are_counted_and_reported(
     checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:
-    for name in ("a.heic", "b.HEIC", "more/c.mp4"):
+    for name in ("a.gif", "b.GIF", "more/c.mp4"):
         (photos / name).write_bytes(b"other")
     result = predict(checkpoint, photos, "--out", tmp_path / "out")
     assert result.exit_code == 0
-    assert "4 files of other types skipped: .heic 2, .mp4 1, .txt 1" in result.stderr
-    assert result.json["skipped"] == {".heic": 2, ".mp4": 1, ".txt": 1}
+    assert "4 files of other types skipped: .gif 2, .mp4 1, .txt 1" in result.stderr
+    assert result.json["skipped"] == {".gif": 2, ".mp4": 1, ".txt": 1}
+
+
+def test_heic_photos_are_read_where_pillow_heif_is_installed_and_counted_where_it_is_not(
+    checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pillow_heif
+
+    pillow_heif.from_pillow(Image.open(photos / "two.png")).save(photos / "phone.HEIC")
+    assert predict(checkpoint, photos, "--out", tmp_path / "out").exit_code == 0
+    assert set(outputs("phone")) <= set(files(tmp_path / "out"))
+    monkeypatch.setattr(photos_module, "reads_heic", lambda: False)
+    without = predict(checkpoint, photos, "--out", tmp_path / "without")
+    assert without.json["skipped"] == {".heic": 1, ".txt": 1}
 
 
 def test_nothing_is_overwritten_without_force(
