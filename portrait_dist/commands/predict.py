@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import TYPE_CHECKING
 
@@ -175,44 +176,42 @@ def predict(
         "levels": levels,
     }
     if out == "-":
-        kind = _only_kind(paths, kinds)
-        data = batch.predict_to_bytes(
+        photo, kind = _only_photo_and_kind(paths, kinds)
+        image = batch.predict_to_bytes(
             checkpoint,
-            paths[0],
+            photo,
             kind=kind,
             background=background,
             image_format=image_format,
             size=size,
             **options,
         )
-        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.write(image)
         return None
 
-    def predict_part(part: int, parts: int) -> PredictResult:
-        return batch.predict_files(
-            checkpoint,
-            paths,
-            out,
-            background=background,
-            kinds=kinds,
-            image_format=image_format,
-            force=force,
-            batch_size=batch_size,
-            part=part,
-            parts=parts,
-            size=size,
-            **options,
-        )
-
+    predict_part = functools.partial(
+        batch.predict_files,
+        checkpoint,
+        paths,
+        out,
+        background=background,
+        kinds=kinds,
+        image_format=image_format,
+        force=force,
+        batch_size=batch_size,
+        size=size,
+        **options,
+    )
     if part is None and distributed.world_size() > 1:
         try:
             return batch.predict_on_every_rank(predict_part)
         finally:
             distributed.stop()
-    return predict_part(*(part or (0, 1)))
+    number, parts = part or (0, 1)
+    return predict_part(part=number, parts=parts)
 
 
-def _only_kind(paths: tuple[str, ...], kinds: tuple[str, ...]) -> str:
+def _only_photo_and_kind(paths: tuple[str, ...], kinds: tuple[str, ...]) -> tuple[str, str]:
     """Check that standard output gets exactly one image, and nothing else."""
     from portrait_dist.errors import InputError
 
@@ -223,4 +222,4 @@ def _only_kind(paths: tuple[str, ...], kinds: tuple[str, ...]) -> str:
             "--out -: standard output holds one image; give one PATH, and --only mask, cutout or "
             "side-by-side"
         )
-    return kinds[0]
+    return paths[0], kinds[0]

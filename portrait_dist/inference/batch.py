@@ -176,11 +176,11 @@ def predict_to_bytes(
     return plan.render(prepared.photo, segmenter.finish(prepared, small))[kind]
 
 
-def predict_on_every_rank(predict: Callable[[int, int], PredictResult]) -> PredictResult | None:
+def predict_on_every_rank(predict: Callable[..., PredictResult]) -> PredictResult | None:
     """Let every rank of a torchrun job do its part, and add the parts up on rank 0.
 
     Args:
-        predict: a call of :func:`predict_files` that takes part and parts.
+        predict: :func:`predict_files` with all arguments but ``part`` and ``parts``.
 
     Returns:
         The sum on rank 0, None on the other ranks.
@@ -193,7 +193,7 @@ def predict_on_every_rank(predict: Callable[[int, int], PredictResult]) -> Predi
     result: PredictResult | None = None
     failed: PortraitDistError | None = None
     try:
-        result = predict(distributed.rank(), distributed.world_size())
+        result = predict(part=distributed.rank(), parts=distributed.world_size())
     except PortraitDistError as error:
         failed = error
         if error.result is not None:

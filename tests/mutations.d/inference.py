@@ -10,8 +10,8 @@ INFERENCE = "tests/unit/test_inference.py::test_"
 MUTATIONS = [
     Mutation(
         file="portrait_dist/inference/batch.py",
-        old="        except (InputError, DamagedDataError) as error:\n            message = str(error)\n",
-        new="        except DamagedDataError as error:\n            message = str(error)\n",
+        old="        except (InputError, DamagedDataError) as error:\n",
+        new="        except DamagedDataError as error:\n",
         test=PREDICT + "no_single_photo_stops_the_others_and_each_is_named_with_what_is_wrong",
         why="no single photo ends predict for the others",
     ),
