@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -123,6 +124,27 @@ def memory_limit() -> int:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):
         return total
+
+
+NETWORK_FILE_SYSTEMS = re.compile(
+    r"nfs.*|cifs|smb.*|lustre|gpfs|beegfs|ceph|glusterfs|afs|9p|fuse.*|pvfs2|orangefs|wekafs|panfs"
+)
+
+
+def is_network_file_system(device: int) -> bool:
+    """Whether a mounted device is served by another machine or process.
+
+    Args:
+        device: ``st_dev`` of a file on it.
+    """
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    # "36 35 98:0 /root /mount/point options - type source …", see proc(5)
+    types = [line.partition(" - ")[2].split()[0] for line in lines if line.split()[2] == number]
+    return any(NETWORK_FILE_SYSTEMS.fullmatch(kind) for kind in types)
 
 
 def gpu_names() -> list[str]:

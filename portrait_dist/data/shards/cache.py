@@ -1,9 +1,7 @@
-"""Fetches shards from an address into a bounded cache on the local disk, once per machine.
+"""Keep remote shards in a bounded cache on the local disk, each downloaded once per machine.
 
-Addresses are http and https, and whatever fsspec opens: ``file://``, ``memory://``, ``s3://`` (with the extra ``s3``), ….
-
-Files are kept under the sha256 that the manifest gives them. So what is in the cache is always what was asked for, whatever
-happened to the address or the connection, and shards of several sets never collide.
+Files are kept under the sha256 that the manifest gives them, so shards of several sets never
+collide. Nothing is used before its content has been compared with that hash.
 """
 
 from __future__ import annotations
@@ -12,330 +10,349 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
+import math
 import os
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+import re
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
-from portrait_dist.data.shards.format import MANIFEST
-from portrait_dist.errors import InputError
+from portrait_dist.data.shards.download import (
+    AbsentError,
+    CancelledDownloadError,
+    DownloadOptions,
+    FetchError,
+    LocalDiskError,
+    download,
+    open_part,
+    read_bytes,
+)
+from portrait_dist.data.shards.format import INDEX_HEADER_LIMIT, MANIFEST, MANIFEST_LIMIT, is_sha256
+from portrait_dist.errors import InputError, PortraitDistError
+from portrait_dist.files import FULL, open_regular, write_text
+from portrait_dist.system.address import join, redact
 
-ATTEMPTS = 5
-FIRST_DELAY = 0.5
-"""Seconds before the second attempt; each further delay is twice as long. An attempt that got further starts the count anew."""
-TIMEOUT = 60.0
-CHUNK = 1 << 20
-REFUSED = {400, 401, 403, 405, 451}
-"""HTTP answers that stay the same."""
-
-T = TypeVar("T")
-
-
-class Stream(Protocol):
-    """What is read from an address."""
-
-    def read(self, size: int = -1, /) -> bytes: ...
-    def close(self) -> None: ...
-
-
-class FetchError(Exception):
-    """A file could not be fetched, and trying again does not help. The message says what and why."""
-
-
-class AbsentError(FetchError):
-    """There is no such file."""
+__all__ = ["AbsentError", "Cache", "CancelledDownloadError", "DownloadOptions", "FetchError"]
 
 
 class Cache:
     """Files from addresses, in a folder of limited size that processes and threads share.
 
-    When there is no room, the files that were not opened for longest go. One that a reader has open stays readable; its space
-    is free when the reader is done with it (each reader of a split that exceeds the limit has at most eight open). A file that
-    is being fetched has its whole size set aside, and never goes; only where all of these together exceed the limit, it is
-    exceeded.
+    When the cache is full, the least recently used files are evicted. A file that a reader has open
+    stays readable, and its space is free when the reader is done with it (each reader of a split
+    that exceeds the limit has at most eight open). A download reserves its full size and is never
+    evicted, so only concurrent downloads can exceed the limit.
+
+    The folder must belong to this user and be writable by nobody else. All the same the content of
+    each file is compared with its sha256 once, and again when the file has changed since.
 
     Args:
-        folder: made when it is first needed; by default ``portrait-dist/shards`` in the user's cache folder. On a local disk:
-            each machine has its own.
+        folder: made when it is first needed; by default ``portrait-dist/shards`` in the user's
+            cache folder. On a local disk: each machine has its own.
         gigabytes: limit of the files' size together, 10^9 bytes.
+        parallel_downloads: shards that each loader prefetches at a time; 0 turns prefetching off.
+            Several connections bring more than one and hide the wait for the first byte (100 to
+            200 ms for S3, by its performance guide). Four were slower than eight, see
+            benchmarks/NOTES.md.
+        downloads: how long a server is waited for.
+
+    Raises:
+        InputError: an option is out of range.
     """
 
-    def __init__(self, folder: str | Path | None = None, gigabytes: float = 50.0) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        gigabytes: float = 50.0,
+        *,
+        parallel_downloads: int = 8,
+        downloads: DownloadOptions | None = None,
+    ) -> None:
+        if not (math.isfinite(gigabytes) and 0 < gigabytes <= 1e9):
+            raise InputError(f"data.cache_gigabytes={gigabytes}: it is above 0 and at most 1e9")
+        if parallel_downloads < 0:
+            raise InputError(f"data.parallel_downloads={parallel_downloads}: it is 0 or more")
         self.folder = Path(folder) if folder else default_folder()
         self.limit = int(gigabytes * 1e9)
+        self.parallel_downloads = parallel_downloads
+        self.downloads = downloads or DownloadOptions()
+        self._checked: dict[str, str] = {}
 
-    def fetch(self, address: str, sha256: str, size: int | None = None) -> Path:
-        """Local copy of the file at an address, fetched if it is not there.
+    def fetch(
+        self,
+        address: str,
+        sha256: str,
+        size: int | None = None,
+        *,
+        limit: int = INDEX_HEADER_LIMIT,
+        cancelled: threading.Event | None = None,
+    ) -> Path:
+        """Return the local copy of the file at an address, downloaded if it is not there.
 
         Args:
+            address: of the file.
             sha256: of its content.
             size: its bytes, where known.
+            limit: its bytes at most, where ``size`` is not known.
+            cancelled: ends the wait for a server when it is set.
 
         Raises:
-            FetchError: not there, cannot be reached after several attempts, or its content is another.
-            InputError: the cache folder cannot be used, or is too small.
+            FetchError: not there, or its content is another.
+            InputError: the server refuses, or the cache folder cannot be used or is too small.
+            UnreachableError: the server was away for longer than it is waited for.
+            CancelledDownloadError: ``cancelled`` was set.
+            PortraitDistError: the disk is full.
         """
-        path = self.folder / f"{sha256}{PurePosixPath(urlsplit(address).path).suffix}"
+        name = _file_name(sha256, address)
+        path = self.folder / name
         try:
-            if self._has(path, size):
+            self._prepare_folder()
+            if self._has(path, sha256, size):
                 return path
-            self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.folder / _lock_name(sha256)):
-                if not self._has(path, size):
-                    part = self.folder / f".{sha256}.{size or 0}.part"
+                if not self._has(path, sha256, size):
+                    part = self.folder / _Part(sha256, size or 0).name
                     self._make_room(size or 0, part)
-                    _download(address, part, sha256, size)
+                    download(
+                        address,
+                        part,
+                        sha256,
+                        size=size,
+                        limit=limit,
+                        options=self.downloads,
+                        cancelled=cancelled,
+                    )
                     part.replace(path)
+                    self._mark_checked(path)
             return path
+        except LocalDiskError as error:
+            raise self._unusable(error.error) from error
         except OSError as error:
-            raise InputError(
-                f"{self.folder}: the cache cannot be written ({error.strerror}); give a local folder with room as data.cache_dir"
-            ) from error
+            raise self._unusable(error) from error
 
     def discard(self, sha256: str) -> None:
-        """Forget a file."""
-        for path in self.folder.glob(f"{sha256}.*"):
-            path.unlink(missing_ok=True)
+        """Remove a file."""
+        if not is_sha256(sha256):
+            raise ValueError(f"{sha256!r} is not a sha256")
+        for suffix in SUFFIXES:
+            self._remove(self.folder / f"{sha256}{suffix}")
 
-    def _has(self, path: Path, size: int | None) -> bool:
-        """Is it there? Then it counts as used now."""
+    def _unusable(self, error: OSError) -> PortraitDistError:
+        if error.errno in FULL:
+            return PortraitDistError(
+                f"{self.folder}: the disk of the cache is full; free some space and run again, "
+                "or give another folder as data.cache_dir"
+            )
+        reason = error.strerror or error
+        if error.errno == errno.ELOOP:
+            reason = f"{error.filename} is a link"
+        return InputError(
+            f"{self.folder}: the cache cannot be written ({reason}); "
+            "give a local folder with room as data.cache_dir"
+        )
+
+    def _prepare_folder(self) -> None:
+        """Make the folder, and see that nobody else can put files into it.
+
+        Raises:
+            InputError: somebody else can.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = self.folder.stat()
+        problem = (
+            "belongs to another user"
+            if found.st_uid != os.geteuid()
+            else "can be written by other users"
+            if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            else ""
+        )
+        if problem:
+            raise InputError(
+                f"{self.folder}: {problem}, so its files cannot be trusted; give a folder of yours "
+                f"as data.cache_dir (or 'chmod go-w' this one)"
+            )
+
+    def _has(self, path: Path, sha256: str, size: int | None) -> bool:
+        """Whether a file is there with the right content; if so it counts as used now."""
         try:
-            if size is not None and path.stat().st_size != size:
-                return False
-            os.utime(path)
-            return True
+            descriptor = open_regular(path)
         except FileNotFoundError:
             return False
+        with open(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            state = _state(found)
+            if size is not None and found.st_size != size:
+                return False
+            if state not in (self._checked.get(path.name), _read_marker(path)):
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    return False
+                self._mark_checked(path)
+        self._checked[path.name] = state
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(_marker(path))
+        return True
+
+    def _mark_checked(self, path: Path) -> None:
+        """Remember, for this process and all others, that a file's content has been checked."""
+        state = _state(path.stat())
+        self._checked[path.name] = state
+        with contextlib.suppress(PortraitDistError):  # without a marker it is checked again
+            write_text(_marker(path), state)
 
     def _make_room(self, size: int, part: Path) -> None:
-        """Let files go until there is room for ``size`` bytes, and set it aside by an empty ``part``."""
+        """Evict files until there is room for ``size`` bytes, and reserve it by an empty ``part``.
+
+        Raises:
+            InputError: the whole cache is smaller.
+        """
         if size > self.limit:
             raise InputError(
-                f"{self.folder}: the cache of {self.limit / 1e9:g} GB is smaller than one shard of {size / 1e9:.3g} GB; "
-                "raise data.cache_gigabytes"
+                f"{self.folder}: the cache of {self.limit / 1e9:g} GB is smaller than one shard of "
+                f"{size / 1e9:.3g} GB; raise data.cache_gigabytes"
             )
         with _locked(self.folder / ".lock"):
-            files = []
-            for entry in os.scandir(self.folder):
-                with contextlib.suppress(FileNotFoundError):
-                    if entry.name.endswith((".tar", ".index", ".part")) and entry.name != part.name:
-                        files.append((entry.stat().st_mtime_ns, _room_of(entry), Path(entry.path)))
-            total = sum(length for _, length, _ in files)
-            for _, length, path in sorted(files):
+            entries = [entry for entry in _entries(self.folder) if entry.path != part]
+            total = sum(entry.bytes for entry in entries)
+            for entry in sorted(entries):
                 if total + size <= self.limit:
                     break
-                if not _is_being_fetched(path):
-                    path.unlink(missing_ok=True)
-                    total -= length
-            part.touch()
+                if not (entry.partial and _is_being_downloaded(entry.path)):
+                    self._remove(entry.path)
+                    total -= entry.bytes
+            open_part(part).close()
+
+    def _remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        _marker(path).unlink(missing_ok=True)
+        self._checked.pop(path.name, None)
 
 
-def _room_of(entry: os.DirEntry[str]) -> int:
-    """Bytes of a file in the cache; for one that is being fetched, those it will have, which stand in its name."""
-    promised = entry.name.split(".")[-2]
-    length = entry.stat().st_size
+SUFFIXES = (".tar", ".index")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Name of a partial download. It holds the final size, so that every process can reserve it."""
+
+    sha256: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f".{self.sha256}.{self.size}.part"
+
+    @classmethod
+    def of(cls, name: str) -> _Part | None:
+        """Parse a file's name; None for any other file."""
+        match = re.fullmatch(r"\.([0-9a-f]{64})\.([0-9]{1,20})\.part", name)
+        return cls(match[1], int(match[2])) if match else None
+
+
+@dataclass(frozen=True, order=True)
+class _Entry:
+    """A file that counts towards the limit; the least recently used one sorts first."""
+
+    used_ns: int
+    path: Path
+    bytes: int = field(compare=False)
+    partial: bool = field(compare=False)
+
+
+def _entries(folder: Path) -> Iterator[_Entry]:
+    """Files of the cache. Others in the folder are neither counted nor removed."""
+    for item in os.scandir(folder):
+        part, path = _Part.of(item.name), Path(item.path)
+        if not part and not (path.suffix in SUFFIXES and is_sha256(path.stem)):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            found = item.stat(follow_symlinks=False)
+            used = found.st_mtime_ns
+            with contextlib.suppress(FileNotFoundError):
+                used = max(used, _marker(path).lstat().st_mtime_ns)
+            length = max(found.st_size, part.size) if part else found.st_size
+            yield _Entry(used, path, length, part is not None)
+
+
+def _file_name(sha256: str, address: str) -> str:
+    """Name in the cache; no unchecked part of an address or manifest gets into it."""
+    suffix = PurePosixPath(urlsplit(address).path).suffix
+    if not is_sha256(sha256) or suffix not in SUFFIXES:
+        raise ValueError(f"{redact(address)} with the hash {sha256!r} is no file of a shard")
+    return sha256 + suffix
+
+
+def _marker(path: Path) -> Path:
+    """File that holds the state in which ``path`` was checked; its time says when it was used.
+
+    The time of ``path`` itself stays, because a change of it means that the content may have changed.
+    """
+    return path.with_name(f".{path.name}.checked")
+
+
+def _read_marker(path: Path) -> str:
+    try:
+        with open(open_regular(_marker(path)), encoding="ascii", errors="replace") as file:
+            return file.read(200)
+    except OSError:
+        return ""
+
+
+def _state(found: os.stat_result) -> str:
+    """What changes whenever the content does: file, owner, size, times of content and metadata."""
     return (
-        max(length, int(promised))
-        if entry.name.endswith(".part") and promised.isdecimal()
-        else length
+        f"{found.st_dev} {found.st_ino} {found.st_uid} {found.st_size} "
+        f"{found.st_mtime_ns} {found.st_ctime_ns}"
     )
 
 
-def _is_being_fetched(path: Path) -> bool:
-    """Is a living process at it? What a killed one left behind is locked by nobody."""
-    if path.suffix != ".part":
-        return False
+def _is_being_downloaded(path: Path) -> bool:
+    """Whether a live process is downloading it; the kernel releases a killed process's lock."""
+    part = _Part.of(path.name)
     try:
-        with _locked(path.with_name(_lock_name(path.name[1:])), fcntl.LOCK_NB):
+        with _locked(path.with_name(_lock_name(part.sha256 if part else "")), fcntl.LOCK_NB):
             return False
     except BlockingIOError:
         return True
 
 
 def _lock_name(sha256: str) -> str:
+    """Name of one of 256 locks: a file for each hash would pile up."""
     return f".lock-{sha256[:2]}"
-
-
-def default_folder() -> Path:
-    """``portrait-dist/shards`` in the user's cache folder."""
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        / "portrait-dist"
-        / "shards"
-    )
-
-
-def join(location: str, name: str) -> str:
-    """Address of a file in a folder that is an address; a query, such as a signature, stays at the end."""
-    parts = urlsplit(location)
-    if parts.scheme not in ("http", "https"):
-        return f"{location.rstrip('/')}/{name}"
-    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
-
-
-def fetch_manifest(location: str) -> bytes:
-    """Content of ``manifest.json`` at an address; it is not kept.
-
-    Raises:
-        InputError: there is none, or the address cannot be reached.
-    """
-    address = join(location, MANIFEST)
-
-    def read() -> bytes:
-        with _open(address, 0) as (stream, _):
-            return stream.read()
-
-    try:
-        return _try_again(read, lambda: 0)
-    except AbsentError as error:
-        raise InputError(
-            f"{address}: {error}; give the address of a folder that 'portrait-dist pack' wrote"
-        ) from error
-    except FetchError as error:
-        raise InputError(f"{address}: {error}") from error
-
-
-def _download(address: str, part: Path, sha256: str, size: int | None) -> None:
-    """Bring a file to ``part``, going on where an earlier attempt, also of a killed process, was cut off.
-
-    Raises:
-        FetchError: see :meth:`Cache.fetch`.
-    """
-    _try_again(lambda: _copy(address, part, size), lambda: _length(part))
-    if (
-        _sha256(part) != sha256
-    ):  # cut where nobody could see it, or a beginning of another file: once more, from the start
-        part.unlink()
-        _try_again(lambda: _copy(address, part, size), lambda: _length(part))
-        found = _sha256(part)
-        if found != sha256:
-            length = _length(part)
-            part.unlink()
-            raise FetchError(
-                f"the file there is not the one in the manifest ({length:,} bytes, sha256 {found[:12]}…)"
-            )
-
-
-def _copy(address: str, part: Path, size: int | None) -> None:
-    with _open(address, _length(part)) as (stream, start), part.open("ab") as file:
-        file.truncate(start)
-        while chunk := stream.read(CHUNK):
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    if size is not None and _length(part) < size:
-        raise ConnectionError(f"cut off after {_length(part):,} of {size:,} bytes")
-
-
-def _length(part: Path) -> int:
-    return part.stat().st_size if part.exists() else 0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _try_again(attempt: Callable[[], T], reached: Callable[[], int]) -> T:
-    """Call ``attempt`` until it works; give up after several failures in a row that got no further.
-
-    Raises:
-        FetchError: with the last failure. OSError: the local disk is full or cannot be written.
-    """
-    failures, furthest = 0, reached()
-    while True:
-        try:
-            return attempt()
-        except (FetchError, InputError):
-            raise
-        except Exception as error:  # fsspec's file systems raise their own kinds
-            if isinstance(error, OSError) and error.errno in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EROFS,
-            ):
-                raise
-            failures = 1 if reached() > furthest else failures + 1
-            furthest = max(furthest, reached())
-            if failures >= ATTEMPTS:
-                raise FetchError(
-                    f"cannot be fetched, {failures} attempts failed ({_reason(error)})"
-                ) from error
-            time.sleep(FIRST_DELAY * 2 ** (failures - 1))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
-    return f"{type(error).__name__}: {getattr(error, 'reason', None) or error}"
-
-
-@contextlib.contextmanager
-def _open(address: str, start: int) -> Iterator[tuple[Stream, int]]:
-    """A stream of a file from ``start``, or from where the server begins, and that place."""
-    opened = (
-        _open_http(address, start)
-        if urlsplit(address).scheme in ("http", "https")
-        else _open_fsspec(address, start)
-    )
-    stream, place = opened
-    with contextlib.closing(stream):
-        yield stream, place
-
-
-def _open_http(address: str, start: int) -> tuple[Stream, int]:
-    request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416:  # nothing behind our bytes: they are whole, or of another file
-            return io.BytesIO(), start
-        if error.code in (404, 410):
-            raise AbsentError(f"is not there (HTTP {error.code})") from error
-        if error.code in REFUSED:
-            raise FetchError(f"the server refuses it (HTTP {error.code} {error.reason})") from error
-        raise
-    place = response.headers.get("Content-Range", "") if response.status == 206 else ""
-    return response, start if place.startswith(f"bytes {start}-") else 0
-
-
-def _open_fsspec(address: str, start: int) -> tuple[Stream, int]:
-    import fsspec.core
-
-    scheme = urlsplit(address).scheme
-    try:
-        system, path = fsspec.core.url_to_fs(address)
-        stream = system.open(path, "rb")
-    except (ImportError, ValueError) as error:
-        hint = (
-            "install the extra 's3': pip install 'portrait-dist[s3]'"
-            if scheme == "s3"
-            else "use http, https, s3 or a folder"
-        )
-        raise InputError(
-            f"{address}: {scheme}:// cannot be opened here ({error}); {hint}"
-        ) from error
-    except FileNotFoundError as error:
-        raise AbsentError("is not there") from error
-    except PermissionError as error:
-        raise FetchError("may not be read") from error
-    stream.seek(start)
-    return stream, start
 
 
 @contextlib.contextmanager
 def _locked(path: Path, flags: int = 0) -> Iterator[None]:
-    """Only one process and thread of this machine at a time; released by the system when the process dies.
+    """Let in one process and thread of this machine at a time; the kernel releases a dead one's lock.
 
     Raises:
         BlockingIOError: with ``LOCK_NB`` as flags, where another one is in.
     """
-    with path.open("w") as file:
+    with open_part(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX | flags)
         yield
+
+
+def default_folder() -> Path:
+    """Return ``portrait-dist/shards`` in the user's cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return home / "portrait-dist" / "shards"
+
+
+def fetch_manifest(location: str, options: DownloadOptions | None = None) -> bytes:
+    """Download ``manifest.json`` from a folder that is an address; it is not kept.
+
+    Raises:
+        InputError: there is none, or the server refuses.
+        UnreachableError: the server was away for longer than it is waited for.
+    """
+    address = join(location, MANIFEST)
+    try:
+        return read_bytes(address, MANIFEST_LIMIT, options or DownloadOptions())
+    except FetchError as error:
+        raise InputError(
+            f"{redact(address)}: {error}; "
+            "give the address of a folder that 'portrait-dist pack' wrote"
+        ) from error

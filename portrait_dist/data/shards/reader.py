@@ -1,49 +1,97 @@
-"""Reads packed shards: any sample at any time, from any thread, each one checked.
+"""Read packed shards: any sample at any time, from any thread, each one checked.
 
-``portrait_dist.data.shards.format`` says what lies on the disk, ``pack`` (in ``writer``) writes it.
+``portrait_dist.data.shards.format`` says what lies on the disk, ``writer`` writes it.
+
+Samples are read by ``pread`` and not through a memory map: a file that shrinks, or a disk that
+fails, is then an error with the shard's name, where a touched page of a map would kill the process
+by SIGBUS. Both cost the same (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import hashlib
 import itertools
-import mmap
+import os
+import resource
 import threading
+import time
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from isal import isal_zlib
 
+from portrait_dist import distributed
 from portrait_dist.data.shards import format as shard_format
-from portrait_dist.data.shards.cache import Cache, FetchError, fetch_manifest, join
+from portrait_dist.data.shards.cache import Cache, fetch_manifest
+from portrait_dist.data.shards.download import CancelledDownloadError, DownloadOptions, FetchError
 from portrait_dist.data.shards.format import (
     BLOCK,
     MANIFEST,
+    MANIFEST_LIMIT,
     SUFFIXES,
     Manifest,
     ShardEntry,
     padded,
     parse_manifest,
 )
-from portrait_dist.errors import DamagedDataError, InputError, nearest
+from portrait_dist.errors import (
+    DamagedDataError,
+    InputError,
+    PortraitDistError,
+    UnreachableError,
+    nearest,
+)
+from portrait_dist.files import open_regular, read_regular
+from portrait_dist.system.address import check_address, is_address, join, redact
+from portrait_dist.system.info import is_network_file_system
 
 __all__ = ["DamagedSampleError", "Encoded", "ShardSet", "read_manifest"]
 
-MEND = "find all damage with 'portrait-dist verify', then pack or copy the shards again"
-REACH = "look whether the address is right and its server is up, then run again"
-MOST_OPEN = 256
-"""Shards mapped at a time; each takes a file descriptor, and 1,024 are what a process usually may have."""
-MOST_OPEN_BEYOND_CACHE = 8
-"""The same, where the split does not fit into the cache: what is open takes room on the disk."""
+ADVICE = "find all damage with 'portrait-dist verify', then pack or copy the shards again"
+ADVICE_FOR_A_SERVER = "see whether the address is right and its shards are whole, then run again"
+RESERVED_DESCRIPTORS = 512
+"""File descriptors left to everything else, besides one a rank for connections."""
+MOST_OPEN = 60_000
+LEAST_OPEN = 8
+"""Shards open at a time where descriptors are short, or where the split exceeds the cache: there
+an open shard keeps its space on the disk."""
+INDEX_MEMORY = 512 << 20
+"""Bytes of indexes kept in memory for each split: 20 a sample, so 26 million samples."""
+ATTEMPTS_AGAINST_EVICTION = 3
+SECONDS_UNTIL_RETRY = 60.0
+"""Until a shard that a server did not have, or had wrong, is asked for again."""
+AWAY = (
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ECONNABORTED,
+    errno.ECONNRESET,
+    errno.EREMOTEIO,
+    errno.ESHUTDOWN,
+)
+"""What a network file system sets when its server is away."""
 
 
 class DamagedSampleError(DamagedDataError):
-    """A sample cannot be read. ``shard`` is its tar's name, ``position`` its place in it, counted from 0.
+    """A sample cannot be read.
 
-    All but the message have defaults, because worker processes pass an error on by its message alone.
+    All arguments but the message have defaults, because worker processes pass an error on by its
+    message alone.
+
+    Args:
+        message: one line.
+        where: shard and sample, for messages.
+        what: what is wrong.
+        shard: name of its tar.
+        position: of the sample in the shard, counted from 0.
     """
 
     def __init__(
@@ -55,7 +103,7 @@ class DamagedSampleError(DamagedDataError):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One sample as it is stored: JPEG and grey PNG, or two .npy. The views keep the shard mapped."""
+    """One sample as it is stored: JPEG and grey PNG, or two .npy."""
 
     key: str
     image: memoryview
@@ -65,29 +113,42 @@ class Encoded:
 class ShardSet:
     """All samples of one split, by number, in the order of the keys.
 
-    Opening reads the manifest only. A shard is opened, and its index checked against the manifest, when a sample of it is
-    first read; each sample's CRC-32 is checked each time it is read (about 10 µs for 40 kB).
+    Opening reads the manifest only. A shard is opened, and its index checked against the manifest,
+    when a sample of it is first read. Each sample's CRC-32 is checked each time it is read (about
+    10 µs for 40 kB).
 
     Args:
-        location: folder that ``portrait-dist pack`` wrote, or its address (``https://…``, ``s3://…``, anything with ``://``
-            that fsspec opens), whose shards are fetched into ``cache``.
+        location: folder that ``portrait-dist pack`` wrote, or its address (``https://…``,
+            ``s3://…``, anything with ``://`` that fsspec opens), whose shards are downloaded into
+            ``cache``.
         split: ``train``, ``val`` or ``test``.
         cache: for addresses; a cache in the user's cache folder by default.
+
+    Attributes:
+        shown: the location without secrets, for messages and files.
 
     Raises:
         InputError: no shards there, or no such split.
         DamagedDataError: the manifest is damaged.
+        UnreachableError: the server was away for longer than it is waited for.
     """
+
+    _alive: weakref.WeakSet[ShardSet] = weakref.WeakSet()
+    """They divide the process's file descriptors among them."""
 
     def __init__(self, location: str | Path, split: str, *, cache: Cache | None = None) -> None:
         self.location = str(location)
+        self.shown = redact(self.location)
         self.split = split
-        self.remote = "://" in self.location
-        self.manifest = read_manifest(location)
+        self.remote = is_address(self.location)
+        if self.remote:
+            self.cache = cache or Cache()
+        self.manifest = read_manifest(location, self.cache.downloads if self.remote else None)
         if split not in self.manifest.splits:
             known = list(self.manifest.splits)
             raise InputError(
-                f"{location}: no split '{split}' in it.{nearest(split, known)} There are {', '.join(known)}"
+                f"{self.shown}: no split '{split}' in it.{nearest(split, known)} "
+                f"There are {', '.join(known)}"
             )
         entry = self.manifest.splits[split]
         self.shards: list[ShardEntry] = entry.shards
@@ -96,13 +157,14 @@ class ShardSet:
         self.size = self.manifest.size
         self.codec = self.manifest.codec
         self._ends = list(itertools.accumulate(self.shard_sizes))
+        self._bytes = sum(shard.bytes for shard in entry.shards)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._indexes = _Indexes()
         self._lock = threading.Lock()
         self._opening: dict[int, threading.Lock] = {}
-        self._unreachable: dict[int, str] = {}
-        if self.remote:
-            self.cache = cache or Cache()
-        self._most_open = MOST_OPEN if self.fits_cache else MOST_OPEN_BEYOND_CACHE
+        self._absent: dict[int, tuple[float, str]] = {}  # since when, and what the server said
+        self._renewed: set[int] = set()
+        ShardSet._alive.add(self)
 
     def __len__(self) -> int:
         return self.samples
@@ -117,67 +179,198 @@ class ShardSet:
 
     @property
     def fits_cache(self) -> bool:
-        """Does the whole split lie on the local disk, or has the cache room for it?"""
-        return not self.remote or sum(shard.bytes for shard in self.shards) <= self.cache.limit
+        """Whether the whole split lies on the local disk, or the cache has room for it."""
+        return not self.remote or self._bytes <= self.cache.limit
+
+    @property
+    def most_open(self) -> int:
+        """Shards that are kept open at a time.
+
+        All of them where the limit of file descriptors (``ulimit -n``) allows it. Where it does
+        not, the order ``full`` opens a shard again for almost every sample (7 times the wall time
+        of a read, measured with 600 shards of which 256 were open); ``block`` does not.
+        """
+        if not self.fits_cache:
+            return LEAST_OPEN
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        soft = MOST_OPEN * 2 if soft == resource.RLIM_INFINITY else soft
+        most = min(soft - RESERVED_DESCRIPTORS - distributed.world_size(), MOST_OPEN)
+        everyones = sum(len(shards.shards) for shards in list(ShardSet._alive))
+        if everyones > most:
+            most = most * len(self.shards) // everyones
+        return max(LEAST_OPEN, min(most, len(self.shards)))
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """(number of the shard, position in it) of a sample."""
+        """Return (number of the shard, position in it) of a sample."""
         if not 0 <= sample < self.samples:
             raise IndexError(f"sample {sample} of {self.samples}")
         shard = bisect.bisect_right(self._ends, sample)
         return shard, sample - (self._ends[shard] - self.shard_sizes[shard])
 
     def name(self, sample: int) -> str:
-        """``DIR/train-00003.tar, sample 17``, for messages."""
+        """Return ``DIR/train-00003.tar, sample 17``, for messages."""
         shard, position = self.locate(sample)
         return f"{self.shard_name(shard)}, sample {position}"
 
     def shard_name(self, number: int) -> str:
-        """``DIR/train-00003.tar``, for messages."""
-        return f"{self.location.rstrip('/')}/{self.shards[number].name}"
+        """Return ``DIR/train-00003.tar``, for messages."""
+        return f"{self.shown.rstrip('/')}/{self.shards[number].name}"
 
-    def files(self, number: int) -> tuple[Path, Path]:
-        """Tar and index of a shard on the local disk, fetched where they are remote; local ones need not be there.
+    def files(self, number: int, cancelled: threading.Event | None = None) -> tuple[Path, Path]:
+        """Return tar and index of a shard on the local disk; remote ones are downloaded.
+
+        Local ones need not be there.
+
+        Args:
+            number: of the shard.
+            cancelled: ends the wait for a server when it is set.
 
         Raises:
-            FetchError: they cannot be fetched.
+            FetchError: the server does not have them, or others.
+            InputError, UnreachableError, CancelledDownloadError: see :meth:`Cache.fetch`.
         """
+        return self._tar(number, cancelled), self._index(number, cancelled)
+
+    def _tar(self, number: int, cancelled: threading.Event | None = None) -> Path:
         entry = self.shards[number]
         if not self.remote:
-            return Path(self.location) / entry.name, Path(self.location) / entry.index_name
-        tar = self.cache.fetch(join(self.location, entry.name), entry.sha256, entry.bytes)
-        return tar, self.cache.fetch(join(self.location, entry.index_name), entry.index_sha256)
+            return Path(self.location) / entry.name
+        address = join(self.location, entry.name)
+        return self.cache.fetch(address, entry.sha256, entry.bytes, cancelled=cancelled)
 
-    def fetch(self, number: int) -> None:
-        """Bring a remote shard into the cache if it is not open yet. What fails is tried again, and raised, by ``read``."""
-        if number not in self._open and number not in self._unreachable:
-            with contextlib.suppress(FetchError, InputError):
-                self.files(number)
+    def _index(self, number: int, cancelled: threading.Event | None = None) -> Path:
+        entry = self.shards[number]
+        if not self.remote:
+            return Path(self.location) / entry.index_name
+        return self.cache.fetch(
+            join(self.location, entry.index_name),
+            entry.index_sha256,
+            limit=shard_format.index_limit(entry.samples),
+            cancelled=cancelled,
+        )
 
-    def read(self, sample: int) -> Encoded:
-        """A sample's key and encoded members, without a copy.
+    def fetch(self, number: int, cancelled: threading.Event | None = None) -> None:
+        """Bring a remote shard into the cache if it is not open yet.
+
+        What fails is tried again, and raised, by :meth:`read`.
+
+        Args:
+            number: of the shard.
+            cancelled: ends the wait for a server when it is set.
+        """
+        if number not in self._open and number not in self._absent:
+            with contextlib.suppress(FetchError, PortraitDistError, CancelledDownloadError):
+                self.files(number, cancelled)
+
+    def read(self, sample: int, cancelled: threading.Event | None = None) -> Encoded:
+        """Return a sample's key and encoded members.
+
+        Args:
+            sample: number in the split.
+            cancelled: ends the wait for a server when it is set.
 
         Raises:
             DamagedSampleError: it, or its shard, is missing or not what the manifest says.
+            UnreachableError: the server or network file system is away.
+            InputError: the server refuses, or the cache cannot be used.
+            CancelledDownloadError: ``cancelled`` was set.
         """
         number, position = self.locate(sample)
         try:
-            shard = self._shard(number)
-            try:
-                return shard.read(position)
-            except _DamageError:
-                if not self.remote:
-                    raise
-                return self._read_again(number, position)
+            return self._read(number, position, cancelled)
         except _DamageError as damage:
-            where, mend = self.name(sample), REACH if number in self._unreachable else MEND
-            message = f"{where}: {damage}; {mend}"
+            where = self.name(sample)
+            advice = ADVICE_FOR_A_SERVER if number in self._absent else ADVICE
             raise DamagedSampleError(
-                message, where, str(damage), self.shards[number].name, position
+                f"{where}: {damage}; {advice}",
+                where,
+                str(damage),
+                self.shards[number].name,
+                position,
             ) from damage
 
-    def _shard(self, number: int) -> _OpenShard:
-        """The shard, opened, and fetched where it is remote, by the first thread that asks."""
+    def _read(self, number: int, position: int, cancelled: threading.Event | None) -> Encoded:
+        """Read a sample, again where another attempt can help.
+
+        That is when another process evicted the file from the cache between its download and its
+        opening, when the copy in the cache went bad, and when a network file system wants its
+        files opened again.
+        """
+        missing = reopened = 0
+        while True:
+            shard = None
+            try:
+                shard = self._shard(number, cancelled)
+                return shard.read(position)
+            except _AbsentError:
+                raise
+            except _MissingError:
+                missing += 1
+                if not self.remote:
+                    self._check_folder()
+                if not self.remote or missing == ATTEMPTS_AGAINST_EVICTION:
+                    raise
+            except _DamageError:
+                if not self._renew(number, shard):
+                    raise
+            except OSError as error:
+                reopened += 1
+                self._forget(number)
+                if error.errno not in AWAY or reopened > 1:
+                    self._raise_unreadable(number, error, shard)
+
+    def _check_folder(self) -> None:
+        """Tell a shard that is missing from a folder that is.
+
+        Raises:
+            UnreachableError: the folder is gone, such as one whose mount went away.
+        """
+        if not (Path(self.location) / MANIFEST).exists():
+            raise UnreachableError(
+                f"{self.location}: its {MANIFEST} is gone; "
+                "mount the folder or copy the shards again, then run the same command again"
+            )
+
+    def _raise_unreadable(self, number: int, error: OSError, shard: _OpenShard | None) -> NoReturn:
+        """Raise what a failed open or read means.
+
+        Raises:
+            UnreachableError: a network file system is away.
+            _DamageError: the disk cannot read the file.
+        """
+        folder = self.cache.folder if self.remote else Path(self.location)
+        if error.errno in AWAY or (
+            error.errno == errno.EIO
+            and is_network_file_system(shard.device if shard else folder.stat().st_dev)
+        ):
+            raise UnreachableError(
+                f"{self.shard_name(number)}: its file system is away ({error.strerror}); "
+                "run the same command again when it is back"
+            ) from error
+        raise _DamageError(f"the shard cannot be read ({error.strerror})") from error
+
+    def _renew(self, number: int, shard: _OpenShard | None) -> bool:
+        """Remove a damaged copy from the cache, once for each shard; whether to read again."""
+        if not self.remote:
+            return False
+        with self._lock:
+            if self._open.get(number) is not shard:
+                return True  # another thread did it
+            if number in self._renewed:
+                return False
+            self._renewed.add(number)
+            self._open.pop(number, None)
+            self._indexes.pop(number)
+            self.cache.discard(self.shards[number].sha256)
+            self.cache.discard(self.shards[number].index_sha256)
+            return True
+
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            self._open.pop(number, None)
+
+    def _shard(self, number: int, cancelled: threading.Event | None) -> _OpenShard:
+        """Return the open shard; the first thread that asks opens and downloads it."""
         with self._lock:
             if (shard := self._open.get(number)) is not None:
                 self._open.move_to_end(number)
@@ -187,121 +380,233 @@ class ShardSet:
             with self._lock:
                 if (shard := self._open.get(number)) is not None:
                     return shard
-            shard = self._open_shard(number)
+            shard = self._open_shard(number, cancelled)
             with self._lock:
                 self._open[number] = shard
                 self._opening.pop(number, None)
-                if len(self._open) > self._most_open:
-                    self._open.popitem(last=False)  # closed when its last reader is done
+                self._close_down_to(self.most_open)
         return shard
 
-    def _open_shard(self, number: int) -> _OpenShard:
-        entry = self.shards[number]
-        if number in self._unreachable:
-            raise _DamageError(self._unreachable[number])
-        for last in (not self.remote, False, True):
-            try:
-                return _OpenShard(*self.files(number), entry, SUFFIXES[self.codec])
-            except (
-                FetchError
-            ) as error:  # attempts were made already, so do not try for every sample
-                self._unreachable[number] = str(error)
-                raise _DamageError(str(error)) from error
-            except (
-                _DamageError
-            ):  # another process needed the room between fetching and opening, or the copy went bad
-                if last:
-                    raise
-                self.cache.discard(entry.index_sha256)
-        raise AssertionError
+    def _close_down_to(self, most: int) -> None:
+        while len(self._open) > most:
+            self._open.popitem(last=False)  # closed when its last reader is done
 
-    def _read_again(self, number: int, position: int) -> Encoded:
-        """Fetch a remote shard anew whose local copy turned out to be damaged."""
+    def _open_shard(self, number: int, cancelled: threading.Event | None) -> _OpenShard:
+        """Open a shard, downloaded where it is remote.
+
+        Raises:
+            _DamageError: missing, or not what the manifest says.
+            OSError: it cannot be read.
+        """
         entry = self.shards[number]
-        with self._lock:
-            self._open.pop(number, None)
-            self.cache.discard(entry.sha256)
-            self.cache.discard(entry.index_sha256)
-        return self._shard(number).read(position)
+        since, reason = self._absent.get(number, (0.0, ""))
+        if reason and time.monotonic() - since < SECONDS_UNTIL_RETRY:
+            raise _AbsentError(reason)
+        try:
+            records = self._indexes.get(number)
+            if records is None:
+                records = _read_index(self._index(number, cancelled), entry)
+                self._indexes.put(number, records)
+            tar = self._tar(number, cancelled)
+        except FetchError as error:
+            self._absent[number] = (time.monotonic(), str(error))
+            raise _AbsentError(str(error)) from error
+        self._absent.pop(number, None)
+        try:
+            return _OpenShard(tar, records, entry, self.codec, self.size)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        with self._lock:  # something else in the process took the descriptors
+            self._close_down_to(len(self._open) // 2)
+        return _OpenShard(tar, records, entry, self.codec, self.size)
 
 
 class _DamageError(Exception):
     """What is wrong with a shard or sample."""
 
 
+class _MissingError(_DamageError):
+    """A file of a shard is not on the local disk."""
+
+
+class _AbsentError(_DamageError):
+    """A server has no such file, or another one."""
+
+
+class _Indexes:
+    """Records of the shards used last, within a bound of bytes; a shard keeps them when closed."""
+
+    def __init__(self, limit: int = INDEX_MEMORY) -> None:
+        self._limit, self._bytes = limit, 0
+        self._records: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, number: int) -> bytes | None:
+        with self._lock:
+            if (records := self._records.get(number)) is not None:
+                self._records.move_to_end(number)
+            return records
+
+    def put(self, number: int, records: bytes) -> None:
+        with self._lock:
+            self._bytes += len(records) - len(self._records.pop(number, b""))
+            self._records[number] = records
+            while self._bytes > self._limit:
+                self._bytes -= len(self._records.popitem(last=False)[1])
+
+    def pop(self, number: int) -> None:
+        with self._lock:
+            self._bytes -= len(self._records.pop(number, b""))
+
+
 class _OpenShard:
-    """One mapped tar with its index."""
+    """One open tar with its records; closed with the last reference to it."""
 
     def __init__(
-        self, tar: Path, index: Path, entry: ShardEntry, suffixes: tuple[str, str]
+        self,
+        tar: Path,
+        records: bytes,
+        entry: ShardEntry,
+        codec: str,
+        size: tuple[int, int] | None,
     ) -> None:
-        self.entry, self.suffixes = entry, suffixes
-        data = _read_index(index)
-        if hashlib.sha256(data).hexdigest() != entry.index_sha256:
-            raise _DamageError(
-                f"{index.name} is not the index of this shard (its sha256 differs from the manifest's)"
-            )
-        _, self.records = shard_format.parse_index(data)
+        self._descriptor = -1
+        self._records, self._entry, self._codec = records, entry, codec
+        # Only JPEGs can be resized silently; the decoder of raw pixels compares every shape.
+        self._unchecked_size = size if codec == "jpeg" else None
         try:
-            with tar.open("rb") as file:
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._descriptor = open_regular(tar)
         except FileNotFoundError:
-            raise _DamageError("the shard is missing") from None
-        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-            raise _DamageError(f"the shard cannot be read ({error})") from error
-        self.view = memoryview(self.map)
+            raise _MissingError("the shard is missing") from None
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise _DamageError(f"the shard {error.strerror}") from error
+            raise
+        found = os.fstat(self._descriptor)
+        self.device = found.st_dev
+        self._check_length(found.st_size)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
     def read(self, position: int) -> Encoded:
-        # Touching a mapped page behind the end of a file kills the process, so look at the length first, each time.
-        if self.map.size() != self.entry.bytes or len(self.view) != self.entry.bytes:
-            raise _DamageError(
-                f"the shard has {self.map.size():,} bytes instead of {self.entry.bytes:,}"
-            )
-        record = shard_format.record_at(self.records, position)
-        sample = self.view[record.offset : record.offset + record.length]
+        """Read one sample and check it.
+
+        Raises:
+            _DamageError: it is not what index and manifest say.
+            OSError: it cannot be read.
+        """
+        record = shard_format.record_at(self._records, position)
+        if record.offset + record.length > self._entry.bytes:
+            raise _DamageError("its index points behind the end of the shard")
+        sample = memoryview(os.pread(self._descriptor, record.length, record.offset))
+        if len(sample) != record.length:
+            self._check_length(os.fstat(self._descriptor).st_size)
+            raise _DamageError("the shard changed while it was read")
         if isal_zlib.crc32(sample) != record.crc32:
             raise _DamageError("the sample is damaged (its CRC-32 differs from the index's)")
         alpha_at = BLOCK + padded(record.image)
-        image_name = shard_format.member_name(sample[:BLOCK])
-        alpha_name = shard_format.member_name(sample[alpha_at : alpha_at + BLOCK])
-        key = image_name.removesuffix(self.suffixes[0])
-        if image_name != key + self.suffixes[0] or alpha_name != key + self.suffixes[1]:
-            raise _DamageError(
-                f"the shard has {image_name} and {alpha_name} there instead of an image and its mask"
-            )
+        key = self._key(sample[:BLOCK], sample[alpha_at : alpha_at + BLOCK])
         alpha_at += BLOCK
-        return Encoded(
+        encoded = Encoded(
             key, sample[BLOCK : BLOCK + record.image], sample[alpha_at : alpha_at + record.alpha]
         )
+        if self._unchecked_size is not None:
+            self._check_size(encoded)
+        return encoded
+
+    def _key(self, image_header: memoryview, alpha_header: memoryview) -> str:
+        image_name = shard_format.member_name(image_header)
+        alpha_name = shard_format.member_name(alpha_header)
+        image_suffix, alpha_suffix = SUFFIXES[self._codec]
+        key = image_name.removesuffix(image_suffix)
+        if image_name != key + image_suffix or alpha_name != key + alpha_suffix:
+            raise _DamageError(
+                f"the shard has {image_name} and {alpha_name} there "
+                "instead of an image and its mask"
+            )
+        return key
+
+    def _check_length(self, length: int) -> None:
+        if length != self._entry.bytes:
+            raise _DamageError(f"the shard has {length:,} bytes instead of {self._entry.bytes:,}")
+
+    def _check_size(self, encoded: Encoded) -> None:
+        """Compare the manifest's size with one image: old manifests have no hash of their own."""
+        from portrait_dist.data.shards.decode import jpeg_size
+
+        try:
+            height, width = jpeg_size(encoded.image)
+        except ValueError:
+            return  # its decoder says what is wrong with it; another sample is compared
+        if (height, width) != self._unchecked_size:
+            raise _DamageError(
+                f"it has {height}x{width} pixels, the manifest says "
+                f"{'x'.join(map(str, self._unchecked_size or ()))}"
+            )
+        self._unchecked_size = None
 
 
-def _read_index(path: Path) -> bytes:
+def _read_index(path: Path, entry: ShardEntry) -> bytes:
+    """Read the records of a shard's index.
+
+    Raises:
+        _DamageError: it is missing, or not the index of this shard.
+        OSError: it cannot be read.
+    """
     try:
-        return path.read_bytes()
+        data = read_regular(path, shard_format.index_limit(entry.samples))
     except FileNotFoundError:
-        raise _DamageError(f"its index {path.name} is missing") from None
+        raise _MissingError(f"its index {entry.index_name} is missing") from None
     except OSError as error:
-        raise _DamageError(f"its index {path.name} cannot be read ({error.strerror})") from error
+        if error.errno in (errno.EINVAL, errno.EFBIG):
+            raise _DamageError(f"its index {entry.index_name} {error.strerror}") from error
+        raise
+    if hashlib.sha256(data).hexdigest() != entry.index_sha256:
+        raise _DamageError(
+            f"{entry.index_name} is not the index of this shard "
+            "(its sha256 differs from the manifest's)"
+        )
+    try:
+        header, records = shard_format.parse_index(data, entry.index_name)
+    except DamagedDataError as error:
+        raise _DamageError(str(error)) from error
+    if header.samples != entry.samples:
+        raise _DamageError(
+            f"{entry.index_name} has {header.samples:,} samples instead of {entry.samples:,}"
+        )
+    return records
 
 
-def read_manifest(location: str | Path) -> Manifest:
+def read_manifest(location: str | Path, downloads: DownloadOptions | None = None) -> Manifest:
     """Read the manifest of packed shards in a folder or at an address.
+
+    Args:
+        location: folder or address.
+        downloads: how long a server is waited for.
 
     Raises:
         InputError: there is none.
         DamagedDataError: it is damaged.
+        UnreachableError: the server was away for longer than it is waited for.
     """
-    if "://" in str(location):
-        return parse_manifest(
-            fetch_manifest(str(location)), f"{str(location).rstrip('/')}/{MANIFEST}"
-        )
+    if is_address(location):
+        check_address(str(location))
+        where = f"{redact(str(location)).rstrip('/')}/{MANIFEST}"
+        return parse_manifest(fetch_manifest(str(location), downloads), where)
     path = Path(location) / MANIFEST
     try:
-        text = path.read_bytes()
+        text = read_regular(path, MANIFEST_LIMIT)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(_no_shards(Path(location))) from None
     except OSError as error:
-        raise DamagedDataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DamagedDataError(
+            f"{path}: cannot be read ({error.strerror}); copy it again, or pack the shards again"
+        ) from error
+    except ValueError as error:  # a NUL in the path
+        raise InputError(f"{str(location)!r}: is no path ({error}); give a folder") from error
     return parse_manifest(text, str(path))
 
 
