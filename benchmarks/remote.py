@@ -1,10 +1,10 @@
-"""What an epoch over remote shards costs while the cache is empty: with shards fetched ahead, without, and from a local folder.
+"""What an epoch over remote shards costs while the cache is empty: with prefetched shards, without, and from a local folder.
 
     python benchmarks/remote.py [--json OUT]
 
 A server on loopback, in a process of its own, gives the shards as an object store does: ``--latency`` seconds until the first
 byte (S3: 0.1 to 0.2, by its performance guide), then ``--megabytes`` a second on each connection. Every round begins with an
-empty cache. Rows, for the orders full and block: portrait_dist (fetching ahead), without-fetching-ahead (a decoding thread
+empty cache. Rows, for the orders full and block: portrait_dist (prefetching), without-prefetching (a decoding thread
 fetches a shard when it meets it), local. ``first_batch_seconds`` is the median time until then.
 """
 
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import loader as loader_benchmark
 import measure
 
 from portrait_dist.data import build_loader
-from portrait_dist.data.shards import prefetch, writer
+from portrait_dist.data.shards import writer
 from portrait_dist.data.shards.cache import Cache
 from portrait_dist.data.source import split, synthetic
 
@@ -81,7 +80,7 @@ def epoch(
     shards: str,
     work: Path,
     order: str,
-    fetches: int,
+    downloads: int,
     options: argparse.Namespace,
     firsts: list[float],
 ) -> float:
@@ -91,13 +90,12 @@ def epoch(
     given = {
         "order": order,
         "block_samples": options.block_shards * options.samples_per_shard,
-        "cache": Cache(work / "cache"),
+        "cache": Cache(work / "cache", parallel_downloads=downloads),
     }
-    with unittest.mock.patch.object(prefetch, "FETCHES", fetches):
-        for batch in build_loader(shards, "train", BATCH, workers=options.workers, **given):
-            if not images:
-                firsts.append(time.perf_counter() - begin)
-            images += len(batch)
+    for batch in build_loader(shards, "train", BATCH, workers=options.workers, **given):
+        if not images:
+            firsts.append(time.perf_counter() - begin)
+        images += len(batch)
     return images / (time.perf_counter() - begin)
 
 
@@ -105,16 +103,16 @@ def rows_of(
     shards: Path, address: str, work: Path, options: argparse.Namespace
 ) -> list[measure.Row]:
     kinds = {
-        "portrait_dist": (address, prefetch.FETCHES),
-        "without-fetching-ahead": (address, 0),
+        "portrait_dist": (address, Cache().parallel_downloads),
+        "without-prefetching": (address, 0),
         "local": (str(shards), 0),
     }
     rows = []
     for order in ("full", "block"):
         firsts: dict[str, list[float]] = {name: [] for name in kinds}
         cases: dict[str, Callable[[], float]] = {
-            name: functools.partial(epoch, place, work, order, fetches, options, firsts[name])
-            for name, (place, fetches) in kinds.items()
+            name: functools.partial(epoch, place, work, order, downloads, options, firsts[name])
+            for name, (place, downloads) in kinds.items()
         }
         for name, rates in measure.alternate(cases, options.repeats).items():
             rows.append(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from portrait_dist.data.shards import format as shard_format
 
@@ -38,6 +41,20 @@ def damage_sample(shards: Path, shard: str, position: int) -> None:
         position: number of the sample within the shard.
     """
     tar = shards / shard
-    _, records = shard_format.parse_index(tar.with_suffix(".index").read_bytes())
+    _, records = shard_format.parse_index(tar.with_suffix(".index").read_bytes(), shard)
     record = shard_format.record_at(records, position)
     flip_bit(tar, record.offset + shard_format.BLOCK + record.image // 2)
+
+
+def edit_manifest(shards: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest of packed shards as if it had been written so: without a hash of itself.
+
+    Args:
+        shards: folder of packed shards.
+        edit: changes the parsed JSON in place.
+    """
+    path = shards / shard_format.MANIFEST
+    found = json.loads(path.read_bytes())
+    found.pop(shard_format.DIGEST, None)
+    edit(found)
+    path.write_text(json.dumps(found))

@@ -190,10 +190,12 @@ def _train_samples(location: str) -> int:
             "data.shards is not given: add data.shards=DIR, the folder that 'portrait-dist pack' "
             "wrote"
         )
+    from portrait_dist.data.shards.cache import Cache, DownloadOptions
     from portrait_dist.data.shards.reader import ShardSet
 
+    cache = Cache(downloads=DownloadOptions(wait_for_server_seconds=10.0))
     try:
-        sets = [ShardSet(location, split) for split in ("train", "val")]
+        sets = [ShardSet(location, split, cache=cache) for split in ("train", "val")]
     except DamagedDataError as error:
         raise InputError(str(error)) from error
     for entry in [entry for one in sets if not one.remote for entry in one.shards]:

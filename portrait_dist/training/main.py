@@ -198,9 +198,14 @@ def _stream_options(config: Config, device: torch.device) -> dict[str, Any]:
     data = config.data
     cache = None
     if is_address(data.shards):
-        from portrait_dist.data.shards.cache import Cache
+        from portrait_dist.data.shards.cache import Cache, DownloadOptions
 
-        cache = Cache(data.cache_dir or None, data.cache_gigabytes)
+        cache = Cache(
+            data.cache_dir or None,
+            data.cache_gigabytes,
+            parallel_downloads=data.parallel_downloads,
+            downloads=DownloadOptions(wait_for_server_seconds=data.wait_for_server_seconds),
+        )
     return {
         "workers": data.workers,
         "prefetch": data.prefetch_batches,

@@ -648,9 +648,11 @@ def hostile_servers(world: World, random: Random, folder: Path) -> Iterator[Case
         (outside / "precious.tar").write_bytes(b"mine")
 
         def action(way: str = way, seed: int = seed, cache: Path = cache) -> int:
-            from portrait_dist.data.shards.cache import Cache
+            from portrait_dist.data.shards.cache import Cache, DownloadOptions
 
-            kept = Cache(cache, gigabytes=0.002)
+            kept = Cache(
+                cache, gigabytes=0.002, downloads=DownloadOptions(wait_for_server_seconds=5)
+            )
             with servers.serve(world.shards, way, seed) as address:
                 return _read_all(world, address, kept)()
 

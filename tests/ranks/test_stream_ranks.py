@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from portrait_dist.data import build_loader
-from tests.damage import damage_sample
+from tests.damage import damage_sample, edit_manifest
 
 JOB = Path(__file__).parents[1] / "stream_job.py"
 
@@ -77,6 +77,11 @@ def alone(tiny_shards: Path) -> dict[str, list[list[str]]]:
     return seen
 
 
+def reverse_the_first_hash(manifest: dict[str, Any]) -> None:
+    shard = manifest["splits"]["train"]["shards"][0]
+    shard["sha256"] = shard["sha256"][::-1]
+
+
 @pytest.fixture(scope="module")
 def ranks(
     tiny_shards: Path, damaged_shards: Path, tmp_path_factory: pytest.TempPathFactory
@@ -90,9 +95,8 @@ def ranks(
         "seed": 3,
     }  # taken by one process with batches of 12
     copy = tmp_path_factory.mktemp("copy")  # the same pictures, packed in other bytes
-    manifest = (tiny_shards / "manifest.json").read_text()
-    first_hash = json.loads(manifest)["splits"]["train"]["shards"][0]["sha256"]
-    (copy / "manifest.json").write_text(manifest.replace(first_hash, first_hash[::-1]))
+    shutil.copy(tiny_shards / "manifest.json", copy)
+    edit_manifest(copy, reverse_the_first_hash)
     copies = [str(tiny_shards), str(copy)]
     options = {"batch_size": 4, "state": state, "damaged": str(damaged_shards), "copies": copies}
     seen, errors, code = torchrun(3, "see", tiny_shards, out, **options)

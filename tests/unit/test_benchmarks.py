@@ -148,7 +148,7 @@ def test_training_on_shards_is_measured_against_a_batch_on_the_device(
     assert 0 <= found["rows"][1]["data_wait_share"] <= 1
 
 
-def test_remote_compares_fetching_ahead_with_waiting_and_with_local_shards(tmp_path: Path) -> None:
+def test_remote_compares_prefetching_with_waiting_and_with_local_shards(tmp_path: Path) -> None:
     words = [
         "--pairs",
         "4",
@@ -164,7 +164,7 @@ def test_remote_compares_fetching_ahead_with_waiting_and_with_local_shards(tmp_p
     found = measured("remote", tmp_path / "remote.json", *words)
     for order in ("full", "block"):
         speeds = rates(found, order=order)
-        assert speeds.keys() == {"portrait_dist", "without-fetching-ahead", "local"}
+        assert speeds.keys() == {"portrait_dist", "without-prefetching", "local"}
         assert all(speeds.values())
 
 

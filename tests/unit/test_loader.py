@@ -327,9 +327,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     samples: list[int] = []
     read = AISegmentIterableDataset.read
 
-    def counted(self: Any, sample: int, image: Any, alpha: Any) -> str:
+    def counted(self: Any, sample: int, image: Any, alpha: Any, cancelled: Any = None) -> str:
         samples.append(sample)
-        return read(self, sample, image, alpha)
+        return read(self, sample, image, alpha, cancelled)
 
     monkeypatch.setattr(AISegmentIterableDataset, "read", counted)
     return samples

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import multiprocessing
 import os
 import shutil
@@ -17,80 +16,18 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from portrait_dist.data.shards import cache as remote_cache
-from portrait_dist.data.shards import prefetch
-from portrait_dist.data.shards.cache import Cache, FetchError
+from portrait_dist.data.shards import download
+from portrait_dist.data.shards.cache import Cache, DownloadOptions, FetchError
 from portrait_dist.data.shards.reader import DamagedSampleError, ShardSet
 from portrait_dist.data.shards.verify import verify
 from portrait_dist.data.stream.loader import StreamLoader, build_loader
 from portrait_dist.errors import InputError
-from tests.jobs import wait_for
+from portrait_dist.system.address import join
+from tests.shard_server import ShardServer, serving
+from tests.waiting import wait_for
 
-STALL = 16384
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """A web server that misbehaves as told.
-
-    ``cuts``: bytes after which the next answers end, connection and all. ``go_on``: while cleared, an answer with a shard stops
-    after ``STALL`` bytes and waits. ``starts``: from which byte on each shard was asked for.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Answer)
-        self.folder = folder
-        self.cuts: list[int] = []
-        self.failures: list[int] = []
-        self.ranges = True
-        self.delay = 0.0
-        self.go_on = threading.Event()
-        self.go_on.set()
-        self.asked: list[str] = []
-        self.starts: list[int] = []
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class _Answer(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        name = self.path.partition("?")[0].lstrip("/")
-        self.server.asked.append(name)
-        path = self.server.folder / name
-        if self.server.failures:
-            return self.send_error(self.server.failures.pop(0))
-        if not path.is_file():
-            return self.send_error(404)
-        data, start = path.read_bytes(), 0
-        if self.server.ranges and "Range" in self.headers:
-            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-            if start >= len(data):
-                return self.send_error(416)
-        if name.endswith(".tar"):
-            self.server.starts.append(start)
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(data) - start))
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.end_headers()
-        end = (
-            start + self.server.cuts.pop(0)
-            if self.server.cuts and name.endswith(".tar")
-            else len(data)
-        )
-        for place in range(start, end, 4096):
-            self.wfile.write(data[place : min(place + 4096, end)])
-            time.sleep(self.server.delay)
-            if name.endswith(".tar") and place >= STALL:
-                self.server.go_on.wait()
-
-    def log_message(self, *_: object) -> None:
-        pass
+# A server that is away is waited for 20 s at most, and asked again after 10 ms.
+DOWNLOADS = DownloadOptions(wait_for_server_seconds=10, first_delay_seconds=0.01)
 
 
 @pytest.fixture
@@ -100,21 +37,14 @@ def folder(tiny_shards: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(folder: Path) -> Iterator[Server]:
-    with Server(folder) as started:
-        threading.Thread(target=started.serve_forever, args=(0.01,), daemon=True).start()
+def server(folder: Path) -> Iterator[ShardServer]:
+    with serving(folder) as started:
         yield started
-        started.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def _short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_cache, "FIRST_DELAY", 0.01)
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "cache")
+    return Cache(tmp_path / "cache", downloads=DOWNLOADS)
 
 
 def content(shards: ShardSet) -> list[tuple[str, bytes, bytes]]:
@@ -128,7 +58,9 @@ def cached(cache: Cache) -> int:
     return sum(path.stat().st_size for path in cache.folder.iterdir())
 
 
-def test_http_gives_the_samples_of_the_folder(server: Server, folder: Path, cache: Cache) -> None:
+def test_http_gives_the_samples_of_the_folder(
+    server: ShardServer, folder: Path, cache: Cache
+) -> None:
     opened = ShardSet(server.address, "train", cache=cache)
     assert server.asked == ["manifest.json"], "opening fetched more than the manifest"
     assert content(opened) == content(ShardSet(folder, "train"))
@@ -149,7 +81,7 @@ def test_any_fsspec_address_gives_the_samples_of_the_folder(
 
 
 def test_a_connection_cut_again_and_again_gives_whole_shards(
-    server: Server, folder: Path, cache: Cache
+    server: ShardServer, folder: Path, cache: Cache
 ) -> None:
     for ranges in (True, False):
         server.ranges, server.cuts = ranges, [1000, 0, 5000, 1] if ranges else [7, 3000, 9000]
@@ -164,24 +96,8 @@ def test_a_connection_cut_again_and_again_gives_whole_shards(
     )
 
 
-def test_a_server_that_stays_away_is_named_after_some_attempts(
-    server: Server, cache: Cache
-) -> None:
-    opened = ShardSet(server.address, "val", cache=cache)
-    server.failures = [503] * 100
-    with pytest.raises(
-        DamagedSampleError,
-        match=r"val-00000\.tar, sample 2: cannot be fetched, 5 attempts failed .*503",
-    ):
-        opened.read(2)
-    asked = len(server.asked)
-    with pytest.raises(DamagedSampleError, match="sample 3"):
-        opened.read(3)
-    assert len(server.asked) == asked, "every sample tries anew"
-
-
 def test_a_changed_or_missing_shard_is_named_and_never_used(
-    server: Server, folder: Path, cache: Cache
+    server: ShardServer, folder: Path, cache: Cache
 ) -> None:
     shutil.copy(folder / "train-00001.tar", folder / "train-00000.tar")
     (folder / "train-00002.tar").unlink()
@@ -200,7 +116,7 @@ def test_a_changed_or_missing_shard_is_named_and_never_used(
 
 
 def test_a_file_that_changes_while_it_is_fetched_is_fetched_anew(
-    server: Server, folder: Path, cache: Cache
+    server: ShardServer, folder: Path, cache: Cache
 ) -> None:
     name, opened = "val-00000.tar", ShardSet(server.address, "val", cache=cache)
     cache.folder.mkdir()
@@ -212,7 +128,7 @@ def test_a_file_that_changes_while_it_is_fetched_is_fetched_anew(
 
 
 def test_a_damaged_copy_in_the_cache_is_replaced(
-    server: Server, folder: Path, cache: Cache
+    server: ShardServer, folder: Path, cache: Cache
 ) -> None:
     content(ShardSet(server.address, "val", cache=cache))
     for path in cache.folder.glob("*.*"):
@@ -224,10 +140,10 @@ def test_a_damaged_copy_in_the_cache_is_replaced(
 
 
 def test_the_cache_keeps_its_size_and_drops_what_was_not_used_for_longest(
-    server: Server, folder: Path, tmp_path: Path
+    server: ShardServer, folder: Path, tmp_path: Path
 ) -> None:
     sizes = sorted(path.stat().st_size for path in folder.glob("train-*.tar"))
-    cache = Cache(tmp_path / "cache", gigabytes=(2.5 * sizes[-1]) / 1e9)
+    cache = Cache(tmp_path / "cache", 2.5 * sizes[-1] / 1e9, downloads=DOWNLOADS)
     opened = ShardSet(server.address, "train", cache=cache)
     for sample in (0, 10, 1, 20, 2, 30, 3, 40, 50):
         opened.read(sample)
@@ -241,14 +157,16 @@ def test_the_cache_keeps_its_size_and_drops_what_was_not_used_for_longest(
         ShardSet(server.address, "train", cache=Cache(tmp_path / "small", gigabytes=1e-6)).read(0)
 
 
-def limited(server: Server, folder: Path, shards: float) -> ShardSet:
+def limited(server: ShardServer, folder: Path, shards: float) -> ShardSet:
     """The training split behind a cache for so many shards."""
-    opened = ShardSet(server.address, "train", cache=Cache(folder / "cache"))
+    opened = ShardSet(server.address, "train", cache=Cache(folder / "cache", downloads=DOWNLOADS))
     opened.cache.limit = int(shards * max(shard.bytes for shard in opened.shards))
     return opened
 
 
-def test_what_is_being_fetched_has_its_room_in_the_cache(server: Server, tmp_path: Path) -> None:
+def test_what_is_being_fetched_has_its_room_in_the_cache(
+    server: ShardServer, tmp_path: Path
+) -> None:
     opened = limited(server, tmp_path, 3.9)
     for number in range(3):
         opened.fetch(number)
@@ -259,7 +177,7 @@ def test_what_is_being_fetched_has_its_room_in_the_cache(server: Server, tmp_pat
 
 
 def test_room_is_never_made_by_dropping_what_is_being_fetched(
-    server: Server, tmp_path: Path
+    server: ShardServer, tmp_path: Path
 ) -> None:
     opened = limited(server, tmp_path, 1.5)
     with stalled(server, opened, 0, 1) as fetched:
@@ -272,7 +190,7 @@ def test_room_is_never_made_by_dropping_what_is_being_fetched(
 
 @contextlib.contextmanager
 def stalled(
-    server: Server, opened: ShardSet, *numbers: int
+    server: ShardServer, opened: ShardSet, *numbers: int
 ) -> Iterator[list[Future[tuple[Path, Path]]]]:
     """Shards, one after the other, in the middle of being fetched; at the end they are whole."""
     server.go_on.clear()
@@ -281,19 +199,16 @@ def stalled(
         for number in numbers:
             before = len(server.starts)
             fetched.append(threads.submit(opened.files, number))
-            wait_for(lambda before=before: len(server.starts) > before, "a shard's being asked for")
+            wait_for(
+                lambda before=before: len(server.starts) > before, what="a shard's being asked for"
+            )
         try:
             yield fetched
         finally:
             server.go_on.set()
 
 
-def tars(server: Server) -> list[str]:
-    """Shards that were asked for, in turn."""
-    return [name for name in server.asked if name.endswith(".tar")]
-
-
-def sequential(server: Server, cache: Cache) -> StreamLoader:
+def sequential(server: ShardServer, cache: Cache) -> StreamLoader:
     """Batches of half a shard, in the order of the shards, one decoded ahead."""
     return build_loader(
         server.address,
@@ -310,80 +225,80 @@ def sequential(server: Server, cache: Cache) -> StreamLoader:
 
 
 def test_shards_are_fetched_before_they_are_needed_and_each_once(
-    server: Server, folder: Path, cache: Cache
+    server: ShardServer, folder: Path, cache: Cache
 ) -> None:
     loader = sequential(server, cache)
     batches, shards = iter(loader), loader.dataset.shards.shards
     found = next(batches).keys
-    wait_for(lambda: len(tars(server)) == len(shards), "fetching all shards")
+    wait_for(lambda: len(server.tars) == len(shards), what="fetching all shards")
     assert found + [key for batch in batches for key in batch.keys] == [
         key for key, _, _ in content(ShardSet(folder, "train"))
     ]
-    assert sorted(tars(server)) == [shard.name for shard in shards]
+    assert sorted(server.tars) == [shard.name for shard in shards]
 
 
-def test_fetching_ahead_keeps_to_its_share_of_a_cache_that_does_not_hold_the_split(
-    server: Server, folder: Path, tmp_path: Path
+def test_prefetching_keeps_to_its_fraction_of_a_cache_that_does_not_hold_the_split(
+    server: ShardServer, folder: Path, tmp_path: Path
 ) -> None:
     largest = max(path.stat().st_size for path in folder.glob("train-*.tar"))
-    loader = sequential(server, Cache(tmp_path / "cache", gigabytes=4.5 * largest / 1e9))
+    loader = sequential(server, Cache(tmp_path / "cache", 4.5 * largest / 1e9, downloads=DOWNLOADS))
     batches, keys = iter(loader), []
     for number, batch in enumerate(batches):
         keys += batch.keys
         asked = min(number // 2 + 2, 6)  # those of the batches so far, and the next one
-        wait_for(lambda asked=asked: len(tars(server)) >= asked, "fetching ahead")
+        wait_for(lambda asked=asked: len(server.tars) >= asked, what="prefetching")
         time.sleep(0.05)
-        assert len(tars(server)) == asked
+        assert len(server.tars) == asked
     assert keys == [key for key, _, _ in content(ShardSet(folder, "train"))]
-    assert sorted(tars(server)) == [shard.name for shard in loader.dataset.shards.shards]
+    assert sorted(server.tars) == [shard.name for shard in loader.dataset.shards.shards]
 
 
-def test_a_shard_that_cannot_be_fetched_ahead_is_named_where_it_is_needed(
-    server: Server, folder: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+def test_a_shard_that_cannot_be_prefetched_is_named_where_it_is_needed(
+    server: ShardServer, folder: Path, cache: Cache
 ) -> None:
-    monkeypatch.setattr(prefetch, "FETCHES", 1)
+    cache.parallel_downloads = 1
     expected = [key for key, _, _ in content(ShardSet(folder, "train"))]
     (folder / "train-00003.tar").unlink()
     batches = iter(sequential(server, cache))
     assert [key for _ in range(6) for key in next(batches).keys] == expected[:30]
-    wait_for(lambda: "train-00005.tar" in tars(server), "fetching the last shard")
+    wait_for(lambda: "train-00005.tar" in server.tars, what="fetching the last shard")
     with pytest.raises(
         DamagedSampleError, match=r"train-00003\.tar, sample 0: is not there \(HTTP 404\)"
     ):
         next(batches)
 
 
-def test_a_loader_that_is_dropped_fetches_no_further(
-    server: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prefetch, "FETCHES", 1)
+def test_a_loader_that_is_dropped_fetches_no_further(server: ShardServer, cache: Cache) -> None:
+    cache.parallel_downloads = 1
     others = threading.enumerate()
     server.go_on.clear()
     batches = iter(sequential(server, cache))
-    wait_for(lambda: len(server.starts) == 1, "the first fetch")
+    wait_for(lambda: len(server.starts) == 1, what="the first fetch")
     threading.Timer(0.2, server.go_on.set).start()
     started = [
         thread
         for thread in threading.enumerate()
-        if thread.name.startswith(("fetch-", "decode-")) and thread not in others
+        if thread.name.startswith(("prefetch-", "decode-")) and thread not in others
     ]
     assert len(started) == 2
     del batches
-    wait_for(lambda: not any(thread.is_alive() for thread in started), "the end of the threads")
-    assert len(tars(server)) <= 2
+    wait_for(
+        lambda: not any(thread.is_alive() for thread in started), what="the end of the threads"
+    )
+    assert len(server.tars) <= 2
 
 
 def _read_all(address: str, folder: Path) -> int:
-    return len(content(ShardSet(address, "train", cache=Cache(folder))))
+    return len(content(ShardSet(address, "train", cache=Cache(folder, downloads=DOWNLOADS))))
 
 
 def _read_all_by_small_pieces(address: str, folder: Path) -> None:
-    remote_cache.CHUNK = 4096
+    download.CHUNK = 4096
     _read_all(address, folder)
 
 
 def test_processes_and_threads_of_a_machine_fetch_each_shard_once(
-    server: Server, cache: Cache
+    server: ShardServer, cache: Cache
 ) -> None:
     server.delay = 0.002
     with multiprocessing.get_context("spawn").Pool(3) as pool:
@@ -396,7 +311,7 @@ def test_processes_and_threads_of_a_machine_fetch_each_shard_once(
 
 
 def test_a_killed_fetch_leaves_nothing_wrong_and_is_gone_on_with(
-    server: Server, folder: Path, cache: Cache
+    server: ShardServer, folder: Path, cache: Cache
 ) -> None:
     server.go_on.clear()
     process = multiprocessing.get_context("spawn").Process(
@@ -405,7 +320,7 @@ def test_a_killed_fetch_leaves_nothing_wrong_and_is_gone_on_with(
     process.start()
     wait_for(
         lambda: any(part.stat().st_size for part in cache.folder.glob(".*.part")),
-        "the beginning of a shard",
+        what="the beginning of a shard",
     )
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
@@ -420,7 +335,7 @@ def test_a_killed_fetch_leaves_nothing_wrong_and_is_gone_on_with(
 
 
 def test_an_address_that_cannot_be_opened_says_what_to_do(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
         InputError, match="give the address of a folder that 'portrait-dist pack' wrote"
@@ -438,15 +353,17 @@ def test_an_address_that_cannot_be_opened_says_what_to_do(
     assert Cache().folder == tmp_path / "portrait-dist" / "shards"
 
 
-def test_a_signed_address_keeps_its_signature(server: Server, folder: Path, cache: Cache) -> None:
+def test_a_signed_address_keeps_its_signature(
+    server: ShardServer, folder: Path, cache: Cache
+) -> None:
     assert content(ShardSet(f"{server.address}/?sig=a/b", "val", cache=cache)) == content(
         ShardSet(folder, "val")
     )
-    assert remote_cache.join("https://host/dir/?sig=1", "a.tar") == "https://host/dir/a.tar?sig=1"
-    assert remote_cache.join("s3://bucket/dir/", "a.tar") == "s3://bucket/dir/a.tar"
+    assert join("https://host/dir/?sig=1", "a.tar") == "https://host/dir/a.tar?sig=1"
+    assert join("s3://bucket/dir/", "a.tar") == "s3://bucket/dir/a.tar"
 
 
-def test_fetching_to_a_wrong_hash_is_an_error(server: Server, cache: Cache) -> None:
+def test_fetching_to_a_wrong_hash_is_an_error(server: ShardServer, cache: Cache) -> None:
     with pytest.raises(FetchError, match="is not the one in the manifest"):
         cache.fetch(f"{server.address}/val-00000.tar", "0" * 64)
     assert not list(cache.folder.glob("*.tar"))

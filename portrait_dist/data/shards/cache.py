@@ -287,7 +287,7 @@ def _file_name(sha256: str, address: str) -> str:
 def _marker(path: Path) -> Path:
     """File that holds the state in which ``path`` was checked; its time says when it was used.
 
-    The time of ``path`` itself stays, because a change of it means that the content may have changed.
+    The time of ``path`` itself stays, because a change of it says that the content may be another.
     """
     return path.with_name(f".{path.name}.checked")
 
@@ -325,7 +325,7 @@ def _lock_name(sha256: str) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path, flags: int = 0) -> Iterator[None]:
-    """Let in one process and thread of this machine at a time; the kernel releases a dead one's lock.
+    """Let in one thread of this machine at a time; the kernel releases a dead process's lock.
 
     Raises:
         BlockingIOError: with ``LOCK_NB`` as flags, where another one is in.

@@ -22,7 +22,7 @@ import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 from isal import isal_zlib
 
@@ -133,7 +133,7 @@ class ShardSet:
         UnreachableError: the server was away for longer than it is waited for.
     """
 
-    _alive: weakref.WeakSet[ShardSet] = weakref.WeakSet()
+    _alive: ClassVar[weakref.WeakSet[ShardSet]] = weakref.WeakSet()
     """They divide the process's file descriptors among them."""
 
     def __init__(self, location: str | Path, split: str, *, cache: Cache | None = None) -> None:
@@ -474,7 +474,8 @@ class _OpenShard:
         self._descriptor = -1
         self._records, self._entry, self._codec = records, entry, codec
         # Only JPEGs can be resized silently; the decoder of raw pixels compares every shape.
-        self._unchecked_size = size if codec == "jpeg" else None
+        self._size = size if codec == "jpeg" else None
+        self._size_is_right = self._size is None
         try:
             self._descriptor = open_regular(tar)
         except FileNotFoundError:
@@ -513,7 +514,7 @@ class _OpenShard:
         encoded = Encoded(
             key, sample[BLOCK : BLOCK + record.image], sample[alpha_at : alpha_at + record.alpha]
         )
-        if self._unchecked_size is not None:
+        if not self._size_is_right:
             self._check_size(encoded)
         return encoded
 
@@ -541,12 +542,12 @@ class _OpenShard:
             height, width = jpeg_size(encoded.image)
         except ValueError:
             return  # its decoder says what is wrong with it; another sample is compared
-        if (height, width) != self._unchecked_size:
+        if (height, width) != self._size:
             raise _DamageError(
                 f"it has {height}x{width} pixels, the manifest says "
-                f"{'x'.join(map(str, self._unchecked_size or ()))}"
+                f"{'x'.join(map(str, self._size or ()))}"
             )
-        self._unchecked_size = None
+        self._size_is_right = True
 
 
 def _read_index(path: Path, entry: ShardEntry) -> bytes:
@@ -614,7 +615,10 @@ def _no_shards(folder: Path) -> str:
     if not folder.exists():
         return f"{folder}: there is no such folder; give one that 'portrait-dist pack' wrote"
     if (folder / "split.json").is_file():
-        return f"{folder}: not packed yet; run 'portrait-dist pack --data {folder} --out DIR' and give that DIR"
+        return (
+            f"{folder}: not packed yet; "
+            f"run 'portrait-dist pack --data {folder} --out DIR' and give that DIR"
+        )
     if (folder / "clip_img").is_dir():
         return (
             f"{folder}: is a raw tree; run 'portrait-dist prepare' on it, then 'portrait-dist pack'"

@@ -15,7 +15,9 @@ from portrait_dist.data.shards.cache import Cache, FetchError
 from portrait_dist.data.shards.decode import decode_stored
 from portrait_dist.data.shards.format import BLOCK, SUFFIXES, ShardEntry, keys_sha256
 from portrait_dist.data.shards.reader import DamagedSampleError, ShardSet, read_manifest
-from portrait_dist.files import open_regular
+from portrait_dist.errors import DamagedDataError
+from portrait_dist.files import open_regular, read_regular
+from portrait_dist.system.address import is_address, redact
 from portrait_dist.system.info import cores
 from portrait_dist.system.progress import track
 from portrait_dist.system.threads import map_in_order
@@ -56,9 +58,9 @@ def verify(
         InputError: no shards there.
         DamagedDataError: the manifest cannot be read.
     """
-    manifest = read_manifest(location)
+    manifest = read_manifest(location, cache.downloads if cache else None)
     sets = {split: ShardSet(location, split, cache=cache) for split in manifest.splits}
-    errors = [] if "://" in str(location) else _wrong_files(Path(location), sets)
+    errors = [] if is_address(location) else _wrong_files(Path(location), sets)
     keys: dict[str, list[str]] = {split: [] for split in sets}
     every_shard = [
         (split, number) for split, shards in sets.items() for number in range(len(shards.shards))
@@ -71,7 +73,7 @@ def verify(
             keys[split] += found
             errors += wrong
     errors += [
-        f"{location}, {split}: the keys are not those of the manifest, or in another order"
+        f"{redact(str(location))}, {split}: the keys are not those of the manifest, or in another order"
         for split, entry in manifest.splits.items()
         if len(keys[split]) == entry.samples and keys_sha256(keys[split]) != entry.keys_sha256
     ]
@@ -96,11 +98,12 @@ def _wrong_files(folder: Path, sets: dict[str, ShardSet]) -> list[str]:
     for split, shards in sets.items():
         path = folder / f"{split}.json"
         try:
-            same = _read(path) == shard_format.wids_index(split, shards.manifest.splits[split])
+            expected = shard_format.wids_index(split, shards.manifest.splits[split])
+            found = _read(path, max(2 * len(expected), 1 << 20))
         except _UnreadableError as error:
             errors.append(str(error))
             continue
-        if not same:
+        if found != expected:
             errors.append(f"{path}: does not list the shards of the manifest")
     return errors
 
@@ -109,9 +112,9 @@ class _UnreadableError(Exception):
     """A file is missing or cannot be read; the message is a line of the result."""
 
 
-def _read(path: Path) -> bytes:
-    with _readable(path), open(open_regular(path), "rb") as file:
-        return file.read()
+def _read(path: Path, limit: int) -> bytes:
+    with _readable(path):
+        return read_regular(path, limit)
 
 
 @contextlib.contextmanager
@@ -129,7 +132,7 @@ def _check_shard(shards: ShardSet, number: int) -> tuple[list[str], list[str]]:
     entry, name = shards.shards[number], shards.shard_name(number)
     try:
         tar, index = shards.files(number)
-        data = _read(index)
+        data = _read(index, shard_format.index_limit(entry.samples))
         with _readable(tar), open(open_regular(tar), "rb") as file:
             length = file.seek(0, os.SEEK_END)
     except FetchError as error:
@@ -140,9 +143,9 @@ def _check_shard(shards: ShardSet, number: int) -> tuple[list[str], list[str]]:
         what = f"{entry.index_name} is not its index (its sha256 differs from the manifest's)"
         return [], [f"{name}: {what}"]
     try:
-        _, records = shard_format.parse_index(data)
-    except (ValueError, RecursionError) as error:
-        return [], [f"{name}: {entry.index_name} is damaged ({error})"]
+        _, records = shard_format.parse_index(data, f"{name}: {entry.index_name}")
+    except DamagedDataError as error:
+        return [], [str(error)]
     if length != entry.bytes:
         where = _what_is_left(tar, length, records, entry)
         return [], [f"{name}: has {length:,} bytes instead of {entry.bytes:,}{where}"]

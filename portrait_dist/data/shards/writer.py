@@ -29,6 +29,7 @@ from portrait_dist.data.shards.format import (
     BLOCK,
     MANIFEST,
     SUFFIXES,
+    IndexHeader,
     Manifest,
     Record,
     ShardEntry,
@@ -43,7 +44,7 @@ from portrait_dist.data.shards.format import (
 )
 from portrait_dist.data.shards.plan import ShardPlan, check_keys, made_from, plan_shards
 from portrait_dist.data.source.split import SPLITS, Split, pair_paths, read_split
-from portrait_dist.errors import InputError, PortraitDistError
+from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
 from portrait_dist.files import (
     atomic_open,
     check_folder_writable,
@@ -227,17 +228,17 @@ def complete_entry(
     try:
         with open(open_regular(index), "rb") as file:
             data = file.read()
-        header, _ = parse_index(data)
+        header, _ = parse_index(data, str(index))
         written = index.stat().st_mtime_ns
-        if header["made_from"] != made_from(plan, split, settings, not_newer_than=written):
+        if header.made_from != made_from(plan, split, settings, not_newer_than=written):
             return None
         with open(open_regular(tar), "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 != header["sha256"]:
+        if sha256 != header.sha256:
             return None
         index_sha256 = hashlib.sha256(data).hexdigest()
-        return ShardEntry(plan.name, len(plan.keys), header["bytes"], sha256, index_sha256)
-    except (FileNotFoundError, ValueError, KeyError, RecursionError):
+        return ShardEntry(plan.name, len(plan.keys), header.bytes, sha256, index_sha256)
+    except (FileNotFoundError, DamagedDataError):
         return None
     except OSError as error:  # also a named pipe or a folder in its place
         raise InputError(
@@ -283,13 +284,7 @@ def _write_shard(
         digest.update(end)
         offset += file.write(end)
     sha256 = digest.hexdigest()
-    header = {
-        "shard": plan.name,
-        "samples": len(records),
-        "bytes": offset,
-        "sha256": sha256,
-        "made_from": source,
-    }
+    header = IndexHeader(plan.name, len(records), offset, sha256, source)
     index = index_bytes(header, records)
     write_bytes(out / plan.index_name, index, durable=True)
     return ShardEntry(plan.name, len(records), offset, sha256, hashlib.sha256(index).hexdigest())

@@ -8,6 +8,7 @@ the same ``Order`` and ``BatchPlan``, so they give the same samples in the same 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
         train = split == "train"
         self.location, self.split, self.cache = shards, split, options.cache
         self.shards = ShardSet(shards, split, cache=options.cache)
-        self.size = _batch_size_in_pixels(self.shards.size, options.size, str(shards))
+        self.size = _batch_size_in_pixels(self.shards.size, options.size, self.shards.shown)
         self.exact = not train if options.exact is None else options.exact
         self.on_damage = options.on_damage
         self.batch_size = whole_number("batch_size", batch_size, 1)
@@ -196,13 +197,13 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
         for name, here in (("samples", self.samples), ("seed", self.seed)):
             if state.get(name, here) != here:
                 raise InputError(
-                    f"{self.location}: the saved position is for {name}={state[name]}, here it is "
+                    f"{self.shards.shown}: the saved position is for {name}={state[name]}, here it is "
                     f"{here}; resume with the shards and seed that it was saved with, or start a "
                     "new run"
                 )
         if not {"epoch", "samples_seen"} <= state.keys():
             raise InputError(
-                f"{self.location}: the saved position lacks epoch or samples_seen; "
+                f"{self.shards.shown}: the saved position lacks epoch or samples_seen; "
                 "give what state_dict() returned"
             )
         epoch = whole_number("epoch", state["epoch"], 0)
@@ -235,20 +236,28 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
             ends = np.cumsum([len(part) for part in positions])
             yield from zip(positions, np.split(samples, ends[:-1]), strict=True)
 
-    def read(self, sample: int, image: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> str:
+    def read(
+        self,
+        sample: int,
+        image: NDArray[np.uint8],
+        alpha: NDArray[np.uint8],
+        cancelled: threading.Event | None = None,
+    ) -> str:
         """Read and decode one sample, and return its key.
 
         Args:
             sample: number of the sample in the split.
             image: uint8 [H, W, 3], contiguous; it is filled.
             alpha: uint8 [H, W]; it is filled.
+            cancelled: ends the wait for a server of remote shards when it is set.
 
         Raises:
+            UnreachableError: that server was away for longer than it is waited for.
             DamagedDataError: names shard and sample.
         """
         from portrait_dist.data.shards.decode import decode_pair
 
-        encoded = self.shards.read(sample)
+        encoded = self.shards.read(sample, cancelled)
         try:
             decode_pair(
                 encoded.image,
@@ -297,7 +306,7 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
                     "epoch": epoch,
                 }
 
-    # Open shards hold memory maps and locks, which do not pickle: a worker process opens its own.
+    # Open shards hold file descriptors and locks, which do not pickle: a worker process opens its own.
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "shards"}
 

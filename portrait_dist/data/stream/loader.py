@@ -278,7 +278,7 @@ class StreamLoader:
             odd = next((rank for rank, other in enumerate(everyone) if other[name] != value), None)
             if odd is not None:
                 raise InputError(
-                    f"{dataset.location}, {dataset.split}: {name} is {value} on rank 0 and "
+                    f"{dataset.shards.shown}, {dataset.split}: {name} is {value} on rank 0 and "
                     f"{everyone[odd][name]} on rank {odd}; "
                     "give every rank the same shards and options"
                 )

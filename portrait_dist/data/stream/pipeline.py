@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from portrait_dist.data.shards.prefetch import FetchAhead
+from portrait_dist.data.shards.prefetch import Prefetcher
 from portrait_dist.data.stream.dataset import AISegmentIterableDataset
 from portrait_dist.data.stream.order import Ints
 from portrait_dist.errors import DamagedDataError
@@ -123,7 +123,7 @@ class PendingBatch:
             (first, min(first + rows_per_task, len(samples)))
             for first in range(0, len(samples), rows_per_task)
         ]
-        self.cancelled = False
+        self.cancelled = threading.Event()
         self._positions, self._samples = positions, samples
         self._image, self._alpha = image, alpha
         self._keys = [""] * len(samples)
@@ -143,10 +143,12 @@ class PendingBatch:
         row = first
         try:
             for row in range(first, end):
-                if self.cancelled:
+                if self.cancelled.is_set():
                     break
                 try:
-                    self._keys[row] = dataset.read(self._samples[row], images[row], alphas[row])
+                    self._keys[row] = dataset.read(
+                        self._samples[row], images[row], alphas[row], self.cancelled
+                    )
                 except DamagedDataError as error:
                     dataset.skip(self._samples[row], error)
                     self._skipped.add(row)
@@ -214,7 +216,7 @@ class DecodePipeline:
         self._threads: list[threading.Thread] = []
         self._stop = threading.Event()
         self._process = os.getpid()
-        self._fetches: FetchAhead | None = None
+        self._fetches: Prefetcher | None = None
         # Batches in the making, with the number of epochs planned before: 0 is the consumer's.
         self._pending: deque[tuple[int, PendingBatch]] = deque()
         self._planned: Iterator[tuple[Ints, Ints]] = iter(())
@@ -297,7 +299,7 @@ class DecodePipeline:
             self._fetches.stop()
         if self._dataset.shards.remote:
             batches = self._dataset.batches(self._epoch, start)
-            self._fetches = FetchAhead(self._dataset.shards, batches)
+            self._fetches = Prefetcher(self._dataset.shards, batches)
 
     def _start_threads(self) -> None:
         if self._threads:
@@ -349,7 +351,7 @@ class DecodePipeline:
     def _discard(self) -> None:
         """Drop what is in the making; a thread that works at it stops after the sample."""
         for _, pending in self._pending:
-            pending.cancelled = True
+            pending.cancelled.set()
         self._pending.clear()
         if self._fetches:
             self._fetches.stop()

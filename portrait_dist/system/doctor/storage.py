@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from portrait_dist.errors import DamagedDataError, PortraitDistError
+from portrait_dist.system.address import redact
 from portrait_dist.system.doctor.check import FAIL, GB, OK, WARN, Check
 
 if TYPE_CHECKING:
@@ -94,11 +95,13 @@ def check_locks(path: Path) -> Check:
 
 def check_shards(location: str, samples: int = 64) -> Check:
     """Read the manifest, every local shard's size, and some samples of each split."""
+    from portrait_dist.data.shards.cache import Cache, DownloadOptions
     from portrait_dist.data.shards.reader import ShardSet, read_manifest
 
+    cache = Cache(downloads=DownloadOptions(wait_for_server_seconds=10.0))
     try:
-        manifest = read_manifest(location)
-        sets = {split: ShardSet(location, split) for split in manifest.splits}
+        manifest = read_manifest(location, cache.downloads)
+        sets = {split: ShardSet(location, split, cache=cache) for split in manifest.splits}
         missing = [
             text for found in sets.values() if not found.remote for text in _wrong_sizes(found)
         ]
@@ -112,10 +115,12 @@ def check_shards(location: str, samples: int = 64) -> Check:
             )
         speed = _read_samples(sets, samples)
     except PortraitDistError as error:
-        return Check("shards", FAIL, str(error), f"see 'portrait-dist verify {location}'")
+        return Check("shards", FAIL, str(error), f"see 'portrait-dist verify {redact(location)}'")
     counts = ", ".join(f"{split} {found.samples}" for split, found in sets.items())
     return Check(
-        "shards", OK, f"{location}: {counts} samples; reads {speed:.0f} pairs/s with one thread"
+        "shards",
+        OK,
+        f"{redact(location)}: {counts} samples; reads {speed:.0f} pairs/s with one thread",
     )
 
 
