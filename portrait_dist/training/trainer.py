@@ -213,7 +213,7 @@ class PortraitTrainer(AdaptedTrainer):
     def train(self, *args: Any, **kwargs: Any) -> None:
         """Train; see SuperGradients' Trainer.train for the arguments.
 
-        All files are written at the end.
+        All files are written when it returns, on every rank.
         """
         try:
             super().train(*args, **kwargs)
@@ -222,6 +222,7 @@ class PortraitTrainer(AdaptedTrainer):
                 self.saver.join()
             raise
         self.saver.join()
+        distributed.barrier()  # the files are there for every rank
 
     def run_training_epoch(self, context: PhaseContext, show: bool) -> dict[str, float]:
         """Run one epoch, or the rest of one that was interrupted.

@@ -5,6 +5,7 @@ Usage: python -m tests.ranks.two_ranks SHARDS FOLDER; each rank writes FOLDER/ra
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -139,6 +140,7 @@ def main() -> None:
     shards, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     child = os.fork()
+    faulthandler.dump_traceback_later(120, exit=True)  # where the ranks hang, if they do
     rank = 0 if child else 1
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     import torch.distributed as dist

@@ -1,0 +1,93 @@
+"""Breaks of what training, stopping and its files guarantee."""
+
+from tests.mutation import Mutation
+
+CHECKPOINTS = "tests/unit/test_checkpoints.py"
+LOOP = "tests/unit/test_training_loop.py"
+
+MUTATIONS = [
+    Mutation(
+        file="portrait_dist/checkpoints.py",
+        old='tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)',
+        new='tensor.to("cpu").contiguous()',
+        test=f"{CHECKPOINTS}::test_the_average_is_the_mean_of_the_best_of_one_network_that_changes_in_place",
+        why="a snapshot shares no memory with the network",
+    ),
+    Mutation(
+        file="portrait_dist/files.py",
+        old="            os.replace(temporary, path)\n",
+        new="            Path(path).write_bytes(temporary.read_bytes())\n",
+        test=f"{CHECKPOINTS}::test_kill_9_between_write_and_rename_leaves_the_old_or_the_new_checkpoint",
+        why="a checkpoint is renamed into its place",
+    ),
+    Mutation(
+        file="portrait_dist/checkpoints.py",
+        old="                damaged = archive.testzip()\n",
+        new="                damaged = None\n",
+        test=f"{CHECKPOINTS}::test_truncated_empty_flipped_and_foreign_files_are_named",
+        why="a flipped bit in the weights is found",
+    ),
+    Mutation(
+        file="portrait_dist/checkpoints.py",
+        old="    if not stat.S_ISREG(mode):",
+        new="    if False and not stat.S_ISREG(mode):",
+        test=f"{CHECKPOINTS}::test_pipes_devices_and_folders_are_refused_instead_of_read_for_ever",
+        why="pipes and devices are refused",
+    ),
+    Mutation(
+        file="portrait_dist/checkpoints.py",
+        old="weights_only=True, mmap=mmap",
+        new="weights_only=False, mmap=mmap",
+        test=f"{CHECKPOINTS}::test_a_checkpoint_file_cannot_execute_code",
+        why="a checkpoint cannot execute code",
+    ),
+    Mutation(
+        file="portrait_dist/training/averaging.py",
+        old="            if self.sign * value <= self.sign * ranked[0].value:\n",
+        new="            if self.sign * value < self.sign * ranked[0].value:\n",
+        test=f"{CHECKPOINTS}::test_the_average_is_the_mean_of_the_best_of_one_network_that_changes_in_place",
+        why="only a better model enters the average",
+    ),
+    Mutation(
+        file="portrait_dist/training/averaging.py",
+        old="        if self.members and not self._is_current():\n            self.write()\n",
+        new="",
+        test="tests/ranks/test_killed_runs.py",
+        why="an average that a kill has prevented is made up for",
+    ),
+    Mutation(
+        file="portrait_dist/training/loop.py",
+        old="        self.losses.append(loss.detach())\n",
+        new="        self.losses.append(torch.tensor(loss.item()))\n",
+        test=f"{LOOP}::test_the_host_never_waits_for_the_device_within_a_step",
+        why="the host never waits within a step",
+    ),
+    Mutation(
+        file="portrait_dist/training/loop.py",
+        old="            outputs = to_float32(outputs)\n",
+        new="            outputs = outputs.float() if isinstance(outputs, torch.Tensor) else outputs\n",
+        test=f"{LOOP}::test_in_bf16_every_tensor_of_nested_outputs_reaches_the_loss_in_float32",
+        why="all outputs reach the loss in float32",
+    ),
+    Mutation(
+        file="portrait_dist/training/trainer.py",
+        old="            find_unused_parameters=not uniform,\n",
+        new="",
+        test="tests/ranks/test_two_ranks.py",
+        why="a network may use other parameters in each step",
+    ),
+    Mutation(
+        file="portrait_dist/training/trainer.py",
+        old="        broken = bad is None and not loop.weights_are_finite(unwrap_model(self.net))\n",
+        new="        broken = False\n",
+        test=f"{LOOP}::test_weights_that_are_not_finite_are_never_saved",
+        why="weights that are not finite are never saved",
+    ),
+    Mutation(
+        file="portrait_dist/training/preemption.py",
+        old="        self._ignore_save = agreed == SAVE\n",
+        new="",
+        test="tests/ranks/test_two_ranks.py",
+        why="one request for a save is one save",
+    ),
+]
