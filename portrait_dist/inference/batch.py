@@ -46,6 +46,8 @@ T = TypeVar("T")
 
 CALIBRATION_PHOTOS = 64
 """Photos, spread over all, that show ``--precision int8`` the ranges of the activations."""
+LONGEST_WAIT = 7 * 24 * 3600.0
+"""Seconds that a rank waits for the slowest one: parts are equal in photos, not in time."""
 FAILURES_NAMED = 20
 """Photos that the error line names; the JSON result has all."""
 
@@ -117,7 +119,7 @@ def predict_files(
     plan = plan_outputs(out, kinds=kinds, image_format=image_format, background=background)
     files.check_folder_writable(out)
     found = find_photos(paths, out)
-    if skipped := found.describe_skipped():
+    if part == 0 and (skipped := found.describe_skipped()):
         print(skipped, file=sys.stderr)
     segmenter = PortraitSegmenter.from_checkpoint(checkpoint, size=size, **_without_int8(options))
     settings = {
@@ -189,7 +191,7 @@ def predict_on_every_rank(predict: Callable[..., PredictResult]) -> PredictResul
         PortraitDistError: on rank 0, what a rank raised; what stopped a rank goes before photos
             that were left out.
     """
-    distributed.start(torch.device("cpu"))
+    distributed.start(torch.device("cpu"), LONGEST_WAIT)
     result: PredictResult | None = None
     failed: PortraitDistError | None = None
     try:
