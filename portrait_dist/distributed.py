@@ -97,7 +97,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            "train.device=cuda: torch sees no GPU here; use train.device=cpu, or see 'portrait-dist doctor'"
+            "device cuda: torch sees no GPU here; use the device cpu, or see 'portrait-dist doctor'"
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,35 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
     result = evaluate(tmp_path / "no.pth", tmp_path / "no", option, tmp_path / output)
     cli.assert_one_line(result, 2, str(tmp_path / output), reason)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_outputs_on_a_read_only_or_full_disk_are_one_line_and_leave_nothing(
+    checkpoint: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = ["--checkpoint", str(checkpoint), "--data", str(tiny_shards), "--split", "val"]
+    evaluating = shlex.join([*cli.PORTRAIT_DIST, "evaluate", *options, "--workers", "0"])
+    script = f"""
+        mount -t tmpfs -o ro,size=64k tmpfs {disk}
+        {evaluating} --per-sample {disk}/rows.csv; echo $? >> {tmp_path}/codes
+        {evaluating} --pictures {disk}/deep/pictures; echo $? >> {tmp_path}/codes
+        mount -o remount,rw {disk}
+        head -c 61440 /dev/zero > {disk}/filler
+        {evaluating} --curve {disk}/curve.csv; echo $? >> {tmp_path}/codes
+        ls -A {disk} > {tmp_path}/left
+    """
+    as_root = () if os.getuid() == 0 else ("unshare", "--map-root-user", "--mount")
+    done = subprocess.run(
+        [*as_root, "unshare", "--mount", "bash", "-c", script], capture_output=True, text=True
+    )
+    assert (tmp_path / "codes").read_text().split() == ["2", "2", "1"], done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3, done.stderr
+    assert f"{disk}/rows.csv: cannot be written (Read-only" in lines[0]
+    assert f"{disk}/deep/pictures: cannot be written (Read-only" in lines[1]
+    assert f"{disk}/curve.csv: not written, the disk is full" in lines[2]
+    assert (tmp_path / "left").read_text().split() == ["filler"]
 
 
 def test_pictures_of_the_worst_and_the_median_samples_read_only_these_samples_again(
