@@ -6,10 +6,12 @@ anything else.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import faulthandler
 import importlib
 import os
+import resource
 import sys
 import traceback
 
@@ -34,6 +36,9 @@ COMMANDS = {
     "doctor": "portrait_dist.commands.doctor:doctor",
     "completion": "portrait_dist.commands.completion:completion",
 }
+
+MOST_DESCRIPTORS = 1_048_576
+"""Linux's own largest limit; programs that are started from here may walk all of them."""
 
 DISK_ERRORS = frozenset(
     getattr(errno, name)
@@ -157,9 +162,23 @@ def complain(message: str) -> None:
     click.echo(printable(one_line(message)), err=True)
 
 
+def _raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files to the hard one.
+
+    Gloo opens a socket to each rank and the stream keeps shards open: 512 ranks and 512 shards pass
+    the usual 1,024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, MOST_DESCRIPTORS) if hard != resource.RLIM_INFINITY else MOST_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        with contextlib.suppress(OSError, ValueError):  # a limit is no reason not to work
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main() -> None:
     """Run this process's command line: ``portrait-dist`` or ``python -m portrait_dist``."""
     rank_of_a_job = "TORCHELASTIC_RUN_ID" in os.environ
+    _raise_descriptor_limit()
     if rank_of_a_job:
         faulthandler.enable()  # a native crash of a rank tells where
     try:

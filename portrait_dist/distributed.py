@@ -1,12 +1,15 @@
-"""Process group, ranks, device, seeds and rank-0 printing. Works with torchrun and without.
+"""Process group, ranks, devices, seeds and printing on rank 0. Works with torchrun and without.
 
-Without torchrun (no RANK in the environment) there is one rank and no process group. With torchrun the backend is nccl on
-GPUs and gloo on CPUs. ``rank`` is always the global one; ``local_rank`` only picks the device.
+Without torchrun (no RANK in the environment) there is one rank and no process group. With torchrun
+the backend is nccl on GPUs and gloo on CPUs. ``rank`` is always the global one; ``local_rank`` only
+picks the device.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import random
 import socket
@@ -19,30 +22,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from portrait_dist.errors import InputError, PortraitDistError
+from portrait_dist.system.info import environment_number
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
 SECONDS_AFTER_RANK_0 = 3.0
+SECONDS_FOR_PYTHON = 60.0
+"""NCCL's watchdog aborts a process without a word; so long the Python error comes before it."""
 
 
 def rank() -> int:
-    """Global rank of this process, 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    """Return the global rank of this process, 0 without torchrun."""
+    return environment_number("RANK")
 
 
 def local_rank() -> int:
-    """Rank within this node, 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Return the rank within this node, 0 without torchrun."""
+    return environment_number("LOCAL_RANK")
 
 
 def world_size() -> int:
-    """Number of ranks on all nodes, 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of ranks on all nodes, 1 without torchrun."""
+    return environment_number("WORLD_SIZE", 1, minimum=1)
 
 
 def launched_by_torchrun() -> bool:
+    """Return whether this process is a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -78,7 +85,7 @@ def job_part(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
 
 
 def is_initialized() -> bool:
-    """Is there a process group? Does not import torch.distributed where nobody has."""
+    """Return whether there is a process group, without importing torch.distributed."""
     torch_distributed = sys.modules.get("torch.distributed")
     return bool(
         torch_distributed
@@ -88,10 +95,13 @@ def is_initialized() -> bool:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Device of this rank.
+    """Choose the device of this rank.
 
     Args:
         name: ``auto`` (this rank's GPU if there is one, else the CPU), ``cpu`` or ``cuda``.
+
+    Raises:
+        InputError: ``cuda`` without a GPU, or more ranks here than GPUs.
     """
     import torch
 
@@ -116,51 +126,181 @@ def start(device: torch.device, timeout_seconds: float = 600.0) -> None:
     Args:
         device: this rank's device; GPUs use nccl, CPUs gloo.
         timeout_seconds: a collective that takes longer ends the process.
+
+    Raises:
+        InputError: this rank's device is of another type than rank 0's.
+        PortraitDistError: not all ranks started within the time.
     """
     if not launched_by_torchrun():
         return
     import torch.distributed as dist
 
-    if not dist.is_initialized():
-        timeout = timedelta(seconds=timeout_seconds)
-        # NCCL's watchdog aborts the process without a word; the gloo group beside it, whose error is
-        # Python's, comes first.
-        minute = timedelta(seconds=60 if device.type == "cuda" else 0)
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
-        dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
-            store=_store_of_this_start(store, timeout_seconds),
-            rank=rank(),
-            world_size=world_size(),
-            timeout=timeout + minute,
-            device_id=device if device.type == "cuda" else None,
-        )
+    if dist.is_initialized():
+        return
+    if card := gloo_interface(os.environ):
+        os.environ["GLOO_SOCKET_IFNAME"] = card
+    timeout = timedelta(seconds=timeout_seconds)
+    gpu = device.type == "cuda"
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+    dist.init_process_group(
+        backend="nccl" if gpu else "gloo",
+        store=_store_of_this_start(store, device.type, timeout_seconds),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=timeout + timedelta(seconds=SECONDS_FOR_PYTHON) if gpu else timeout,
+        device_id=device if gpu else None,
+    )
 
 
-def _store_of_this_start(store: Any, timeout_seconds: float) -> Any:
-    """The job's key-value store under a prefix that only the processes of this start know.
+# The network card of gloo -------------------------------------------------------------------------
 
-    torchrun keeps one store over its restarts (torch 2.11 to 2.15), so a restarted rank may read the address of a killed one
-    and wait for it in vain. Every rank writes a fresh name, reads all names, and takes their hash for a prefix as soon as all
-    ranks have confirmed the same hash: a name left by a killed rank is confirmed by nobody.
+
+def gloo_interface(environment: Mapping[str, str]) -> str | None:
+    """Find the network card on which gloo reaches the other nodes; GPU runs need gloo, too.
+
+    Gloo itself takes the address that this host's name leads to, which is 127.0.1.1 on Debian and
+    Ubuntu, and then waits in vain for the other nodes.
+
+    Args:
+        environment: variables of this rank.
+
+    Returns:
+        The card: NCCL_SOCKET_IFNAME where it is the name of one, else the one from which
+        MASTER_ADDR is reached, else that of the default route. None where GLOO_SOCKET_IFNAME is
+        set, all ranks are on this node, or no card is found.
+    """
+    here = environment_number("LOCAL_WORLD_SIZE", 1, environment=environment)
+    ranks = environment_number("WORLD_SIZE", 1, environment=environment)
+    if environment.get("GLOO_SOCKET_IFNAME") or here >= ranks:
+        return None
+    import psutil
+
+    cards = {
+        address.address.partition("%")[0]: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    }
+    chosen = environment.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
+    if chosen in cards.values():
+        return chosen
+    # TEST-NET-1 is nobody's: nothing is sent, only the route is looked up.
+    for target in (environment.get("MASTER_ADDR", ""), "192.0.2.1"):
+        source = _source_address(target)
+        if source in cards:
+            return cards[source]
+    return None
+
+
+def _source_address(target: str) -> str | None:
+    """Return the address of this host from which a target would be reached."""
+    if not target:
+        return None
+    with contextlib.suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as one:
+                one.connect(address)
+                return str(one.getsockname()[0]).partition("%")[0]
+    return None
+
+
+# The start of all ranks ---------------------------------------------------------------------------
+
+
+def _store_of_this_start(store: Any, device: str, timeout_seconds: float) -> Any:
+    """Return the job's key-value store under a prefix that only the ranks of this start know.
+
+    torchrun keeps one store over its restarts (torch 2.11 to 2.15), so a restarted rank may read
+    the address of a killed one and wait for it in vain. So every rank writes a fresh name; rank 0
+    reads all of them, makes a token of them, answers each name with it, and opens the way once all
+    ranks have confirmed that token. A name left by a killed rank is confirmed by nobody; rank 0
+    then reads again. Each rank asks a constant number of times, whatever the number of ranks.
     """
     import torch.distributed as dist
 
-    ranks = range(world_size())
-    store.set(f"portrait_dist/start/{rank()}", uuid.uuid4().hex)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    prefix = f"portrait_dist/start/{attempt}/{world_size()}"
+    name = uuid.uuid4().hex
+    mine = json.dumps({"name": name, "device": device, "host": socket.gethostname()})
+    store.set(f"{prefix}/{rank()}", mine)
     deadline = time.monotonic() + timeout_seconds
+    admit = _admit_ranks if rank() == 0 else _wait_for_admission
+    token = admit(store, prefix, name, deadline)
+    if token is None:
+        raise PortraitDistError(
+            f"rank {rank()}: not all {world_size()} ranks started within {timeout_seconds:g} s"
+        )
+    return dist.PrefixStore(token, store)  # type: ignore[attr-defined]
+
+
+def _admit_ranks(store: Any, prefix: str, name: str, deadline: float) -> str | None:
+    """Rank 0's side; returns the token."""
+    answered: dict[str, str] = {}
+    pause = 0.01
     while time.monotonic() < deadline:
-        names = store.multi_get(
-            [f"portrait_dist/start/{one}" for one in ranks]
-        )  # waits for those not there yet
-        token = hashlib.sha256(b"".join(names)).hexdigest()[:16]
-        store.set(f"{token}/{rank()}", "here")
-        if store.check([f"{token}/{one}" for one in ranks]):
-            return dist.PrefixStore(token, store)  # type: ignore[attr-defined]
-        time.sleep(0.05)
-    raise PortraitDistError(
-        f"rank {rank()}: not all {world_size()} ranks started within {timeout_seconds:g} s"
+        try:
+            found = store.multi_get([f"{prefix}/{one}" for one in range(world_size())])
+        except RuntimeError:  # it waits for those that are not there yet, to its own timeout
+            return None
+        ranks = [json.loads(one) for one in found]
+        token = hashlib.sha256(b"".join(found)).hexdigest()[:16]
+        odd = _odd_device(ranks)
+        for one in ranks:
+            if answered.get(one["name"]) != token:
+                answered[one["name"]] = token
+                store.set(f"{prefix}/answer/{one['name']}", odd or token)
+        if odd:
+            error = InputError(odd)
+            error.agreed = True
+            raise error
+        if store.add(f"{token}/confirmed", 0) == world_size() - 1:
+            store.set(f"{token}/go", "go")
+            return token
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+    return None
+
+
+def _wait_for_admission(store: Any, prefix: str, name: str, deadline: float) -> str | None:
+    """Every other rank's side; returns the token, which may change while ranks are restarted."""
+    confirmed = ""
+    while (left := deadline - time.monotonic()) > 0:
+        answer = f"{prefix}/answer/{name}"
+        try:
+            store.wait([answer], timedelta(seconds=left))
+        except RuntimeError:
+            return None
+        token = store.get(answer).decode()
+        if " " in token:  # rank 0 refuses, and says why
+            error = InputError(token)
+            error.agreed = error.quiet = error.secondary = True
+            time.sleep(SECONDS_AFTER_RANK_0)
+            raise error
+        if token != confirmed:
+            store.add(f"{token}/confirmed", 1)
+            confirmed = token
+        with contextlib.suppress(RuntimeError):  # not yet: there may be a newer answer
+            store.wait([f"{token}/go"], timedelta(seconds=min(2.0, max(left, 0.01))))
+            return token
+    return None
+
+
+def _odd_device(ranks: Sequence[Mapping[str, str]]) -> str:
+    """Say which rank has another type of device than most; nothing where all have the same."""
+    kinds = [one["device"] for one in ranks]
+    usual = max(sorted(set(kinds)), key=kinds.count)
+    odd = [number for number, kind in enumerate(kinds) if kind != usual]
+    if not odd:
+        return ""
+    kind, host = kinds[odd[0]], ranks[odd[0]]["host"]
+    return (
+        f"rank {odd[0]} on {host} runs on {kind}, the others on {usual}: a GPU is missing or "
+        "broken there; see 'portrait-dist doctor' on that node, or set train.device=cpu "
+        "for all"
     )
+
+
+# Collectives ------------------------------------------------------------------------------------
 
 
 def stop() -> None:
@@ -172,13 +312,14 @@ def stop() -> None:
 
 
 def on_every_rank(step: Callable[[], T]) -> T:
-    """Run a step that may fail on some ranks; if it does on any, every rank raises the first error.
+    """Run a step that may fail on some ranks; where it does, every rank raises the first error.
 
-    Without it the other ranks would wait in the next collective for one that is gone. Rank 0 leaves first, with the message:
-    torchrun ends all ranks when one leaves, and names that one.
+    Without it the other ranks would wait in the next collective for one that is gone. Rank 0 leaves
+    first, with the message: torchrun ends all ranks when one leaves, and names that one.
 
     Raises:
-        PortraitDistError: of the first rank that raised one, ``agreed``, and ``quiet`` on all ranks but 0.
+        PortraitDistError: of the first rank that raised one, ``agreed``, and ``quiet`` on all ranks
+            but 0.
     """
     error: PortraitDistError | None = None
     result: Any = None
@@ -199,7 +340,7 @@ def on_every_rank(step: Callable[[], T]) -> T:
 
 
 def first_to_fail() -> int:
-    """Which rank failed first? Tell the others that it is this one if nobody was before.
+    """Return which rank failed first; this one where no other did, which the others then learn.
 
     A rank that fails makes the others fail in their next collective; they need not report that.
     """
@@ -222,7 +363,7 @@ def barrier() -> None:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value, in rank order, on every rank."""
+    """Return every rank's value, in rank order, on every rank."""
     if not is_initialized():
         return [value]
     import torch.distributed as dist
@@ -233,11 +374,12 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_to_rank_0(value: T, group: Any = None) -> list[T] | None:
-    """Every rank's value, in rank order, on rank 0; None on the others.
+    """Return every rank's value, in rank order, on rank 0; None on the others.
 
     Args:
         value: anything that can be pickled.
-        group: a process group with all ranks, such as a gloo group beside NCCL; the default group if None.
+        group: a process group with all ranks, such as a gloo group beside NCCL; the default group
+            if None.
     """
     if not is_initialized():
         return [value]
@@ -304,7 +446,7 @@ def print0(message: str) -> None:
 
 
 def check_shared_folder(folder: Path, seconds: float = 20.0) -> None:
-    """Make sure that every node sees the folder that rank 0 writes to. Collective: every rank calls it, the group is up.
+    """Check that every node sees the folder that rank 0 writes to. A collective.
 
     Args:
         folder: the run folder; rank 0 makes it.
@@ -332,8 +474,8 @@ def check_shared_folder(folder: Path, seconds: float = 20.0) -> None:
         token.unlink(missing_ok=True)
     if blind := sorted({host for host, sees in seen if not sees}):
         raise InputError(
-            f"{folder}: rank 0 on {seen[0][0]} writes here, but {', '.join(blind)} does not see it; "
-            "set run.root to a folder that all nodes share"
+            f"{folder}: rank 0 on {seen[0][0]} writes here, but {', '.join(blind)} does not see "
+            "it; set run.root to a folder that all nodes share"
         )
 
 
