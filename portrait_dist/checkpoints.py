@@ -578,7 +578,9 @@ class InputGeometry:
     aspect: float
 
 
-def input_geometry(info: CheckpointInfo, size: tuple[int, int] | None = None) -> InputGeometry:
+def input_geometry(
+    info: CheckpointInfo, size: tuple[int, int] | None = None, *, aspect_matters: bool = False
+) -> InputGeometry:
     """Say at which size and aspect a checkpoint was trained.
 
     What it does not say is assumed, and logged in one line.
@@ -586,6 +588,7 @@ def input_geometry(info: CheckpointInfo, size: tuple[int, int] | None = None) ->
     Args:
         info: from :func:`load_model`.
         size: (H, W) for a checkpoint that does not say it.
+        aspect_matters: log an assumed aspect too; only photos of any shape need it.
 
     Raises:
         InputError: ``size`` differs from what the checkpoint says, or is not a multiple of 16.
@@ -607,7 +610,7 @@ def input_geometry(info: CheckpointInfo, size: tuple[int, int] | None = None) ->
         assumed.append(
             f"{found.size[0]}x{found.size[1]} (give --size HEIGHTxWIDTH if it was another)"
         )
-    if not info.aspect:
+    if aspect_matters and not info.aspect:
         assumed.append(f"width / height {found.aspect:g}")
     if assumed and distributed.rank() == 0:
         log.warning(

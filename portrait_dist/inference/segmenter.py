@@ -155,7 +155,7 @@ class PortraitSegmenter:
         from portrait_dist.checkpoints import input_geometry, load_model
 
         model, info = load_model(path)
-        trained = input_geometry(info, size)
+        trained = input_geometry(info, size, aspect_matters=True)
         return cls(model, trained.size, aspect=trained.aspect, **options)
 
     @overload  # a str is a path here, though it is a sequence of str too
