@@ -85,7 +85,7 @@ def frames(loaded: list[Pair], aspect: float) -> list[Pair]:
 
 def score(pairs: Iterator[Pair]) -> dict[str, float]:
     """Pooled IoU and the means of the per-sample figures of (alpha, matte) pairs."""
-    pooled, figures = metrics.SoftIoU(), metrics.AlphaFigures()
+    pooled, figures = metrics.SoftIoU(), metrics.AlphaScores()
     begin, count = time.perf_counter(), 0
     for alpha, matte in pairs:
         preds, target = (

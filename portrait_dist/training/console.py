@@ -1,6 +1,9 @@
-"""What a person sees of a training: a bar or lines within an epoch, one line after it. On stderr, on rank 0 only.
+"""Show a person how a training goes: a bar or lines within an epoch, two lines after it.
 
-Epochs count from 1 here and in TensorBoard; files that programs read (metrics.jsonl, checkpoints) count from 0.
+On stderr, on rank 0 only.
+
+Epochs count from 1 here and in TensorBoard; files that programs read (metrics.jsonl, checkpoints)
+count from 0.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ FIELD_NAMES = {"SoftIoU": "iou"}
 """Metric classes that have a usual name in the field."""
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_BAR_FIGURES = 1.0
-"""Reading a loss waits for the device: once a second costs a GPU one drained queue, a few milliseconds."""
+"""Reading a loss waits for the device: a GPU's queue drains, a few milliseconds each second."""
 
 
 def field_names(names: Sequence[str], losses: Sequence[str]) -> dict[str, str]:
@@ -29,7 +32,8 @@ def field_names(names: Sequence[str], losses: Sequence[str]) -> dict[str, str]:
         losses: which of them are losses; the first is the one that is minimised.
 
     Returns:
-        name → ``loss`` for a single loss, ``loss_<part>`` for the parts of one, ``iou`` for SoftIoU, else the name itself.
+        name → ``loss`` for a single loss, ``loss_<part>`` for the parts of one, ``iou`` for
+        SoftIoU, else the name itself.
     """
     short = {}
     for name in names:

@@ -1,8 +1,9 @@
 """Import a large package without the packages that it needs for other tasks than ours.
 
-SuperGradients imports plotting, export and dataset libraries at module level. Here its modules, and nobody else's, get
-stand-ins for them: classes that let class bodies, annotations and decorators evaluate. A stand-in that is *used* after the
-import becomes the real thing where the package is installed, and otherwise an error that names the missing package.
+SuperGradients imports plotting, export and dataset libraries at module level. Here its modules, and
+nobody else's, get stand-ins for them: classes that let class bodies, annotations and decorators
+evaluate. A stand-in that is *used* after the import becomes the real thing where the package is
+installed, and otherwise an error that names the missing package.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def real_object(path: str) -> Any:
 
 
 class _StandInType(type):
-    """Metaclass of stand-in classes; their attributes are stand-in classes too while the import runs."""
+    """Metaclass of stand-in classes; while the import runs, their attributes are stand-ins too."""
 
     path: str
 
@@ -94,7 +95,7 @@ def stand_in(path: str) -> type:
 
 
 class _StandInModule(types.ModuleType):
-    """Stands for a package; lives in the importing modules' namespaces, never in ``sys.modules``."""
+    """Stands for a package, in the importing modules' namespaces, never in ``sys.modules``."""
 
     __version__ = "0"
 
@@ -131,7 +132,7 @@ class _ReplacedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextmanager
 def _stand_ins_for(package: str, unused: frozenset[str]) -> Iterator[None]:
-    """Give the modules of ``package`` stand-ins for ``unused``; every other importer gets the real packages."""
+    """Give the modules of ``package``, and no other importer, stand-ins for ``unused``."""
     import_ = builtins.__import__
 
     def lean(
@@ -162,8 +163,10 @@ def lean_import(
 ) -> types.ModuleType:
     """Import a package with stand-ins for what it never runs here, and without its side effects.
 
-    ``sys.argv`` and ``sys.excepthook`` are as before afterwards. What a failed import of the package has left in
-    ``sys.modules`` is removed first. A package that is imported already is returned as it is, with the names of
+    ``sys.argv`` and ``sys.excepthook`` are as before afterwards. What a failed import of the
+    package has left in
+    ``sys.modules`` is removed first. A package that is imported already is returned as it is, with
+    the names of
     ``replaced`` exchanged in all its modules.
 
     Args:

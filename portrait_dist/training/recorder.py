@@ -1,4 +1,4 @@
-"""Record a run: lines in ``metrics.jsonl``, speed and a grid of validation samples in TensorBoard."""
+"""Record a run: lines in ``metrics.jsonl``, speed and a grid of samples in TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from portrait_dist.training.sg_adapter import Callback, PhaseContext
 class RunRecorder(Callback):
     """Records each interval and epoch, on rank 0.
 
-    TensorBoard counts epochs from 1, ``metrics.jsonl`` from 0. The grid's tag ``examples/…`` sorts before the curves, the
-    speed's ``speed/…`` behind them.
+    TensorBoard counts epochs from 1, ``metrics.jsonl`` from 0. The grid's tag ``examples/…`` sorts
+    before the curves, the speed's ``speed/…`` behind them.
 
     Args:
         trainer: the PortraitTrainer it belongs to.
@@ -121,7 +121,7 @@ class RunRecorder(Callback):
         )
 
     def _progress(self, epoch: int, batches: int) -> dict[str, Any]:
-        """How far the run is, ``batches`` of each rank into an epoch; batches and optimiser steps apart."""
+        """How far the run is, ``batches`` of each rank into an epoch."""
         trainer = self.trainer
         per_epoch, accumulate = trainer.steps_per_epoch, trainer.batch_accumulate
         steps_per_epoch = -(-per_epoch // accumulate)

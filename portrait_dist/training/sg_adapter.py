@@ -3,14 +3,18 @@
 It does three things:
 
 1. imports SuperGradients without the packages that its training never runs
-   (:mod:`portrait_dist.training.lean_import`) and without its side effects (a log in the home folder, an exception hook, muted
-   ranks, arguments taken from the command line, false warnings about packages);
+   (:mod:`portrait_dist.training.lean_import`) and without its side effects (a log in the home
+   folder, an exception hook, muted ranks, arguments taken from the command line, false warnings
+   about packages);
 2. repairs what does not run on today's torchmetrics and torch, or is wrong under torchrun;
-3. gives :class:`AdaptedTrainer`, SuperGradients' ``Trainer`` whose private steps call public methods that a subclass fills:
-   ``wrap_model``, ``restore``, ``run_training_epoch``, ``run_evaluation``, ``save_epoch``, ``make_average``.
+3. gives :class:`AdaptedTrainer`, SuperGradients' ``Trainer`` whose private steps call public
+methods that a subclass fills:
+   ``wrap_model``, ``restore``, ``run_training_epoch``, ``run_evaluation``, ``save_epoch``,
+   ``make_average``.
 
-Import it, or anything of :mod:`portrait_dist.training`, before ``super_gradients``: alone, SuperGradients fails where packages
-that it does not need for training are missing. Imported afterwards it adapts a SuperGradients that is loaded already.
+Import it, or anything of :mod:`portrait_dist.training`, before ``super_gradients``: alone,
+SuperGradients fails where packages that it does not need for training are missing. Imported
+afterwards it adapts a SuperGradients that is loaded already.
 """
 
 from __future__ import annotations
@@ -39,8 +43,9 @@ from portrait_dist.training import console
 from portrait_dist.training.lean_import import lean_import
 from portrait_dist.training.sg_metrics import AccuracyMetric, ConfusionMatrixMetric
 
-# Imported by SuperGradients at module level; used only by export, plotting, S3 upload and other tasks' datasets. Without them
-# importing it takes 12 s of CPU, with them 22 s. (It looks itself whether albumentations and deci_platform_client are there.)
+# Imported by SuperGradients at module level; used only by export, plotting, S3 upload and other
+# tasks' datasets. Without them importing it takes 12 s of CPU, with them 22 s. (It looks itself
+# whether albumentations and deci_platform_client are there.)
 UNUSED_PACKAGES = (
     "boto3",
     "botocore",
@@ -58,7 +63,7 @@ UNUSED_PACKAGES = (
 
 
 class _RunFolderLog:
-    """In place of SuperGradients' ``AutoLoggerConfig``: messages go to stderr on rank 0 and into the run folder."""
+    """In place of ``AutoLoggerConfig``: messages go to stderr on rank 0 and into the run folder."""
 
     filename: str | None = None
 
@@ -123,7 +128,7 @@ def _is_true_here(record: logging.LogRecord) -> bool:
 
 
 class _NoConsoleSink:
-    """In place of ``ConsoleSink``, which wraps stdout and stderr and writes into the home folder."""
+    """In place of ``ConsoleSink``, which wraps stdout and stderr and writes to the home folder."""
 
     @staticmethod
     def set_location(filename: str) -> None: ...
@@ -217,7 +222,7 @@ __all__ = [
 ]
 
 
-# Repairs --------------------------------------------------------------------------------------------
+# Repairs ------------------------------------------------------------------------------------------
 
 # torchmetrics >= 0.11 wants a task for these, also in the two that ``Trainer.__init__`` makes.
 for _metric in (_segmentation_metrics.IoU, _segmentation_metrics.Dice):
@@ -227,7 +232,7 @@ _compute_dice = _segmentation_metrics.Dice.compute
 
 
 def _compute_dice_from_a_copy(self: Any) -> torch.Tensor:
-    """Compute Dice; SuperGradients' function clears the ignored class in the counts that it is given."""
+    """Compute Dice. SuperGradients' function clears the ignored class in the counts it is given."""
     self.check_classes()
     counts, self.confmat = self.confmat, self.confmat.clone()
     try:
@@ -244,7 +249,10 @@ _sg_trainer.sg_trainer_utils.log_uncaught_exceptions = _nothing
 
 
 class _JoinedSystemMonitor(_monitoring.SystemMonitor):
-    """SuperGradients' monitor, whose thread has ended when it is closed, so that it never writes to a closed file."""
+    """SuperGradients' monitor whose thread has ended when it is closed.
+
+    Its own may write to a file that is closed already.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._started, self._closing = threading.Event(), threading.Event()
@@ -299,7 +307,7 @@ def _exchanged(module: Any, **members: Any) -> Iterator[None]:
 
 @contextmanager
 def _console_of(trainer: AdaptedTrainer) -> Iterator[None]:
-    """Show the trainer's own lines in place of SuperGradients' tables, which are wrong for several ranks."""
+    """Show the trainer's own lines in place of tables that are wrong for several ranks."""
     global _own_console
     before, _own_console = _own_console, True
     try:
@@ -318,13 +326,16 @@ def _console_of(trainer: AdaptedTrainer) -> Iterator[None]:
 class AdaptedTrainer(Trainer):
     """SuperGradients' Trainer with its private steps turned into public methods.
 
-    A training without ``resume`` never writes into a folder that holds a run: the first run of a name lies in
-    ``<ckpt_root_dir>/<experiment_name>/``, later ones in ``RUN_<date and time>`` folders in it, as stock SuperGradients names
-    them. ``resume=True`` continues the latest of them, ``run_id="RUN_…"`` that one.
+    A training without ``resume`` never writes into a folder that holds a run: the first run of a
+    name lies in
+    ``<ckpt_root_dir>/<experiment_name>/``, later ones in ``RUN_<date and time>`` folders in it, as
+    stock SuperGradients names them. ``resume=True`` continues the latest of them,
+    ``run_id="RUN_…"`` that one.
 
     Args:
         experiment_name: name of the run.
-        ckpt_root_dir: folder of all runs; the environment's ``CKPT_ROOT_DIR``, else ``./checkpoints``, when not given.
+        ckpt_root_dir: folder of all runs; the environment's ``CKPT_ROOT_DIR``, else
+            ``./checkpoints``, when not given.
         device: refused with SuperGradients' advice, as by its own Trainer.
         multi_gpu: refused likewise.
     """
@@ -338,8 +349,10 @@ class AdaptedTrainer(Trainer):
     data_wait_share: float
 
     fixed_folder = False
-    """Whether to train into ``<ckpt_root_dir>/<experiment_name>/`` itself whatever it holds. The command line sets it: it holds
-    that folder's lock and has decided whether to resume."""
+    """Whether to train into ``<ckpt_root_dir>/<experiment_name>/`` itself whatever it holds.
+
+    The command line sets it: it holds that folder's lock and has decided whether to resume.
+    """
 
     def __init__(
         self,
@@ -361,7 +374,7 @@ class AdaptedTrainer(Trainer):
         self._best_before = 0.0
         self._epochs_began: float | None = None
 
-    # What a subclass fills --------------------------------------------------------------------------
+    # What a subclass fills ------------------------------------------------------------------------
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
         """Move a model to the device and wrap it for training."""
@@ -409,7 +422,7 @@ class AdaptedTrainer(Trainer):
     def finish_writing(self) -> None:
         """Wait until the files of the last epoch are written."""
 
-    # What it does itself ----------------------------------------------------------------------------
+    # What it does itself --------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> None:
         """Train; arguments and training parameters as of SuperGradients' ``Trainer.train``."""
@@ -481,7 +494,7 @@ class AdaptedTrainer(Trainer):
         when = f" (epoch {self._best_epoch})" if self._best_epoch else ""
         return f"best {name} {self.best_metric:.4f}{when}"
 
-    # SuperGradients' private steps ------------------------------------------------------------------
+    # SuperGradients' private steps ----------------------------------------------------------------
 
     def _net_to_device(self) -> None:
         self.net = self.wrap_model(self.net)
@@ -506,8 +519,8 @@ class AdaptedTrainer(Trainer):
     def _refuse_what_is_not_honoured(self) -> None:
         if self.training_params.resume_from_remote_sg_logger:
             raise InputError(
-                "resume_from_remote_sg_logger=True: not supported here; download the checkpoint and give its path as "
-                "resume_path"
+                "resume_from_remote_sg_logger=True: not supported here; "
+                "download the checkpoint and give its path as resume_path"
             )
 
     def _choose_folder(self) -> tuple[Path, Path | None]:
@@ -549,7 +562,8 @@ class AdaptedTrainer(Trainer):
         net = unwrap_model(self.net)
         if isinstance(strict, str):
             strict = StrictLoad(strict)
-        # The parameter's default is False, which is not told from a wish; a partly loaded run would go on in silence.
+        # The parameter's default is False, which is not told from a wish; a partly loaded run would
+        # go on in silence.
         if strict is StrictLoad.OFF:
             missing = net.load_state_dict(state["net"], strict=False)
             distributed.print0(f"resume_strict_load=OFF: {missing}")
@@ -565,7 +579,8 @@ class AdaptedTrainer(Trainer):
             self.training_params.sg_logger = "portrait_dist_logger"
         AtomicSGLogger.writer = staticmethod(self.checkpoint_writer)
         super()._initialize_sg_logger_objects(additional_configs_to_log)
-        # train() ends each epoch with the learning rates, which _write_scalars_to_logger has logged already.
+        # train() ends each epoch with the learning rates, which _write_scalars_to_logger has logged
+        # already.
         add_scalars = self.sg_logger.add_scalars
 
         def add_scalars_if_any(tag_scalar_dict: dict[str, Any], global_step: Any = None) -> None:
@@ -606,7 +621,7 @@ class AdaptedTrainer(Trainer):
         dataset_name: str = "",
         max_batches: int | None = None,
     ) -> dict[str, float]:
-        """Pass over ``data_loader`` once; see SuperGradients' Trainer.evaluate for the arguments."""
+        """Pass over ``data_loader`` once; arguments as of SuperGradients' Trainer.evaluate."""
         context = PhaseContext(
             net=self.net,
             epoch=epoch,
@@ -661,7 +676,7 @@ class AdaptedTrainer(Trainer):
         self.save_epoch(epoch, train_metrics_dict or {}, validation_results_dict, context)
 
     def processing_params(self) -> dict[str, Any]:
-        """The ``processing_params`` entry of a checkpoint, for networks with SuperGradients' ``predict``; else {}."""
+        """The ``processing_params`` entry of checkpoints, for networks with ``predict``."""
         found = self._get_preprocessing_from_valid_loader()
         return {} if found is None else {"processing_params": found}
 
@@ -673,8 +688,9 @@ class AdaptedTrainer(Trainer):
         known = self.greater_valid_metrics_is_better.get(self.metric_to_watch)
         if known is not None and known != self.greater_metric_to_watch_is_better:
             distributed.print0(
-                f"warning: greater_metric_to_watch_is_better={self.greater_metric_to_watch_is_better}, but "
-                f"{self.metric_to_watch} says that {'more' if known else 'less'} is better"
+                "warning: greater_metric_to_watch_is_better="
+                f"{self.greater_metric_to_watch_is_better}, but {self.metric_to_watch} says that "
+                f"{'more' if known else 'less'} is better"
             )
         if average and self.model_weight_averaging is None:
             self.model_weight_averaging = self.make_average()
@@ -757,7 +773,7 @@ class AdaptedTrainer(Trainer):
         if cleanup_snapshots_pkl_file:
             self.model_weight_averaging.cleanup()
 
-    # Parts that the loops of a subclass call --------------------------------------------------------
+    # Parts that the loops of a subclass call ------------------------------------------------------
 
     def compute_loss(
         self, outputs: torch.Tensor, targets: torch.Tensor
@@ -817,7 +833,7 @@ def _current(monitored: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _add_directions(metrics: MetricCollection, directions: dict[str, bool | None]) -> None:
-    """Take torchmetrics' ``higher_is_better`` where SuperGradients' own ``greater_is_better`` is missing."""
+    """Take torchmetrics' ``higher_is_better`` where ``greater_is_better`` is missing."""
     for name, metric in metrics.items():
         if directions.get(name) is None and metric.higher_is_better is not None:
             directions[name] = metric.higher_is_better
@@ -866,7 +882,7 @@ class FusedEMA(ModelEMA):
 
 
 class AtomicSGLogger(BaseSGLogger):
-    """SuperGradients' base logger, whose checkpoints are either the old or the new file, never half.
+    """SuperGradients' base logger, whose checkpoints are the old or the new file, never half.
 
     The system monitor is off unless ``sg_logger_params`` says ``monitor_system=True``.
     """

@@ -1,7 +1,8 @@
-"""Bases for SuperGradients' IoU, BinaryIOU, Dice, BinaryDice and Accuracy, as torchmetrics 0.8 had them.
+"""Bases of SuperGradients' IoU, Dice and Accuracy metrics, as torchmetrics 0.8 had them.
 
-Today's ``JaccardIndex`` and ``Accuracy`` want a ``task`` and give another class. These two have the constructor, the
-attributes and the definitions that SuperGradients' subclasses were written for. ``update`` never waits for the device.
+Today's ``JaccardIndex`` and ``Accuracy`` want a ``task`` and give another class. These two have the
+constructor, the attributes and the definitions that SuperGradients' subclasses were written for.
+``update`` never waits for the device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class _Base(Metric):
     """A base that a class can be given in place of its own one."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Ignore the arguments: a class whose bases were exchanged still hands them to ``__new__``."""
+        """Ignore the arguments, which a class whose bases were exchanged still hands on."""
         return super().__new__(cls)
 
 
@@ -27,8 +28,8 @@ class ConfusionMatrixMetric(_Base):
 
     Args:
         num_classes: number of classes, 2 for a binary mask.
-        ignore_index: a class whose target pixels do not count, and whose score is left out. Pixels with this value do not
-            count either where it is outside of [0, num_classes).
+        ignore_index: a class whose target pixels do not count, and whose score is left out. Pixels
+            with this value do not count either where it is outside of [0, num_classes).
         absent_score: score of a class that is neither predicted nor there.
         threshold: a binary prediction is foreground from this probability on.
         reduction: ``elementwise_mean``, ``sum`` or ``none``, over the classes.
@@ -62,8 +63,8 @@ class ConfusionMatrixMetric(_Base):
         """Count a batch.
 
         Args:
-            preds: classes, int [B, …]; probabilities of the classes, float [B, C, …]; or of the foreground, float [B, …] or
-                [B, 1, …].
+            preds: classes, int [B, …]; probabilities of the classes, float [B, C, …]; or of the
+                foreground, float [B, …] or [B, 1, …].
             target: classes, int [B, …] or [B, 1, …].
         """
         preds, target = self._classes(preds.detach()).flatten(), target.flatten()
@@ -77,7 +78,8 @@ class ConfusionMatrixMetric(_Base):
             counted = target != self.ignore_index
         else:
             counted = torch.ones_like(inside)
-        # One more bin takes what does not count. Not bincount: on a GPU that one waits for the largest value.
+        # One more bin takes what does not count. Not bincount: on a GPU that one waits for the
+        # largest value.
         cell = torch.where(inside & counted, target.long() * classes + preds.long(), classes**2)
         bins = torch.zeros(classes**2 + 1, dtype=torch.int64, device=cell.device)
         bins.scatter_add_(0, cell, torch.ones_like(cell))
@@ -95,8 +97,9 @@ class ConfusionMatrixMetric(_Base):
         """Raise ValueError where a pixel had a class that the metric does not have."""
         if outside := int(self.outside):
             raise ValueError(
-                f"{type(self).__name__}: {outside} pixels have a class outside of 0 to {self.num_classes - 1}; "
-                "give num_classes, or the value of unlabelled pixels as ignore_index"
+                f"{type(self).__name__}: {outside} pixels have a class outside of 0 to "
+                f"{self.num_classes - 1}; give num_classes, or the value of unlabelled pixels as "
+                "ignore_index"
             )
 
     def compute(self) -> Any:

@@ -1,4 +1,4 @@
-"""PortraitTrainer in place of SuperGradients' Trainer: what its users know works, and what is said is true.
+"""PortraitTrainer in place of SuperGradients' Trainer: it works alike, and what it prints is true.
 
 One process imports SuperGradients once for all of them.
 """
@@ -96,7 +96,7 @@ def checkpoint(folder: Path, name: str = "ckpt_best.pth") -> dict[str, Any]:
     return found
 
 
-# test() ---------------------------------------------------------------------------------------------
+# test() -------------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -121,7 +121,7 @@ def test_a_network_is_tested_after_training_with_other_metrics(kind: Any, tmp_pa
     assert found["BCELoss"] > 0
 
 
-# Folders --------------------------------------------------------------------------------------------
+# Folders ------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_of_a_name_never_touches_the_first_ones_best(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_root_folder_comes_from_the_environment_where_none_is_given(
     assert (tmp_path / "elsewhere" / "run" / "ckpt_latest.pth").is_file()
 
 
-# Parameters -----------------------------------------------------------------------------------------
+# Parameters ---------------------------------------------------------------------------------------
 
 
 def test_resume_strict_load_is_honoured_and_a_remote_checkpoint_refused(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_checkpoints_hold_the_preprocessing_of_networks_that_predict(tmp_path: P
             }
 
     use_device(torch.device("cpu"))
-    loader = DataLoader(Images(*batches().dataset.tensors), batch_size=4)  # type: ignore[attr-defined]
+    loader = DataLoader(Images(*batches().dataset.tensors), batch_size=4)  # type: ignore
     trainer = PortraitTrainer("run", str(tmp_path))
     params = {
         "max_epochs": 1,
@@ -346,7 +346,7 @@ def test_recipes_of_supergradients_train_and_evaluate_with_this_class(
     assert 0 <= found["Accuracy"] <= 1
 
 
-# Metrics --------------------------------------------------------------------------------------------
+# Metrics ------------------------------------------------------------------------------------------
 
 
 def segmentation() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -443,7 +443,7 @@ def test_supergradients_metrics_train_by_their_names(kind: Any, tmp_path: Path) 
     )
 
 
-# What is said ---------------------------------------------------------------------------------------
+# What is said -------------------------------------------------------------------------------------
 
 
 def test_what_is_printed_counts_epochs_from_one_and_names_the_best(tmp_path: Path) -> None:

@@ -11,11 +11,14 @@ import pytest
 from portrait_dist.training.lean_import import lean_import
 
 FRAMEWORK = {
-    "framework/__init__.py": "import neighbour\nfrom framework import body, log\nimport framework.tips.more",
+    "framework/__init__.py": (
+        "import neighbour\nfrom framework import body, log\nimport framework.tips.more"
+    ),
     "framework/body.py": (
         "import heavy.charts as charts\nfrom heavy import Base, number\nimport absent.io\n"
         "from absent.tools import reader\n"
-        "@charts.decorate(3)\ndef drawn(figure: charts.Figure = charts.Figure()) -> 'charts.Figure':\n    return 7\n"
+        "@charts.decorate(3)\n"
+        "def drawn(figure: charts.Figure = charts.Figure()) -> 'charts.Figure':\n    return 7\n"
         "class Child(reader.Base):\n    pass\n"
     ),
     "framework/log.py": "raise RuntimeError('the log writes into the home folder')",
@@ -25,7 +28,10 @@ FRAMEWORK = {
 NEIGHBOURS = {
     "neighbour.py": "import heavy, heavy.charts\nFOUND = heavy.number",
     "heavy/__init__.py": "number = 5\nclass Base:\n    pass\n",
-    "heavy/charts.py": "class Figure:\n    def width(self):\n        return 4\ndef decorate(times):\n    return lambda f: f\n",
+    "heavy/charts.py": (
+        "class Figure:\n    def width(self):\n        return 4\n"
+        "def decorate(times):\n    return lambda f: f\n"
+    ),
 }
 
 

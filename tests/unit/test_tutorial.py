@@ -1,4 +1,4 @@
-"""The training code of SuperGradients' tutorial "Training an external model", with the classes of this package."""
+"""The code of SuperGradients' tutorial "Training an external model", with our classes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from portrait_dist.training.sg_adapter import Trainer, use_device
 def test_the_tutorials_training_code_runs_with_these_classes(
     trainer_class: type, split_dir: Path, tmp_path: Path
 ) -> None:
-    """Two batches and one epoch of it; otherwise what the tutorial passes, DataLoader workers included."""
+    """Two batches and one epoch; otherwise as the tutorial, DataLoader workers included."""
     use_device(torch.device("cpu"))
     train_dataset = AISegmentDataset(
         data_path=str(split_dir), split="train", input_height=64, input_width=64
