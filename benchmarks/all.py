@@ -1,12 +1,13 @@
 """All benchmarks with one command, and their results as one page.
 
     python benchmarks/all.py --quick          # within 8 minutes on 2 cores
-    python benchmarks/all.py --full           # more pictures and rounds, compiled forms, batch sizes
-    python benchmarks/all.py --full --device cuda --data RAW
+    python benchmarks/all.py --full           # more images and rounds, compiled forms, batch
+    sizes python benchmarks/all.py --full --device cuda --data RAW
 
-Writes ``benchmarks/results/<date>-<hardware>.md`` (tables, aims, hardware, versions, commit, command), the same as ``.json``, and
-the chart ``.svg`` (benchmarks/chart.py). Packages that are missing leave rows empty, with the reason. Without installation, a
-Python that has torch and torchvision, and PYTHONPATH naming a folder with the other packages, is enough.
+Writes ``benchmarks/results/<date>-<hardware>.md`` (tables, aims, hardware, versions, commit,
+command), the same as ``.json``, and the chart ``.svg`` (benchmarks/chart.py). Packages that are
+missing leave rows empty, with the reason. Without installation, a Python that has torch and
+torchvision, and PYTHONPATH naming a folder with the other packages, is enough.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any
 import chart
 import measure
 
+from portrait_dist import files
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 TITLES = {
@@ -34,46 +37,42 @@ TITLES = {
     "train": "Training end to end",
     "scaling": "Ranks on this machine",
 }
-NO_GPU = """No GPU was there: nothing is claimed about one. On a machine that has one, this fills the rows:
+NO_GPU = """No GPU was there: nothing is claimed about one. With one, this fills the rows:
 
     python benchmarks/all.py --full --device cuda
 """
 
 
-def words_of(name: str, options: argparse.Namespace, work: Path) -> list[str]:
-    """Command line of one benchmark. The later ones read the shards that loader.py packs."""
-    words = [sys.executable, str(HERE / f"{name}.py"), "--json", str(work / f"{name}.json")]
-    words += ["--quick"] if options.quick else []
-    words += ["--repeats", str(options.repeats)] if options.repeats else []
+def command_of(name: str, options: argparse.Namespace, work: Path) -> list[str]:
+    """Make a benchmark's command line; the later ones read the shards that loader.py packs."""
+    command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(work / f"{name}.json")]
+    command += ["--quick"] if options.quick else []
+    command += ["--repeats", str(options.repeats)] if options.repeats else []
     if name == "loader":
-        words += ["--work", str(work / "data")]
-        words += ["--data", str(options.data)] if options.data else []
-        words += ["--pairs", str(options.pairs)] if options.pairs else []
-        words += [] if options.quick else ["--full-peers"]
-    else:
-        words += ["--device", options.device] if options.device else []
-        words += [
-            "--features",
-            str(options.features),
-            *(["--size", str(options.size)] if name in ("unet", "train_step") else []),
-        ]
+        command += ["--work", str(work / "data")]
+        command += ["--data", str(options.data)] if options.data else []
+        command += ["--pairs", str(options.pairs)] if options.pairs else []
+        return command + ([] if options.quick else ["--full-peers"])
+    command += ["--device", options.device] if options.device else []
+    command += ["--features", str(options.features)]
+    command += ["--size", str(options.size)] if name in ("unet", "train_step") else []
     packed = work / "data" / "s256"
     if name in ("train", "scaling") and (packed / "manifest.json").is_file():
-        words += ["--shards", str(packed)]
+        command += ["--shards", str(packed)]
     if name == "unet" and options.checkpoint:
-        words += ["--checkpoint", str(options.checkpoint)]
-        words += ["--shards", str(options.shards)] if options.shards else []
-    return words
+        command += ["--checkpoint", str(options.checkpoint)]
+        command += ["--shards", str(options.shards)] if options.shards else []
+    return command
 
 
 def run(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Result of one benchmark, or the reason why there is none."""
+    """Run one benchmark; return its result, or the reason why there is none."""
     print(f"\n== {name}", file=sys.stderr, flush=True)
     begin = time.monotonic()
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
     with open(work / f"{name}.log", "w+") as log:
         code = subprocess.run(
-            words_of(name, options, work), stdout=sys.stderr, stderr=log, env=environment
+            command_of(name, options, work), stdout=sys.stderr, stderr=log, env=environment
         ).returncode
         log.seek(0)
         lines = [line for line in log.read().splitlines() if line.strip()]
@@ -90,20 +89,22 @@ def run(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def page(found: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Format the results as Markdown."""
     machine = found["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     gpus = ", ".join(machine["gpus"]) or "none"
     lines = [
         f"# Benchmarks, {found['date']}",
         "",
-        f"- hardware: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']:g} GB; GPU: {gpus}",
+        f"- hardware: {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['memory_gb']:g} GB; GPU: {gpus}",
         f"- load of the machine at the start: {machine['load_at_start']:g}",
         f"- commit: {found['commit']}",
         f"- versions: {versions}",
         f"- command: `{found['command']}`, {found['seconds'] / 60:.1f} minutes",
         "",
-        "Each figure is the median of rounds in which all rows take turns, with the lowest and the highest beside it.",
+        "Each number is the median of rounds in which all rows take turns, with the lowest and the "
+        "highest beside it. CPU seconds are user + system, of all processes.",
     ]
     for part in found["benchmarks"].values():
         lines += ["", f"## {TITLES[part['benchmark']]}", ""]
@@ -137,14 +138,15 @@ def _notes(part: dict[str, Any]) -> list[str]:
 
 
 def hardware(machine: dict[str, Any]) -> str:
-    """Name of the hardware for a file: the GPUs, or processor and cores."""
+    """Name the hardware for a file: the GPUs, or processor and cores."""
     gpus = machine["gpus"]
     name = f"{len(gpus)}x-{gpus[0]}" if gpus else f"{machine['cpu']}-{machine['cores']}-cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def main(words: list[str] | None = None) -> int:
-    options = _options(words)
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmarks and write their page, chart and JSON; return the exit code."""
+    options = _options(arguments)
     found = measure.result("all", [])
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
@@ -153,9 +155,9 @@ def main(words: list[str] | None = None) -> int:
     del found["rows"]
     stem = options.out / f"{found['date'][:10]}-{hardware(found['machine'])}"
     options.out.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(page(found))
-    stem.with_suffix(".svg").write_text(chart.draw(found))
+    measure.write(found, stem.with_suffix(".json"))
+    files.write_text(stem.with_suffix(".md"), page(found))
+    files.write_text(stem.with_suffix(".svg"), chart.draw(found))
     print(f"\n{stem.with_suffix('.md')}, {found['seconds'] / 60:.1f} minutes")
     failed = [name for name, part in found["benchmarks"].items() if "failed" in part]
     if failed:
@@ -163,7 +165,7 @@ def main(words: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _options(words: list[str] | None) -> argparse.Namespace:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     first, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -187,7 +189,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shards",
         type=Path,
-        help="shards with the kind of pictures that --checkpoint was trained on",
+        help="shards with the kind of images that --checkpoint was trained on",
     )
     parser.add_argument(
         "--out",
@@ -206,8 +208,8 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--features", type=int, default=32, help="channels of the network's first level"
     )
-    parser.add_argument("--size", type=int, default=256, help="side of the network's pictures")
-    options = parser.parse_args(words)
+    parser.add_argument("--size", type=int, default=256, help="side of the network's images")
+    options = parser.parse_args(arguments)
     options.only = options.only or [
         name for name in TITLES if not (options.quick and name == "scaling")
     ]

@@ -1,6 +1,7 @@
 """Draws results as bars: batches per second of each loader, and the ladder of the U-Net.
 
-python benchmarks/chart.py benchmarks/results/<date>-<hardware>.json        # writes the .svg beside it
+python benchmarks/chart.py benchmarks/results/<date>-<hardware>.json        # writes the .svg beside
+it
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ STYLE = "font-family:system-ui,sans-serif;font-size:13px;fill:#1f2430"
 
 
 def panels(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Title and rows of each panel; only what was measured."""
+    """List title and rows of each panel; only what was measured."""
     parts = found["benchmarks"]
     loader = parts.get("loader", {}).get("rows", [])
     unet = parts.get("unet", {}).get("rows", [])
@@ -48,7 +49,7 @@ def panels(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 def draw(found: dict[str, Any]) -> str:
-    """The chart as SVG text."""
+    """Draw the chart as SVG text."""
     shapes: list[str] = []
     y = 14
     for title, rows in panels(found):
@@ -65,9 +66,15 @@ def draw(found: dict[str, Any]) -> str:
     machine = found["machine"]
     hardware = ", ".join([f"{machine['cpu']}, {machine['cores']} cores", *machine["gpus"]])
     y += 14
-    caption = f"{hardware}; commit {found['commit']}; {found['date'][:10]}; median, line from lowest to highest"
+    caption = (
+        f"{hardware}; commit {found['commit']}; {found['date'][:10]}; "
+        "median, line from lowest to highest"
+    )
     shapes.append(f'<text x="12" y="{y}" style="{STYLE};font-size:11px">{escape(caption)}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 12}" viewBox="0 0 {WIDTH} {y + 12}">'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 12}" '
+        f'viewBox="0 0 {WIDTH} {y + 12}">'
+    )
     return (
         "\n".join([head, '<rect width="100%" height="100%" fill="#ffffff"/>', *shapes, "</svg>"])
         + "\n"
@@ -85,18 +92,20 @@ def _bar(row: dict[str, Any], y: float, scale: float) -> list[str]:
     )
     colour = LIMIT if name == "ceiling" else OURS if ours else OTHERS
     middle, start = y + BAR / 2, LABEL + 12
+    low, high, base = start + row["low"] * scale, start + row["high"] * scale, middle + 4.5
     return [
-        f'<text x="{LABEL}" y="{middle + 4.5}" text-anchor="end" style="{STYLE}">{escape(name)}</text>',
-        f'<rect x="{start}" y="{y}" width="{max(1.0, value * scale):.1f}" height="{BAR}" rx="2" fill="{colour}"/>',
-        f'<line x1="{start + row["low"] * scale:.1f}" x2="{start + row["high"] * scale:.1f}" y1="{middle}" y2="{middle}"'
-        ' stroke="#1f2430"/>',
-        f'<text x="{start + row["high"] * scale + 8:.1f}" y="{middle + 4.5}" style="{STYLE}">{value:,.4g}</text>',
+        f'<text x="{LABEL}" y="{base}" text-anchor="end" style="{STYLE}">{escape(name)}</text>',
+        f'<rect x="{start}" y="{y}" width="{max(1.0, value * scale):.1f}" height="{BAR}" rx="2" '
+        f'fill="{colour}"/>',
+        f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}" stroke="#1f2430"/>',
+        f'<text x="{high + 8:.1f}" y="{base}" style="{STYLE}">{value:,.4g}</text>',
     ]
 
 
 def main() -> None:
-    for word in sys.argv[1:]:
-        path = Path(word)
+    """Draw the results named on the command line."""
+    for name in sys.argv[1:]:
+        path = Path(name)
         path.with_suffix(".svg").write_text(draw(json.loads(path.read_text())))
         print(path.with_suffix(".svg"))
 

@@ -1,20 +1,25 @@
-"""How fast batches come: the tutorial's dataset, other streaming libraries and this one, on the same pixels and cores.
+"""Measure how fast batches come: the tutorial's dataset, other libraries and this package.
 
-    python benchmarks/loader.py --json loader.json                   # generates portraits
-    python benchmarks/loader.py --data RAW --json loader.json        # a raw AISegment tree
-    python benchmarks/loader.py --data SHARDS --json loader.json     # packed shards: without the tutorial and pack rows
+All read the same pixels on the same cores.
 
-Rows, for ``size`` 256 and original: tutorial (AISegmentDataset in a DataLoader), webdataset, litdata, mosaicml-streaming (same
-encoded bytes, their own DataLoader, decoded by Pillow), portrait_dist-uint8, portrait_dist-float (augmented and normalised
-on the CPU), portrait_dist-raw (the raw codec), ceiling (our decoder on bytes in memory, all cores, nothing else). With
-``--full-peers`` also the other libraries with our decoder. All have as many worker processes or threads as there are cores, and
-are past their first epoch when timed. Then pack against decoding its mattes alone, the time to the first batch, memory, and
-how far the scaled JPEG decoding is from the exact one.
+    python benchmarks/loader.py --json loader.json                # generates portraits
+    python benchmarks/loader.py --data RAW --json loader.json     # a raw AISegment tree
+    python benchmarks/loader.py --data SHARDS --json loader.json  # without tutorial and pack rows
+
+Rows, for ``size`` 256 and original: tutorial (AISegmentDataset in a DataLoader), webdataset,
+litdata, mosaicml-streaming (same encoded bytes, their own DataLoader, decoded by Pillow),
+portrait_dist-uint8, portrait_dist-float (augmented and normalised on the CPU), portrait_dist-raw
+(the raw codec), ceiling (our decoder on bytes in memory, all cores, nothing else). With
+``--full-peers`` also the other libraries with our decoder. All have as many worker processes or
+threads as there are cores, and are past their first epoch when timed. Then pack against decoding
+its mattes alone, the time to the first batch, memory, and how far the scaled JPEG decoding is from
+the exact one.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
 import io
@@ -36,28 +41,38 @@ from numpy.typing import NDArray
 
 from portrait_dist.data.shards.decode import decode_pair
 from portrait_dist.data.shards.reader import ShardSet, read_manifest
+from portrait_dist.system.info import cores
 
 BATCH = 16
 SIDE = 256
 Pixels = NDArray[np.uint8]
 Decoder = Callable[[bytes, bytes], tuple[Pixels, Pixels]]
-Case = Callable[[], float]
+Case = measure.Case
 
 
-def rate_of(start: Callable[[], Iterable[Any]], at_least: float) -> float:
-    """Images per second over whole epochs; ``start`` gives an iterable of batches, each a pair whose first has a length."""
-    images, begin = 0, time.perf_counter()
-    while images == 0 or time.perf_counter() - begin < at_least:
-        for batch in start():
-            images += len(batch[0])
-    return images / (time.perf_counter() - begin)
+def read(start: Callable[[], Iterable[Any]], at_least: float) -> measure.Round:
+    """Measure whole epochs that last some seconds.
+
+    Args:
+        start: gives an iterable of batches, each a tuple whose first item has a length.
+        at_least: seconds.
+    """
+
+    def epochs() -> int:
+        images, begin = 0, time.perf_counter()
+        while images == 0 or time.perf_counter() - begin < at_least:
+            for batch in start():
+                images += len(batch[0])
+        return images
+
+    return measure.timed(epochs)
 
 
-# -- The data, made once ------------------------------------------------------------------------------------------------------
+# The data, made once ------------------------------------------------------------------------------
 
 
 def prepare(options: argparse.Namespace, work: Path) -> dict[str, Path]:
-    """Folders by name: raw tree, its split, and shards of both sizes and of the raw codec, as far as ``--data`` allows."""
+    """Make what ``--data`` allows: the tree, shards of both sizes and of the raw codec."""
     from portrait_dist.data.shards import writer
     from portrait_dist.data.source import split, synthetic
 
@@ -86,9 +101,10 @@ def prepare(options: argparse.Namespace, work: Path) -> dict[str, Path]:
 
 
 def repeated(raw: Path, out: Path, copies: int) -> Path:
-    """A raw tree of hard links in which each pair stands ``copies`` times.
+    """Make a raw tree of hard links in which each pair stands ``copies`` times.
 
-    An epoch of a few hundred small pictures lasts a tenth of a second, and its start counts; real ones are far longer.
+    An epoch of a few hundred small images lasts a tenth of a second, and its start counts; real
+    ones are far longer.
     """
     from portrait_dist.data.source.pairs import find_pairs
     from portrait_dist.data.source.split import link_or_copy
@@ -102,25 +118,26 @@ def repeated(raw: Path, out: Path, copies: int) -> Path:
     return out
 
 
-# -- Peers --------------------------------------------------------------------------------------------------------------------
+# Peers --------------------------------------------------------------------------------------------
 
 
 def pillow(image: bytes, alpha: bytes) -> tuple[Pixels, Pixels]:
     """Decode and, where larger, resize as the tutorial does."""
     from PIL import Image
 
-    picture, mask = Image.open(io.BytesIO(image)).convert("RGB"), Image.open(io.BytesIO(alpha))
-    if picture.size != (SIDE, SIDE):
-        picture = picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    pixels: Image.Image = Image.open(io.BytesIO(image)).convert("RGB")
+    mask: Image.Image = Image.open(io.BytesIO(alpha))
+    if pixels.size != (SIDE, SIDE):
+        pixels = pixels.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
         mask = mask.resize((SIDE, SIDE), Image.Resampling.NEAREST)
-    return np.array(picture), np.array(mask)
+    return np.array(pixels), np.array(mask)
 
 
 def ours(image: bytes, alpha: bytes) -> tuple[Pixels, Pixels]:
-    """The decoder of this project."""
-    picture, mask = np.empty((SIDE, SIDE, 3), np.uint8), np.empty((SIDE, SIDE), np.uint8)
-    decode_pair(image, alpha, None, picture, mask, exact=False)
-    return picture, mask
+    """Decode with this project's decoder."""
+    pixels, mask = np.empty((SIDE, SIDE, 3), np.uint8), np.empty((SIDE, SIDE), np.uint8)
+    decode_pair(image, alpha, None, pixels, mask, exact=False)
+    return pixels, mask
 
 
 def tutorial(tree: Path, workers: int, images: int) -> Callable[[], Iterable[Any]]:
@@ -171,7 +188,7 @@ def litdata(shards: Path, work: Path, workers: int, decode: Decoder) -> Callable
     if not folder.exists():
         _write_litdata(shards, folder)
 
-    class Decoding(lit.StreamingDataset):  # type: ignore[misc, name-defined]
+    class Decoding(lit.StreamingDataset):
         def __getitem__(self, index: Any) -> tuple[Pixels, Pixels]:
             return decode(*super().__getitem__(index))
 
@@ -208,13 +225,15 @@ def mosaicml(
                 writer.write({"jpg": image, "png": alpha})
     clean_stale_shared_memory()
 
-    class Decoding(streaming.StreamingDataset):  # type: ignore[misc, name-defined]
+    class Decoding(streaming.StreamingDataset):
         def __getitem__(self, index: Any) -> tuple[Pixels, Pixels]:
             sample = super().__getitem__(index)
             return decode(sample["jpg"], sample["png"])
 
     dataset = Decoding(local=str(folder), shuffle=True, batch_size=BATCH, num_canonical_nodes=1)
-    loader = DataLoader(dataset, BATCH, num_workers=workers, persistent_workers=workers > 0)
+    loader: DataLoader[Any] = DataLoader(
+        dataset, BATCH, num_workers=workers, persistent_workers=workers > 0
+    )
     return lambda: loader
 
 
@@ -226,13 +245,13 @@ PEERS: dict[str, tuple[str, Callable[..., Callable[[], Iterable[Any]]]]] = {
 
 
 def members(shards: Path) -> list[tuple[bytes, bytes]]:
-    """Encoded image and alpha of every training sample."""
+    """List encoded image and alpha of every training sample."""
     opened = ShardSet(shards, "train")
     encoded = (opened.read(sample) for sample in range(len(opened)))
     return [(bytes(sample.image), bytes(sample.alpha)) for sample in encoded]
 
 
-# -- Ours ---------------------------------------------------------------------------------------------------------------------
+# Ours ---------------------------------------------------------------------------------------------
 
 
 def uint8(shards: Path, workers: int) -> Callable[[], Iterable[Any]]:
@@ -271,25 +290,21 @@ def ceiling(shards: Path, workers: int, at_least: float) -> Case:
     def run(worker: int) -> int:
         begin, done = time.perf_counter(), 0
         while time.perf_counter() - begin < at_least:
-            for picture, mask in encoded[worker::workers]:
-                decode_pair(picture, mask, (SIDE, SIDE), image[worker], alpha[worker], exact=False)
+            for jpeg, png in encoded[worker::workers]:
+                decode_pair(jpeg, png, (SIDE, SIDE), image[worker], alpha[worker], exact=False)
                 done += 1
         return done
 
-    def case() -> float:
-        begin = time.perf_counter()
-        return sum(pool.map(run, range(workers))) / (time.perf_counter() - begin)
-
-    return case
+    return lambda: measure.timed(lambda: sum(pool.map(run, range(workers))))
 
 
-# -- The rounds ---------------------------------------------------------------------------------------------------------------
+# The rounds ---------------------------------------------------------------------------------------
 
 
 def cases_of(
     size: str, folders: dict[str, Path], work: Path, options: argparse.Namespace
 ) -> tuple[dict[str, Case], list[measure.Row]]:
-    """Cases by row name, and rows of what cannot be run here."""
+    """Make the cases by row name, and rows of what cannot be run here."""
     shards, workers, missing = folders[size], options.workers, []
     starts: dict[str, Callable[[], Iterable[Any]]] = {}
     if "tree" in folders:
@@ -312,8 +327,7 @@ def cases_of(
     if size == str(SIDE) and "raw" in folders:
         starts["portrait_dist-raw"] = uint8(folders["raw"], workers)
     cases: dict[str, Case] = {
-        name: (lambda start=start: rate_of(start, options.seconds))
-        for name, start in starts.items()
+        name: functools.partial(read, start, options.seconds) for name, start in starts.items()
     }
     cases["ceiling"] = ceiling(shards, workers, options.seconds)
     return _those_that_run(cases, missing, size), missing
@@ -322,7 +336,7 @@ def cases_of(
 def _those_that_run(
     cases: dict[str, Case], missing: list[measure.Row], size: str
 ) -> dict[str, Case]:
-    """Run the first epoch of each, unmeasured; a peer that fails is named and left out."""
+    """Run the first epoch of each, unmeasured; a peer that fails is named and dropped."""
     running = {}
     for name, case in cases.items():
         try:
@@ -343,8 +357,8 @@ def throughput(
         if size not in folders:
             continue
         cases, missing = cases_of(size, folders, work, options)
-        rates = measure.alternate(cases, options.repeats, warm_up=False)
-        rows += [measure.row(name, values, size=size) for name, values in rates.items()] + missing
+        rounds = measure.alternate(cases, options.repeats, warm_up=False)
+        rows += [measure.row(name, values, size=size) for name, values in rounds.items()] + missing
         del cases
         gc.collect()  # ends the peers' worker processes
     return rows
@@ -353,7 +367,7 @@ def throughput(
 def packing_rows(
     folders: dict[str, Path], work: Path, options: argparse.Namespace
 ) -> list[measure.Row]:
-    """``pack`` against decoding the whole RGBA mattes on all cores, and nothing else: by OpenCV, and by Pillow."""
+    """Measure ``pack`` against nothing but decoding the RGBA mattes, by OpenCV and by Pillow."""
     from portrait_dist.data.shards import writer
     from portrait_dist.data.source.split import read_split
 
@@ -361,10 +375,8 @@ def packing_rows(
     mattes = [pair.matte.read_bytes() for pair in split.pairs("train")]
     pool = ThreadPoolExecutor(options.workers)
 
-    def limit(decode: Callable[[bytes], Pixels]) -> float:
-        begin = time.perf_counter()
-        done = sum(len(alpha) > 0 for alpha in pool.map(decode, mattes))
-        return done / (time.perf_counter() - begin)
+    def limit(decode: Callable[[bytes], Pixels]) -> measure.Round:
+        return measure.timed(lambda: sum(len(one) > 0 for one in pool.map(decode, mattes)))
 
     def by_opencv(matte: bytes) -> Pixels:
         import cv2
@@ -376,21 +388,24 @@ def packing_rows(
 
         return np.asarray(Image.open(io.BytesIO(matte)))
 
-    def pack() -> float:
+    def pack() -> measure.Round:
         shutil.rmtree(work / "packed", ignore_errors=True)
-        done = writer.pack(folders["tree"], work / "packed", (SIDE, SIDE), workers=options.workers)
-        return done.pairs_per_second
+        packed = functools.partial(
+            writer.pack, folders["tree"], work / "packed", (SIDE, SIDE), workers=options.workers
+        )
+        return measure.timed(lambda: packed().packed)
 
     cases = {
         "pack": pack,
         "pack-limit": lambda: limit(by_opencv),
         "pack-limit-pillow": lambda: limit(by_pillow),
     }
-    rates = measure.alternate(cases, min(3, options.repeats) if options.quick else options.repeats)
-    return [measure.row(name, values, size=str(SIDE)) for name, values in rates.items()]
+    repeats = min(3, options.repeats) if options.quick else options.repeats
+    rounds = measure.alternate(cases, repeats)
+    return [measure.row(name, values, size=str(SIDE)) for name, values in rounds.items()]
 
 
-# -- Single figures -----------------------------------------------------------------------------------------------------------
+# Single numbers -----------------------------------------------------------------------------------
 
 FIRST_BATCH = """
 import sys, time, torch
@@ -402,7 +417,7 @@ print(time.perf_counter() - begin)
 
 
 def first_batch_seconds(shards: Path, workers: int, repeats: int) -> float:
-    """Median time from the call of build_loader, after the imports, to the first batch, each in a fresh process."""
+    """Measure the median time from build_loader to the first batch, in fresh processes."""
     command = [sys.executable, "-c", FIRST_BATCH, str(shards), str(workers)]
     times = [
         float(
@@ -416,7 +431,7 @@ def first_batch_seconds(shards: Path, workers: int, repeats: int) -> float:
 
 
 def memory_megabytes(shards: Path, workers: int) -> dict[str, float]:
-    """Growth of this process's resident memory while two and while ten epochs are read: no difference, it is bounded."""
+    """Measure by how much memory grows in two and in ten epochs: bounded, if no difference."""
     import psutil
 
     process, start = psutil.Process(), uint8(shards, workers)
@@ -431,17 +446,17 @@ def memory_megabytes(shards: Path, workers: int) -> dict[str, float]:
 
 
 def scaled_decoding_error(shards: Path) -> dict[str, float]:
-    """Distance of the scaled JPEG decoding from the exact path, over the training pictures: levels of 255, and decibels."""
+    """Compare scaled JPEG decoding with the exact path: levels of 255, and decibels."""
     opened = ShardSet(shards, "train")
     absolute, squared = [], []
     for sample in range(min(64, len(opened))):
         encoded = opened.read(sample)
-        pictures = []
+        images = []
         for exact in (True, False):
-            picture, mask = np.empty((SIDE, SIDE, 3), np.uint8), np.empty((SIDE, SIDE), np.uint8)
-            decode_pair(encoded.image, encoded.alpha, (SIDE, SIDE), picture, mask, exact=exact)
-            pictures.append(picture.astype(np.float64))
-        difference = pictures[0] - pictures[1]
+            pixels, mask = np.empty((SIDE, SIDE, 3), np.uint8), np.empty((SIDE, SIDE), np.uint8)
+            decode_pair(encoded.image, encoded.alpha, (SIDE, SIDE), pixels, mask, exact=exact)
+            images.append(pixels.astype(np.float64))
+        difference = images[0] - images[1]
         absolute.append(np.abs(difference).mean())
         squared.append((difference**2).mean())
     return {
@@ -451,7 +466,7 @@ def scaled_decoding_error(shards: Path) -> dict[str, float]:
 
 
 def aims(rows: list[measure.Row]) -> dict[str, str]:
-    """The ratios that the project aims at, with what was measured."""
+    """List the ratios that the project aims at, with what was measured."""
     rate = {
         (line["name"], line.get("size")): line["images_per_second"]
         for line in rows
@@ -493,13 +508,13 @@ def aims(rows: list[measure.Row]) -> dict[str, str]:
     return found
 
 
-def main(words: list[str] | None = None) -> dict[str, Any]:
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure batches, packing, the time to the first batch, and memory."""
     import torch
 
-    options = _options(words)
-    torch.set_num_threads(
-        1
-    )  # the augmentation's operations are small: torch's threads would only compete with the decoders
+    options = _options(arguments)
+    # The augmentation's operations are small: torch's threads would compete with the decoders.
+    torch.set_num_threads(1)
     # The peers' processes may outlive a temporary folder's removal by a moment.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         work = options.work or Path(temporary)
@@ -533,7 +548,7 @@ def _bytes_per_sample(shards: Path) -> int:
     return sum(shard.bytes for shard in train.shards) // train.samples
 
 
-def _options(words: list[str] | None) -> argparse.Namespace:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = measure.arguments(__doc__)
     parser.add_argument(
         "--data", type=Path, help="raw AISegment tree, or packed shards; generated when left out"
@@ -547,18 +562,18 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--copies",
         type=int,
-        help="times that each picture stands in the 256-pixel shards (4, or 1 with --data)",
+        help="times that each image stands in the 256-pixel shards (4, or 1 with --data)",
     )
     parser.add_argument(
         "--workers",
         type=int,
-        default=measure.cores(),
+        default=cores(),
         help="processes or threads (default: the cores)",
     )
     parser.add_argument(
         "--full-peers", action="store_true", help="also the other libraries with our decoder"
     )
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     options.pairs = options.pairs or (200 if options.quick else 640)
     options.copies = options.copies or (1 if options.data else 4)
     options.repeats = options.repeats or (4 if options.quick else 5)

@@ -3,17 +3,16 @@ r"""How good full-resolution masks are: fits of other shapes, mirrored averages,
     python benchmarks/predictions.py --checkpoint runs/NAME/ckpt_best.pth --data prepared \
         --split val test --json out.json
 
-Every picture is compared with its matte at the picture's own resolution. For the shapes, windows
-are cut out of the upright pictures around the person (the person is close, and cut by the frame),
+Every image is compared with its matte at the image's own resolution. For the shapes, windows
+are cut out of the upright images around the person (the person is close, and cut by the frame),
 and the person is set into wide frames at the frame's full height, before the blurred background of
-the next picture (the person is far; only pictures whose person hardly touches the sides). The
+the next image (the person is far; only images whose person hardly touches the sides). The
 network sees nothing but that window or frame. ``images_per_second`` is prediction and scoring
 together.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import measure
@@ -42,10 +41,10 @@ REFINEMENTS = [
 ]
 
 
-def window(picture: np.ndarray, alpha: np.ndarray, aspect: float | None) -> Pair:
+def window(image: np.ndarray, alpha: np.ndarray, aspect: float | None) -> Pair:
     """The largest window of that width / height, around the middle of the person's upper half."""
     if aspect is None:
-        return picture, alpha
+        return image, alpha
     height, width = alpha.shape
     size = (min(height, round(width / aspect)), min(width, round(height * aspect)))
     rows, columns = np.nonzero(alpha > 127)
@@ -59,13 +58,13 @@ def window(picture: np.ndarray, alpha: np.ndarray, aspect: float | None) -> Pair
         for middle, side, whole in zip(centre, size, alpha.shape, strict=True)
     )
     cut = np.s_[top : top + size[0], left : left + size[1]]
-    return picture[cut], alpha[cut]
+    return image[cut], alpha[cut]
 
 
 def frames(loaded: list[Pair], aspect: float) -> list[Pair]:
     """Make wide frames: the person in the middle, the next image's blurred background behind."""
     made = []
-    for (picture, alpha), (other, other_alpha) in zip(loaded, loaded[1:] + loaded[:1], strict=True):
+    for (image, alpha), (other, other_alpha) in zip(loaded, loaded[1:] + loaded[:1], strict=True):
         if max(alpha[:, :4].mean(), alpha[:, -4:].mean()) > 0.35 * 255:
             continue
         height, width = alpha.shape
@@ -75,41 +74,50 @@ def frames(loaded: list[Pair], aspect: float) -> list[Pair]:
         frame = np.asarray(Image.fromarray(scene).resize((round(height * aspect), height)))
         left = (frame.shape[1] - width) // 2
         matte = np.pad(alpha, ((0, 0), (left, frame.shape[1] - width - left)))
-        share = alpha[..., None].astype(np.float32) / np.float32(255)
-        person = share * compositing.foreground_colours(picture, share[..., 0])
+        weight = alpha[..., None].astype(np.float32) / np.float32(255)
+        person = weight * compositing.foreground_colours(image, weight[..., 0])
         composed = frame.astype(np.float32) / 255
-        composed[:, left : left + width] = person + (1 - share) * composed[:, left : left + width]
+        composed[:, left : left + width] = person + (1 - weight) * composed[:, left : left + width]
         made.append((compositing.to_bytes(composed), matte))
     return made
 
 
 def score(pairs: Iterator[Pair]) -> dict[str, float]:
-    """Pooled IoU and the means of the per-sample figures of (alpha, matte) pairs."""
-    pooled, figures = metrics.SoftIoU(), metrics.AlphaScores()
-    begin, count = time.perf_counter(), 0
-    for alpha, matte in pairs:
-        preds, target = (
-            torch.from_numpy(alpha)[None],
-            torch.from_numpy(matte.astype(np.float32) / 255)[None],
-        )
-        pooled.update(preds, target)
-        figures.update(preds, target)
-        count += 1
+    """Compute the pooled IoU and the means of the per-sample scores of (alpha, matte) pairs."""
+    pooled, scores = metrics.SoftIoU(), metrics.AlphaScores()
+
+    def add_all() -> int:
+        count = 0
+        for alpha, matte in pairs:
+            preds = torch.from_numpy(alpha)[None]
+            target = torch.from_numpy(matte.astype(np.float32) / 255)[None]
+            pooled.update(preds, target)
+            scores.update(preds, target)
+            count += 1
+        return count
+
+    taken = measure.timed(add_all)
     means = {
         "mean_iou" if name == "iou" else name: float(value)
-        for name, value in figures.compute().items()
+        for name, value in scores.compute().items()
     }
-    rate = count / (time.perf_counter() - begin)
-    return {"iou": float(pooled.compute()), **means, "samples": count, "images_per_second": rate}
+    return {
+        "iou": float(pooled.compute()),
+        **means,
+        "samples": int(scores.samples),
+        "images_per_second": taken.rate,
+        "cpu_seconds_per_image": taken.cpu_seconds or 0.0,
+    }
 
 
-def main(words: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Score every fit on every shape, and the refinements."""
     parser = measure.arguments(__doc__)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data", required=True, help="folder that 'portrait-dist prepare' wrote")
     parser.add_argument("--split", nargs="+", default=["test"])
-    parser.add_argument("--limit", type=int, help="pictures; all when not given, 8 with --quick")
-    options = parser.parse_args(words)
+    parser.add_argument("--limit", type=int, help="images; all when not given, 8 with --quick")
+    options = parser.parse_args(arguments)
     pairs = [pair for split in options.split for pair in read_split(options.data).pairs(split)]
     pairs = pairs[: options.limit or (8 if options.quick else None)]
     loaded = [
@@ -120,11 +128,11 @@ def main(words: list[str] | None = None) -> None:
 
     def add(name: str, results: Iterator[Pair]) -> None:
         rows.append({"name": name, **score(results)})
-        figures = " ".join(
+        shown = " ".join(
             f"{key} {rows[-1][key]:.4f}"
             for key in ("iou", "mean_iou", "boundary_iou", "gradient_error", "mae")
         )
-        print(f"{name:36s} {figures}", flush=True)
+        print(f"{name:36s} {shown}", flush=True)
 
     shapes = {shape: [window(*pair, aspect) for pair in loaded] for shape, aspect in SHAPES.items()}
     shapes |= {
@@ -136,28 +144,28 @@ def main(words: list[str] | None = None) -> None:
             segmenter.fit = fit
             add(
                 f"{shape}, {fit}",
-                ((segmenter.predict(picture), matte) for picture, matte in windows),
+                ((segmenter.predict(image), matte) for image, matte in windows),
             )
     segmenter.fit, segmenter.mirror = "letterbox", False
     add(
         "upright 3:4, letterbox, not mirrored",
-        ((segmenter.predict(picture), matte) for picture, matte in loaded),
+        ((segmenter.predict(image), matte) for image, matte in loaded),
     )
     segmenter.mirror = True
-    alphas = [segmenter.predict(picture) for picture, _ in loaded]
+    alphas = [segmenter.predict(image) for image, _ in loaded]
     for radius, smoothness in REFINEMENTS:
         refined = (
             (
                 refine_alpha(
-                    picture,
+                    image,
                     alpha,
-                    picture.shape[0] / segmenter.size[0],
+                    image.shape[0] / segmenter.size[0],
                     radius=radius,
                     smoothness=smoothness,
                 ),
                 matte,
             )
-            for (picture, matte), alpha in zip(loaded, alphas, strict=True)
+            for (image, matte), alpha in zip(loaded, alphas, strict=True)
         )
         add(f"refined, radius {radius:g}, epsilon {smoothness:g}", refined)
     measure.publish(

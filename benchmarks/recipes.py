@@ -1,13 +1,14 @@
-"""Recipes compared on the same pictures, seeds and steps; chosen on validation, reported on test.
+"""Compare recipes on the same images, seeds and steps: choose on validation, report on test.
 
     python benchmarks/recipes.py --raw RAW --json recipes.json                # a raw AISegment tree
     python benchmarks/recipes.py --pairs 109 --json recipes.json              # generated portraits
     python benchmarks/recipes.py --raw RAW --only tutorial aisegment_unet --side 128 --epochs 300
-    python benchmarks/recipes.py --page recipes.json ...              # the tables of such files as one page
+    python benchmarks/recipes.py --page recipes.json ...                      # their tables, one page
 
-From the tutorial's recipe on, one thing after the other is added; ``aisegment_unet`` has all of them, new backgrounds last.
-Every row is trained with every seed: it decides over the split (``prepare --seed``), the weights, the order and the
-augmentation, so each seed also has other validation and test pictures. ``ckpt_best.pth`` (best on validation) is scored.
+From the tutorial's recipe on, one thing after the other is added; ``aisegment_unet`` has all of
+them, new backgrounds last. Every row is trained with every seed: it decides over the split
+(``prepare --seed``), the weights, the order and the augmentation, so each seed also has other
+validation and test images. ``ckpt_best.pth`` (best on validation) is scored.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import measure
+
+from portrait_dist.system.info import cores
 
 CLI = [sys.executable, "-m", "portrait_dist"]
 NO_BACKGROUNDS = ["augment.background=0"]
@@ -39,26 +41,20 @@ ROWS: dict[str, list[str]] = {
     "tutorial": ["--recipe", "tutorial"],
     "soft IoU loss": ["--recipe", "aisegment_unet", *NO_BACKGROUNDS, *NO_GEOMETRY, *NO_SCHEDULE],
     "+ EMA, warm-up, AdamW": ["--recipe", "aisegment_unet", *NO_BACKGROUNDS, *NO_GEOMETRY],
-    "+ zoom, turn, shift": ["--recipe", "aisegment_unet", *NO_BACKGROUNDS],
+    "+ zoom, rotation, shift": ["--recipe", "aisegment_unet", *NO_BACKGROUNDS],
     "aisegment_unet": ["--recipe", "aisegment_unet"],
 }
-FIGURES = ("iou", "mean_iou", "boundary_iou", "mae")
+SCORES = ("iou", "mean_iou", "boundary_iou", "mae")
 
 
-def call(*words: str) -> dict[str, Any]:
-    """Run one command of the package and return its JSON object."""
-    done = subprocess.run(
-        [*CLI, *words, "--json"], capture_output=True, text=True, cwd=measure.REPOSITORY
-    )
-    if done.returncode:
-        raise RuntimeError(
-            f"portrait-dist {' '.join(words)}: exit {done.returncode}: {done.stderr.strip()[-500:]}"
-        )
-    return dict(json.loads(done.stdout))
+def call(*arguments: str) -> tuple[dict[str, Any], float]:
+    """Run one command of the package; return its JSON object and the CPU seconds it took."""
+    text, cpu = measure.run_measured([*CLI, *arguments, "--json"], cwd=measure.REPOSITORY)
+    return dict(json.loads(text)), cpu
 
 
 def raw_tree(options: argparse.Namespace, work: Path) -> Path:
-    """The pictures as given, or generated."""
+    """Return the tree as given, or generate one."""
     if options.raw:
         return Path(options.raw).resolve()
     call("synth", "--out", str(work / "raw"), "--pairs", str(options.pairs), "--seed", "1")
@@ -66,7 +62,7 @@ def raw_tree(options: argparse.Namespace, work: Path) -> Path:
 
 
 def shards_of(seed: int, raw: Path, options: argparse.Namespace, work: Path) -> Path:
-    """The pictures, split by this seed and packed."""
+    """Split the images by this seed and pack them."""
     call("prepare", "--raw", str(raw), "--out", str(work / f"split{seed}"), "--seed", str(seed))
     out = work / f"shards{seed}"
     call(
@@ -82,7 +78,7 @@ def shards_of(seed: int, raw: Path, options: argparse.Namespace, work: Path) -> 
 
 
 def settings_of(name: str, options: argparse.Namespace) -> list[str]:
-    """Words of ``train`` for a row, all but its folders and seed."""
+    """List the arguments of ``train`` for a row, all but its folders and seed."""
     return [
         *ROWS[name],
         f"model.init_features={options.features}",
@@ -94,7 +90,7 @@ def settings_of(name: str, options: argparse.Namespace) -> list[str]:
 def score(
     name: str, seed: int, shards: Path, options: argparse.Namespace, work: Path
 ) -> dict[str, Any]:
-    """Train one row with one seed; minutes, and figures of the best checkpoint on both held-out splits."""
+    """Train one row with one seed, and score its best checkpoint on both held-out splits."""
     begin = time.monotonic()
     own = [
         f"data.shards={shards}",
@@ -102,31 +98,27 @@ def score(
         f"run.name={list(ROWS).index(name)}-{seed}",
         f"train.seed={seed}",
     ]
-    threads = max(1, measure.cores() // options.jobs)
-    trained = call(
-        "train", *settings_of(name, options), *own, f"train.threads={threads}", "train.pictures=0"
-    )
-    found: dict[str, Any] = {"minutes": round((time.monotonic() - begin) / 60, 2)}
+    threads = max(1, cores() // options.jobs)
+    settings = settings_of(name, options)
+    trained, cpu = call("train", *settings, *own, f"train.threads={threads}", "train.pictures=0")
+    found: dict[str, Any] = {
+        "minutes": round((time.monotonic() - begin) / 60, 2),
+        # Of the whole command: imports and validation are in it.
+        "cpu_seconds_per_image": float(f"{cpu / trained['samples_seen']:.4g}"),
+    }
+    checkpoint = str(trained["checkpoint"])
     for split in ("val", "test"):
-        scored = call(
-            "evaluate",
-            "--checkpoint",
-            str(trained["checkpoint"]),
-            "--data",
-            str(shards),
-            "--split",
-            split,
+        scored, _ = call(
+            "evaluate", "--checkpoint", checkpoint, "--data", str(shards), "--split", split
         )
-        found |= {f"{split}_{figure}": scored[figure] for figure in FIGURES}
-    print(
-        f"  {name}, seed {seed}: val {found['val_iou']:.4f}, test {found['test_iou']:.4f}, {found['minutes']} min",
-        flush=True,
-    )
+        found |= {f"{split}_{score}": scored[score] for score in SCORES}
+    ious = f"val {found['val_iou']:.4f}, test {found['test_iou']:.4f}"
+    print(f"  {name}, seed {seed}: {ious}, {found['minutes']} min", flush=True)
     return found | {"seed": seed, "steps": trained["steps"]}
 
 
 def row(name: str, runs: list[dict[str, Any]], options: argparse.Namespace) -> measure.Row:
-    """Means over the seeds, with the lowest and highest test IoU."""
+    """Average over the seeds, with the lowest and highest test IoU."""
     means = {
         key: round(statistics.mean(run[key] for run in runs), 4)
         for key in runs[0]
@@ -145,13 +137,14 @@ def row(name: str, runs: list[dict[str, Any]], options: argparse.Namespace) -> m
         "seeds": len(runs),
         "steps": runs[0]["steps"],
         "minutes": means["minutes"],
+        "cpu_seconds_per_image": means["cpu_seconds_per_image"],
         "runs": runs,
         "command": "portrait-dist train " + " ".join(settings_of(name, options)),
     }
 
 
 def page(found: dict[str, Any]) -> str:
-    """The table and its commands as Markdown."""
+    """Format the table and its commands as Markdown."""
     rows = [
         {key: value for key, value in line.items() if key != "command"} for line in found["rows"]
     ]
@@ -163,18 +156,21 @@ def page(found: dict[str, Any]) -> str:
     about = [
         f"## {found['pictures']}, {found['rows'][0]['steps']} steps",
         "",
-        f"Means over the seeds {', '.join(map(str, found['seeds']))}; the column after test_iou has its lowest and highest.",
+        f"Means over the seeds {', '.join(map(str, found['seeds']))}; "
+        "the column after test_iou has its lowest and highest.",
         "",
         measure.table(rows),
         "",
         f"- largest mean IoU on validation: {found['best']}",
-        f"- {machine['cpu']}, {machine['cores']} cores, {found['jobs']} at a time; commit {found['commit']}, {found['date']}",
+        f"- {machine['cpu']}, {machine['cores']} cores, {found['jobs']} at a time; "
+        f"commit {found['commit']}, {found['date']}",
     ]
     return "\n".join([*about, *commands, f"- all of it: `{found['command']}`", ""])
 
 
-def main(words: list[str] | None = None) -> dict[str, Any]:
-    options = _options(words)
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Train and score all rows with all seeds, or print the tables of results."""
+    options = _options(arguments)
     if options.page:
         results = [json.loads(path.read_text()) for path in options.page]
         print("\n".join(["# Recipes", "", *(page(result) for result in results)]).rstrip())
@@ -183,10 +179,13 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         work = options.work or Path(temporary)
         raw = raw_tree(options, work)
         shards = {seed: shards_of(seed, raw, options, work) for seed in options.seeds}
-        # Seed by seed, so that what is finished after an interruption compares all rows; existing runs are gone on with.
+        # Seed by seed, so that what is finished after an interruption compares all rows;
+        # existing runs are resumed.
         jobs = [(name, seed) for seed in options.seeds for name in options.only]
         with ThreadPoolExecutor(options.jobs) as pool:
-            scores = list(pool.map(lambda job: score(*job, shards[job[1]], options, work), jobs))
+            scores = list(
+                pool.map(lambda job: score(job[0], job[1], shards[job[1]], options, work), jobs)
+            )
     rows = [
         row(name, [run for job, run in zip(jobs, scores, strict=True) if job[0] == name], options)
         for name in options.only
@@ -204,11 +203,8 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     return found
 
 
-def _options(words: list[str] | None) -> argparse.Namespace:
-    first, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = measure.arguments(__doc__, rounds=False)
     parser.add_argument(
         "--raw", type=Path, help="raw AISegment tree; portraits are generated when left out"
     )
@@ -221,10 +217,10 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--features", type=int, default=8, help="channels of the network's first level"
     )
-    parser.add_argument("--side", type=int, default=128, help="of the pictures, in pixels")
+    parser.add_argument("--side", type=int, default=128, help="of the images, in pixels")
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument(
-        "--jobs", type=int, default=measure.cores(), help="runs at a time, which share the cores"
+        "--jobs", type=int, default=cores(), help="runs at a time, which share the cores"
     )
     parser.add_argument(
         "--work", type=Path, help="folder for shards and runs, kept; a temporary one when left out"
@@ -236,13 +232,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
         metavar="JSON",
         help="only print the tables of these results",
     )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="OUT",
-        help="write rows, every run, machine and versions to this file",
-    )
-    return parser.parse_args(words)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What an epoch over remote shards costs while the cache is empty: with prefetched shards, without, and from a local folder.
+"""Measure an epoch over remote shards with an empty cache: prefetched, not prefetched, local.
 
     python benchmarks/remote.py [--json OUT]
 
-A server on loopback, in a process of its own, gives the shards as an object store does: ``--latency`` seconds until the first
-byte (S3: 0.1 to 0.2, by its performance guide), then ``--megabytes`` a second on each connection. Every round begins with an
-empty cache. Rows, for the orders full and block: portrait_dist (prefetching), without-prefetching (a decoding thread
-fetches a shard when it meets it), local. ``first_batch_seconds`` is the median time until then.
+A server on loopback, in a process of its own, gives the shards as an object store does:
+``--latency`` seconds until the first byte (S3: 0.1 to 0.2, by its performance guide), then
+``--megabytes`` a second on each connection. Every round begins with an empty cache. Rows, for the
+orders full and block: portrait_dist (prefetching), without-prefetching (a decoding thread fetches a
+shard when it meets it), local. ``first_batch_seconds`` is the median time until then.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import loader as loader_benchmark
@@ -29,6 +29,7 @@ from portrait_dist.data import build_loader
 from portrait_dist.data.shards import writer
 from portrait_dist.data.shards.cache import Cache
 from portrait_dist.data.source import split, synthetic
+from portrait_dist.system.info import cores
 
 BATCH = 16
 PIECE = 1 << 18
@@ -63,7 +64,7 @@ def serve(folder: str, latency: float, megabytes: float) -> None:
 
 
 def prepare(work: Path, options: argparse.Namespace) -> Path:
-    """Shards of generated portraits, each many times over."""
+    """Pack shards of generated portraits, each many times over."""
     synthetic.generate(work / "raw", options.pairs, seed=1)
     copies = -(-options.samples_per_shard * options.shards // options.pairs)
     split.prepare(
@@ -83,25 +84,30 @@ def epoch(
     downloads: int,
     options: argparse.Namespace,
     firsts: list[float],
-) -> float:
-    """Images per second of one epoch with an empty cache."""
+) -> measure.Round:
+    """Read one epoch with an empty cache; the server's CPU time does not count."""
     shutil.rmtree(work / "cache", ignore_errors=True)
-    images, begin = 0, time.perf_counter()
     given = {
         "order": order,
         "block_samples": options.block_shards * options.samples_per_shard,
         "cache": Cache(work / "cache", parallel_downloads=downloads),
     }
-    for batch in build_loader(shards, "train", BATCH, workers=options.workers, **given):
-        if not images:
-            firsts.append(time.perf_counter() - begin)
-        images += len(batch)
-    return images / (time.perf_counter() - begin)
+
+    def read() -> int:
+        images, begin = 0, time.perf_counter()
+        for batch in build_loader(shards, "train", BATCH, workers=options.workers, **given):
+            if not images:
+                firsts.append(time.perf_counter() - begin)
+            images += len(batch)
+        return images
+
+    return measure.timed(read, children=False)
 
 
 def rows_of(
     shards: Path, address: str, work: Path, options: argparse.Namespace
 ) -> list[measure.Row]:
+    """Measure all ways in both orders."""
     kinds = {
         "portrait_dist": (address, Cache().parallel_downloads),
         "without-prefetching": (address, 0),
@@ -110,15 +116,15 @@ def rows_of(
     rows = []
     for order in ("full", "block"):
         firsts: dict[str, list[float]] = {name: [] for name in kinds}
-        cases: dict[str, Callable[[], float]] = {
+        cases: dict[str, measure.Case] = {
             name: functools.partial(epoch, place, work, order, downloads, options, firsts[name])
             for name, (place, downloads) in kinds.items()
         }
-        for name, rates in measure.alternate(cases, options.repeats).items():
+        for name, rounds in measure.alternate(cases, options.repeats).items():
             rows.append(
                 measure.row(
                     name,
-                    rates,
+                    rounds,
                     order=order,
                     first_batch_seconds=round(statistics.median(firsts[name]), 2),
                 )
@@ -126,7 +132,8 @@ def rows_of(
     return rows
 
 
-def main(words: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Serve the shards, or measure them."""
     parser = measure.arguments(__doc__)
     parser.add_argument("--pairs", type=int, default=128, help="generated pairs (default 128)")
     parser.add_argument("--shards", type=int, default=16, help="shards (default 16)")
@@ -138,7 +145,7 @@ def main(words: list[str] | None = None) -> None:
         help="shards in a block of the block order (default 4)",
     )
     parser.add_argument(
-        "--workers", type=int, default=measure.cores(), help="decoding threads (default: the cores)"
+        "--workers", type=int, default=cores(), help="decoding threads (default: the cores)"
     )
     parser.add_argument(
         "--latency", type=float, default=0.1, help="seconds to the first byte (default 0.1)"
@@ -147,7 +154,7 @@ def main(words: list[str] | None = None) -> None:
         "--megabytes", type=float, default=85.0, help="MB/s of each connection (default 85)"
     )
     parser.add_argument("--serve", metavar="DIR", help=argparse.SUPPRESS)
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     options.repeats = options.repeats or 5
     if options.serve:
         serve(options.serve, options.latency, options.megabytes)

@@ -1,16 +1,17 @@
-"""What a trainer costs per step: PortraitTrainer and stock SuperGradients against a bare loop, on the same batches.
+"""Measure a trainer's cost per step: PortraitTrainer and stock SuperGradients, and a bare loop.
 
-    python benchmarks/train_step.py --json step.json                                   # one process, CPU or GPU
+    python benchmarks/train_step.py --json step.json              # one process, CPU or GPU
     torchrun --nproc-per-node 8 benchmarks/train_step.py --device cuda --json step.json
 
-The bare loop is load, forward, loss, backward, optimiser step (with DistributedDataParallel under torchrun), and nothing else: no
-metrics, no callbacks, no shown losses. All three read one DataLoader over tensors in memory and train the same network with the
-same loss and Adam.
+The bare loop is load, forward, loss, backward, optimiser step (with DistributedDataParallel under
+torchrun), and nothing else: no metrics, no callbacks, no shown losses. All three read one
+DataLoader over tensors in memory and train the same network with the same loss and Adam.
 
-The cost of a trainer is its own work per step, in milliseconds, whatever the network: it is measured with a small network, where
-it can be told from the noise, and given as a share of a real step (``--features 32 --size 256``). Rows: bare, portrait_dist,
-supergradients for both (``network`` small or real). Under torchrun without GPUs stock SuperGradients does not train one model, so
-its row stays empty there.
+The cost of a trainer is its own work per step, in milliseconds, whatever the network: it is
+measured with a small network, where it can be told from the noise, and given as a fraction of a
+real step (``--features 32 --size 256``). Rows: bare, portrait_dist, supergradients for both
+(``network`` small or real). Under torchrun without GPUs stock SuperGradients does not train one model, so its
+row stays empty there.
 """
 
 from __future__ import annotations
@@ -60,19 +61,25 @@ class Setting:
 
 
 class Clock(Callback):
-    """Seconds per step, without the first ones. A device is waited for at both ends only."""
+    """Times the steps after the first ones. The device is waited for at both ends only."""
 
     def __init__(self, setting: Setting) -> None:
         self.first, self.last = setting.skipped, setting.skipped + setting.steps - 1
-        self.begin = self.seconds = 0.0
+        self.images = setting.steps * setting.batch
+        self.begin, self.cpu = 0.0, 0.0
+        self.round = measure.Round(0.0)
 
     def start_of(self, step: int) -> None:
+        """Start at the first timed step."""
         if step == self.first:
-            self.begin = _now()
+            self.begin, self.cpu = _now(), measure.cpu_seconds()
 
     def end_of(self, step: int) -> None:
+        """Stop at the last timed step."""
         if step == self.last:
-            self.seconds = (_now() - self.begin) / (self.last + 1 - self.first)
+            seconds, cpu = _now() - self.begin, measure.cpu_seconds() - self.cpu
+            rate = self.images * distributed.world_size() / seconds
+            self.round = measure.Round(rate, cpu / self.images)
 
     def on_train_batch_start(self, context: Any) -> None:
         self.start_of(context.batch_idx)
@@ -87,8 +94,8 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def bare(setting: Setting, folder: Path) -> float:
-    """Steps per second of the loop that everybody would write."""
+def bare(setting: Setting) -> measure.Round:
+    """Measure the loop that everybody would write."""
     model: nn.Module = setting.model().to(setting.device).train()
     if distributed.is_initialized():
         gpu = [setting.device.index] if setting.device.type == "cuda" else None
@@ -111,11 +118,11 @@ def bare(setting: Setting, folder: Path) -> float:
         optimizer.step()
         optimizer.zero_grad()
         clock.end_of(step)
-    return 1 / clock.seconds
+    return clock.round
 
 
-def with_trainer(kind: Callable[..., Any], setting: Setting, folder: Path) -> float:
-    """Steps per second of a SuperGradients Trainer, ours or the stock one."""
+def with_trainer(kind: Callable[..., Any], setting: Setting, folder: Path) -> measure.Round:
+    """Measure a Trainer of SuperGradients, ours or the stock one."""
     clock = Clock(setting)
     params = {
         "max_epochs": 1,
@@ -137,32 +144,30 @@ def with_trainer(kind: Callable[..., Any], setting: Setting, folder: Path) -> fl
     trainer.train(
         setting.model(), params, setting.loader(setting.steps + setting.skipped), setting.loader(1)
     )
-    return 1 / clock.seconds
+    return clock.round
 
 
 def rows_of(setting: Setting, folder: Path, repeats: int) -> list[measure.Row]:
-    cases: dict[str, Callable[[], float]] = {
-        "bare": lambda: bare(setting, folder),
+    """Measure all trainers with one network."""
+    cases: dict[str, measure.Case] = {
+        "bare": lambda: bare(setting),
         "portrait_dist": lambda: with_trainer(PortraitTrainer, setting, folder),
     }
     if setting.device.type == "cuda" or not distributed.is_initialized():
         cases["supergradients"] = lambda: with_trainer(Trainer, setting, folder)
-    rates = measure.alternate(cases, repeats)
+    rounds = measure.alternate(cases, repeats)
+    ranks = distributed.world_size()
+    ms = {
+        name: [1e3 * setting.batch * ranks / rate for rate in measure.rates(values)]
+        for name, values in rounds.items()
+    }
     rows = []
-    for name, values in rates.items():
-        ranks = distributed.world_size()
-        row = measure.row(
-            name,
-            [value * setting.batch * ranks for value in values],
-            network=setting.network,
-            ranks=ranks,
-        )
-        # Each round against the bare loop of the same round: what slows the machine for a while slows both.
-        extra = [
-            1e3 / value - 1e3 / base for value, base in zip(values, rates["bare"], strict=True)
-        ]
+    for name, values in rounds.items():
+        row = measure.row(name, values, network=setting.network, ranks=ranks)
+        # Each round against the bare loop of the same round: what slows the machine slows both.
+        extra = [own - base for own, base in zip(ms[name], ms["bare"], strict=True)]
         row |= {
-            "ms_per_step": round(1e3 / statistics.median(values), 3),
+            "ms_per_step": round(statistics.median(ms[name]), 3),
             "overhead_ms": round(statistics.median(extra), 3),
         }
         rows.append(row)
@@ -175,8 +180,8 @@ def rows_of(setting: Setting, folder: Path, repeats: int) -> list[measure.Row]:
     return rows
 
 
-def shares(rows: list[measure.Row]) -> dict[str, str]:
-    """Overhead per step, measured with the small network, as a share of the bare step of the real one."""
+def overheads(rows: list[measure.Row]) -> dict[str, str]:
+    """Relate the overhead per step, of the small network, to the bare step of the real one."""
     by = {(row["name"], row["network"]): row for row in rows}
     real = by["bare", "real"]["ms_per_step"]
     found = {}
@@ -190,8 +195,9 @@ def shares(rows: list[measure.Row]) -> dict[str, str]:
     return found
 
 
-def main(words: list[str] | None = None) -> dict[str, Any] | None:
-    options = _options(words)
+def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
+    """Measure the small and the real network."""
+    options = _options(arguments)
     device = distributed.pick_device(options.device)
     distributed.start(device)
     use_device(device)
@@ -224,24 +230,24 @@ def main(words: list[str] | None = None) -> dict[str, Any] | None:
             "size": options.size,
             "batch_size": batch,
         }
-        found = measure.result("train_step", rows, aims=shares(rows), **about)
+        found = measure.result("train_step", rows, aims=overheads(rows), **about)
         measure.publish(found, options.json)
     distributed.stop()
     return found
 
 
-def _options(words: list[str] | None) -> argparse.Namespace:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = measure.arguments(__doc__)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
         "--features", type=int, default=32, help="channels of the real network's first level"
     )
-    parser.add_argument("--size", type=int, default=256, help="side of its pictures")
+    parser.add_argument("--size", type=int, default=256, help="side of its images")
     parser.add_argument(
-        "--batch", type=int, help="its pictures per step and rank (default 16 on a GPU, 2 on a CPU)"
+        "--batch", type=int, help="its images per step and rank (default 16 on a GPU, 2 on a CPU)"
     )
     parser.add_argument("--steps", type=int, help="timed steps of the small network in a round")
-    return parser.parse_args(words)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

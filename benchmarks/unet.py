@@ -1,22 +1,27 @@
-"""How fast the U-Net is, step by step from the PyTorch Hub model as it comes to the fastest exact form.
+"""Measure the U-Net from PyTorch Hub's model as it comes to the fastest exact form, step by step.
 
-    python benchmarks/unet.py --json unet.json                       # on a CPU
-    python benchmarks/unet.py --device cuda --json unet.json         # on a GPU, the same ladder and TF32, CUDA graphs
-    python benchmarks/unet.py --checkpoint runs/NAME/ckpt_best.pth --shards shards   # with IoU against float32 masks
+    python benchmarks/unet.py --json unet.json                  # on a CPU
+    python benchmarks/unet.py --device cuda --json unet.json    # on a GPU; also TF32, CUDA graphs
+    python benchmarks/unet.py --checkpoint runs/NAME/ckpt_best.pth --shards shards
+                                                                # with IoU against float32 masks
 
-Rows (each step keeps those before it): hub-eager-fp32, tf32 (GPU), channels-last, bf16, bn-folded, merged
-(portrait_dist.models.fused), kept-memory (CPU; portrait_dist.system.malloc, all before have glibc's own way), int8
-(portrait_dist.models.int8, on CPUs with VNNI), compiled (torch.compile of the bf16 model as it is), compiled-frozen (of the
-merged one, with frozen weights), max-autotune (GPU, with CUDA graphs), best; and train-… for forward, backward and Adam step.
-int8 can only be the best where its masks were compared, on a trained network. The share of the roofline is the fastest
-conceivable time of the original network on this machine (measured: a large matrix product in the row's precision, bf16's for
-int8, a large copy; activations read and written once) divided by the time taken. Rewrites that multiply less can exceed 1.
+Rows (each step keeps those before it): hub-eager-fp32, tf32 (GPU), channels-last, bf16, bn-folded,
+merged (portrait_dist.models.fused), kept-memory (CPU; portrait_dist.system.malloc, all before have
+glibc's own way), int8 (portrait_dist.models.int8, on CPUs with VNNI), compiled (torch.compile of
+the bf16 model as it is), compiled-frozen (of the merged one, with frozen weights), max-autotune
+(GPU, with CUDA graphs), best; and train-… for forward, backward and Adam step. int8 can only be the
+best where its masks were compared, on a trained network. The share of the roofline is the fastest
+conceivable time of the original network on this machine (measured: a large matrix product in the
+row's precision, bf16's for int8, a large copy; activations read and written once) divided by the
+time taken. Rewrites that multiply less can exceed 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,12 +52,13 @@ class Bench:
         self.at_least = 0.3 if self.cuda else 0.0
         self.keeps_memory: bool | None = None
 
-    def pictures(self, batch: int) -> Tensor:
+    def images(self, batch: int) -> Tensor:
+        """Make a batch of noise, float32 [batch, 3, size, size]."""
         torch.manual_seed(1)
         return torch.randn(batch, 3, self.size, self.size, device=self.device)
 
-    def rate(self, work: Work, images: int, name: str = "") -> float:
-        """Images per second of one call of ``work``, for the row ``name``."""
+    def measure(self, work: Work, images: int, name: str = "") -> measure.Round:
+        """Measure calls of ``work``, of so many images each, for the row ``name``."""
         synchronize = torch.cuda.synchronize if self.cuda else lambda: None
         keep = name in KEEP_MEMORY
         if not self.cuda and keep != self.keeps_memory:
@@ -60,11 +66,10 @@ class Bench:
             if keep:
                 keep_freed_memory()
             else:
-                set_thresholds(
-                    trim=2**26, mmap=2**25
-                )  # the largest that glibc's own adjustment comes to
+                # The largest that glibc's own adjustment comes to.
+                set_thresholds(trim=2**26, mmap=2**25)
             work()  # leaves the memory as it will be from now on
-        return images / measure.seconds_of(work, synchronize, self.at_least)
+        return measure.repeated(work, images, synchronize, self.at_least)
 
 
 def _model(features: int, checkpoint: Path | None) -> UNet:
@@ -74,9 +79,8 @@ def _model(features: int, checkpoint: Path | None) -> UNet:
         return load_model(checkpoint)[0]
     torch.manual_seed(0)
     model = UNet(init_features=features)
-    for (
-        module
-    ) in model.modules():  # statistics as after training, not the zeros and ones of a new model
+    for module in model.modules():
+        # Statistics as after training, not the zeros and ones of a new model.
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
             module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
@@ -86,13 +90,13 @@ def _model(features: int, checkpoint: Path | None) -> UNet:
 def networks(
     bench: Bench, calibration: Tensor, compiled: tuple[str, ...]
 ) -> dict[str, fused.Network]:
-    """Name → function from normalised float32 [B, 3, H, W] to probabilities, in the order of the ladder."""
+    """Make the ladder: name → function from normalised float32 [B, 3, H, W] to probabilities."""
     plain, last = bench.model, copy.deepcopy(bench.model).to(memory_format=CHANNELS_LAST)
     bf16 = copy.deepcopy(last).bfloat16()
-    ladder: dict[str, fused.Network] = {"hub-eager-fp32": _with_tf32(plain, False, bench.cuda)}
+    ladder: dict[str, fused.Network] = {"hub-eager-fp32": _in_fp32(plain, "ieee", bench.cuda)}
     if bench.cuda:
-        ladder["tf32"] = _with_tf32(plain, True, True)
-    ladder["channels-last"] = _with_tf32(_reading(last, torch.float32), bench.cuda, bench.cuda)
+        ladder["tf32"] = _in_fp32(plain, "tf32", True)
+    ladder["channels-last"] = _in_fp32(_reading(last, torch.float32), "tf32", bench.cuda)
     ladder["bf16"] = _reading(bf16, torch.bfloat16)
     folded = fused.fold_batch_norm(bench.model).to(memory_format=CHANNELS_LAST).bfloat16()
     ladder["bn-folded"] = _reading(folded, torch.bfloat16)
@@ -127,13 +131,14 @@ def _reading(network: fused.Network, dtype: torch.dtype) -> fused.Network:
     return lambda x: network(x.to(dtype, memory_format=CHANNELS_LAST))
 
 
-def _with_tf32(network: fused.Network, allowed: bool, cuda: bool) -> fused.Network:
+def _in_fp32(work: Callable[..., Any], precision: str, cuda: bool) -> Callable[..., Any]:
+    """Run ``work`` with ``ieee`` or ``tf32`` products of float32 on a GPU; as it is on a CPU."""
     if not cuda:
-        return network
+        return work
 
-    def run(x: Tensor) -> Tensor:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-        return network(x)
+    def run(*arguments: Any) -> Any:
+        with measure.precision_of_fp32(precision):
+            return work(*arguments)
 
     return run
 
@@ -144,10 +149,10 @@ def forward_rows(
     batch: int,
     repeats: int,
     compiled: tuple[str, ...],
-    real: RealPictures | None,
+    real: RealImages | None,
 ) -> list[measure.Row]:
-    """The ladder of inference; masks are compared on real pictures, if there are some."""
-    x = bench.pictures(batch)
+    """Measure the ladder of inference; masks are compared on real images, if there are some."""
+    x = bench.images(batch)
     ladder = networks(bench, real.calibration if real else x, compiled)
     with torch.no_grad():
         found = _outputs(ladder, x)
@@ -157,10 +162,10 @@ def forward_rows(
             for name, output in found.items()
         }
         cases = {
-            name: (lambda name=name, network=network: bench.rate(lambda: network(x), batch, name))
+            name: functools.partial(bench.measure, functools.partial(network, x), batch, name)
             for name, network in ladder.items()
         }
-        rates = measure.alternate(cases, repeats, warm_up=bench.cuda)
+        rounds = measure.alternate(cases, repeats, warm_up=bench.cuda)
     masks = {}
     if real:  # whole batches: compiled forms take one shape
         whole = real.unseen[: len(real.unseen) // batch * batch]
@@ -168,7 +173,7 @@ def forward_rows(
             name: fused.binary_masks(network, whole, batch) for name, network in ladder.items()
         }
     rows = []
-    for name, values in rates.items():
+    for name, values in rounds.items():
         rows.append(measure.row(name, values, batch_size=batch, **limits.share(name, values)))
         rows[-1] |= {"largest_difference": float(f"{differences[name]:.1e}")}
         if masks:
@@ -179,7 +184,7 @@ def forward_rows(
 
 
 def _outputs(ladder: dict[str, fused.Network], x: Tensor) -> dict[str, Tensor]:
-    """What each form gives, compiled where it is to be; one that cannot run here (no compiler, say) is left out and named."""
+    """Run each form once, compiling where it is to be; name and drop those that cannot run here."""
     outputs = {}
     for name, network in ladder.items():
         try:
@@ -192,33 +197,34 @@ def _outputs(ladder: dict[str, fused.Network], x: Tensor) -> dict[str, Tensor]:
 def train_rows(
     bench: Bench, batch: int, repeats: int, compiled: tuple[str, ...]
 ) -> list[measure.Row]:
-    """The ladder of a training step: forward, loss, backward, Adam."""
-    steps: dict[str, Work] = {
-        "train-hub-eager-fp32": _train_step(bench, batch, False, False, False)
-    }
-    steps["train-channels-last"] = _train_step(bench, batch, True, False, False)
+    """Measure the ladder of a training step: forward, loss, backward, Adam.
+
+    Compiled forms compile in the unmeasured first round.
+    """
+    eager, last = (_train_step(bench, batch, one, False, False) for one in (False, True))
+    steps: dict[str, Work] = {"train-hub-eager-fp32": _in_fp32(eager, "ieee", bench.cuda)}
+    if bench.cuda:
+        steps["train-tf32"] = _in_fp32(eager, "tf32", True)
+    steps["train-channels-last"] = _in_fp32(last, "tf32", bench.cuda)
     steps["train-bf16"] = _train_step(bench, batch, True, True, False)
     if not bench.cuda:
         steps["train-kept-memory"] = steps["train-bf16"]
     if compiled:
         steps["train-compiled"] = _train_step(bench, batch, True, True, True)
-    if bench.cuda:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     cases = {
-        name: (lambda name=name, work=work: bench.rate(work, batch, name))
-        for name, work in steps.items()
+        name: functools.partial(bench.measure, work, batch, name) for name, work in steps.items()
     }
     rows = [
-        measure.row(name, rates, batch_size=batch)
-        for name, rates in measure.alternate(cases, repeats).items()
+        measure.row(name, rounds, batch_size=batch)
+        for name, rounds in measure.alternate(cases, repeats).items()
     ]
     return _with_factors_and_best(rows, "train-best")
 
 
 def _train_step(bench: Bench, batch: int, channels_last: bool, bf16: bool, compiled: bool) -> Work:
-    x = bench.pictures(batch)
+    x = bench.images(batch)
     target = (torch.rand(batch, 1, bench.size, bench.size, device=bench.device) > 0.5).float()
-    model = copy.deepcopy(bench.model).train()
+    model: nn.Module = copy.deepcopy(bench.model).train()
     if channels_last:
         model, x = model.to(memory_format=CHANNELS_LAST), x.contiguous(memory_format=CHANNELS_LAST)
     network: Callable[..., Tensor] = torch.compile(model) if compiled else model
@@ -250,42 +256,50 @@ def _with_factors_and_best(rows: list[measure.Row], name: str) -> list[measure.R
 
 
 class Roofline:
-    """Time that the network takes at least on this machine: multiplications at the speed of a large matrix product, or
-    activations and weights moved once at the speed of a large copy, whichever is longer."""
+    """Time that the network takes at least on this machine.
+
+    Multiplications at the speed of a large matrix product in the row's precision, or activations
+    and weights moved once at the speed of a large copy, whichever is longer.
+    """
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.flops, self.elements = _cost(bench)
         self.copy = self._best(self._copy())
-        self.product = {
-            dtype: self._best(self._product(dtype)) for dtype in (torch.float32, torch.bfloat16)
-        }
+        kinds = ("fp32", "tf32", "bf16") if bench.cuda else ("fp32", "bf16")
+        self.product = {kind: self._best(self._product(kind)) for kind in kinds}
 
-    def share(self, name: str, rates: list[float]) -> measure.Row:
-        dtype = (
-            torch.float32 if name in ("hub-eager-fp32", "tf32", "channels-last") else torch.bfloat16
-        )
-        least = max(self.flops / self.product[dtype], self.elements * dtype.itemsize / self.copy)
-        return {"share_of_roofline": round(sorted(rates)[len(rates) // 2] * least, 3)}
+    def share(self, name: str, rounds: list[measure.Round]) -> measure.Row:
+        """Divide the least time of a row by the median of what it took."""
+        kind = "bf16"
+        if name == "hub-eager-fp32":
+            kind = "fp32"
+        elif name in ("tf32", "channels-last"):
+            kind = "tf32" if self.bench.cuda else "fp32"
+        size = 2 if kind == "bf16" else 4
+        least = max(self.flops / self.product[kind], self.elements * size / self.copy)
+        return {"share_of_roofline": round(statistics.median(measure.rates(rounds)) * least, 3)}
 
     def facts(self) -> dict[str, float]:
-        """What was measured, for the record."""
+        """List what was measured, for the record."""
+        products = {f"{kind}_tflops": round(one / 1e12, 3) for kind, one in self.product.items()}
         return {
             "gflop_per_image": round(self.flops / 1e9, 2),
-            "fp32_tflops": round(self.product[torch.float32] / 1e12, 3),
-            "bf16_tflops": round(self.product[torch.bfloat16] / 1e12, 3),
+            **products,
             "copy_gb_per_second": round(self.copy / 1e9, 1),
         }
 
     def _best(self, case: tuple[Work, float]) -> float:
         work, amount = case
         work()
-        return max(self.bench.rate(work, 1) * amount for _ in range(15))
+        return max(self.bench.measure(work, 1).rate * amount for _ in range(15))
 
-    def _product(self, dtype: torch.dtype) -> tuple[Work, float]:
+    def _product(self, kind: str) -> tuple[Work, float]:
         side = 8192 if self.bench.cuda else 2048
+        dtype = torch.bfloat16 if kind == "bf16" else torch.float32
         a = torch.randn(side, side, device=self.bench.device).to(dtype)
-        return (lambda: a @ a), 2.0 * side**3
+        precision = "tf32" if kind == "tf32" else "ieee"
+        return _in_fp32(lambda: a @ a, precision, self.bench.cuda), 2.0 * side**3
 
     def _copy(self) -> tuple[Work, float]:
         source = torch.zeros((1 << 28) if self.bench.cuda else (1 << 25), device=self.bench.device)
@@ -294,7 +308,7 @@ class Roofline:
 
 
 def _cost(bench: Bench) -> tuple[float, float]:
-    """Floating-point operations of one picture, and numbers moved when each convolution reads and writes once."""
+    """Count one image's floating-point operations, and the numbers its convolutions move."""
     elements = 0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -308,44 +322,48 @@ def _cost(bench: Bench) -> tuple[float, float]:
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             module.register_forward_hook(count)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(bench.pictures(1))
+        model(bench.images(1))
     return float(counter.get_total_flops()), float(elements)
 
 
 def sweep(bench: Bench, batches: list[int], repeats: int) -> list[measure.Row]:
-    """Batch sizes, for the first row of the ladder and the forms that PortraitSegmenter uses."""
-    name, form = (
-        "merged" if bench.cuda else "kept-memory",
-        fused.for_inference(bench.model, bench.device, "bf16"),
-    )
-    forms: dict[str, fused.Network] = {"hub-eager-fp32": bench.model, name: form}
+    """Measure batch sizes, for the ladder's first row and the forms that PortraitSegmenter uses."""
+    forms: dict[str, fused.Network] = {
+        "hub-eager-fp32": _in_fp32(bench.model, "ieee", bench.cuda),
+        "merged" if bench.cuda else "kept-memory": fused.for_inference(
+            bench.model, bench.device, "bf16"
+        ),
+    }
     if not bench.cuda and int8.is_supported() and bench.model.norm == "batch":
-        forms["int8"] = int8.quantise(bench.model, bench.pictures(1))
+        forms["int8"] = int8.quantise(bench.model, bench.images(1))
     rows = []
     with torch.no_grad():
         for batch in batches:
-            x = bench.pictures(batch)
+            x = bench.images(batch)
             cases = {
-                name: (lambda name=name, form=form, x=x: bench.rate(lambda: form(x), len(x), name))
+                name: functools.partial(bench.measure, functools.partial(form, x), batch, name)
                 for name, form in forms.items()
             }
-            for name, rates in measure.alternate(cases, repeats).items():
-                rows.append(measure.row(name, rates, batch_size=batch))
+            for name, rounds in measure.alternate(cases, repeats).items():
+                rows.append(measure.row(name, rounds, batch_size=batch))
     return rows
 
 
-class RealPictures:
-    """Normalised pictures [N, 3, H, W]: up to 32 of the training split to calibrate int8 with, and up to 32 each of validation
-    and test to compare masks on."""
+class RealImages:
+    """Normalised images, float32 [N, 3, H, W].
+
+    Up to 32 of the training split to calibrate int8 with, and up to 32 each of validation and test
+    to compare masks on.
+    """
 
     def __init__(self, shards: Path, size: int, device: torch.device) -> None:
         train, val, test = (
-            _pictures(shards, split, size, 32).to(device) for split in ("train", "val", "test")
+            _normalised(shards, split, size, 32).to(device) for split in ("train", "val", "test")
         )
         self.calibration, self.unseen = train, torch.cat((val, test))
 
 
-def _pictures(shards: Path, split: str, size: int, count: int) -> Tensor:
+def _normalised(shards: Path, split: str, size: int, count: int) -> Tensor:
     from portrait_dist.data import build_loader
     from portrait_dist.preprocessing import normalise
 
@@ -353,12 +371,13 @@ def _pictures(shards: Path, split: str, size: int, count: int) -> Tensor:
     return torch.cat([normalise(batch.image, batch.alpha)[0] for batch in loader])[:count]
 
 
-def main(words: list[str] | None = None) -> dict[str, Any]:
-    options = _options(words)
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure the ladders of inference and training, and the batch sizes."""
+    options = _options(arguments)
     bench = Bench(options.device, options.size, options.features, options.checkpoint)
     batch = options.batch or (64 if bench.cuda else 8)
     repeats = options.repeats or 5
-    real = RealPictures(options.shards, options.size, bench.device) if options.shards else None
+    real = RealImages(options.shards, options.size, bench.device) if options.shards else None
     if bench.cuda:
         torch.backends.cudnn.benchmark = True
     limits = Roofline(bench)
@@ -394,28 +413,26 @@ def _compiled_forms(options: argparse.Namespace, cuda: bool) -> tuple[str, ...]:
     return (*forms, "max-autotune") if cuda else forms
 
 
-def _options(words: list[str] | None) -> argparse.Namespace:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = measure.arguments(__doc__)
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
     )
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--features", type=int, default=32, help="channels of the first level")
     parser.add_argument(
         "--batch",
         type=int,
-        help="pictures at once (default 64 on a GPU, 8 on a CPU, as predict has)",
+        help="images at once (default 64 on a GPU, 8 on a CPU, as predict has)",
     )
     parser.add_argument(
         "--checkpoint", type=Path, help="a trained network in place of a random one"
     )
-    parser.add_argument(
-        "--shards", type=Path, help="with --checkpoint: pictures to compare masks on"
-    )
+    parser.add_argument("--shards", type=Path, help="with --checkpoint: images to compare masks on")
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out what torch.compile makes"
     )
-    return parser.parse_args(words)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

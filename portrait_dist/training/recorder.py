@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -142,6 +143,7 @@ class RunRecorder(Callback):
             "images_per_second": self.trainer.images_per_second,
             "data_wait_share": self.trainer.data_wait_share,
             "gpu_memory_bytes": memory,
+            "cpu_seconds": time.process_time(),  # of this rank, all threads
         }
 
     def _lr(self) -> float:

@@ -250,6 +250,9 @@ class PortraitTrainer(AdaptedTrainer):
         with EpochProgress(title, total, done, show) as progress, contextlib.closing(batches):
             hooks = _TrainingHooks(self, context, learner, batches, progress)
             loop.train_epoch(learner, batches, hooks, done=done)
+        if self.torch_device.type == "cuda":
+            # The host is some steps ahead; the rate counts finished ones. _reduce waits anyway.
+            torch.cuda.synchronize(self.torch_device)
         self.images_per_second, self.data_wait_share = batches.rate, batches.wait_share
         self._finish_training_part(context, batches.position)
         return self._reduce(context.loss_avg_meter, self.train_metrics)

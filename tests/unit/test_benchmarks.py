@@ -24,13 +24,18 @@ def _scripts_can_be_imported() -> Any:
     sys.path.remove(str(BENCHMARKS))
 
 
-def measured(script: str, out: Path, *words: str) -> dict[str, Any]:
-    """What a script's JSON file holds after a run in this process."""
-    importlib.import_module(script).main(["--json", str(out), *words])
+def measured(script: str, out: Path, *arguments: str) -> dict[str, Any]:
+    """Run a script in this process; return what its JSON file holds.
+
+    Every rate has the CPU seconds of an item beside it.
+    """
+    importlib.import_module(script).main(["--json", str(out), *arguments])
     found = json.loads(out.read_text())
     assert found["machine"]["cores"] >= 1
     assert found["versions"]["torch"]
     assert {"rows", "commit", "date", "command"} <= found.keys()
+    for row in found["rows"]:
+        assert row.get("images_per_second") is None or row["cpu_seconds_per_image"] > 0, row
     return found
 
 
@@ -45,7 +50,7 @@ def rates(found: dict[str, Any], **where: Any) -> dict[str, float | None]:
 def test_all_writes_page_chart_and_json_with_every_loader_and_a_reason_for_each_missing_one(
     tmp_path: Path,
 ) -> None:
-    words = [
+    arguments = [
         sys.executable,
         str(BENCHMARKS / "all.py"),
         "--quick",
@@ -56,7 +61,7 @@ def test_all_writes_page_chart_and_json_with_every_loader_and_a_reason_for_each_
         "--pairs",
         "12",
     ]
-    done = subprocess.run([*words, "--out", str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([*arguments, "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (page,), (chart,), (text,) = (
         list(tmp_path.glob(f"*.{kind}")) for kind in ("md", "svg", "json")
@@ -75,7 +80,7 @@ def test_all_writes_page_chart_and_json_with_every_loader_and_a_reason_for_each_
     assert chart.read_text().count("<rect") > 10
 
 
-def test_unet_ladder_ends_with_the_best_form_and_tells_its_distance_from_fp32(
+def test_unet_ladder_ends_with_the_best_form_and_its_distance_from_fp32(
     tmp_path: Path,
 ) -> None:
     found = measured(
@@ -96,15 +101,16 @@ def test_unet_ladder_ends_with_the_best_form_and_tells_its_distance_from_fp32(
     assert by["channels-last"]["largest_difference"] < 1e-4
     assert 0 < by["merged"]["largest_difference"] < 0.05
     assert by["best"]["share_of_roofline"] > 0
+    assert {"fp32_tflops", "bf16_tflops"} <= found["roofline"].keys()
 
 
-def test_the_best_form_of_a_trained_network_keeps_its_masks_on_pictures_that_calibrated_nothing(
+def test_the_best_form_of_a_trained_network_keeps_its_masks_on_images_that_calibrated_nothing(
     tmp_path: Path, tiny_shards: Path
 ) -> None:
     from tests import blobs
 
     checkpoint = blobs.save(blobs.train(steps=2), tmp_path / "ckpt_best.pth")
-    words = (
+    arguments = (
         "--checkpoint",
         str(checkpoint),
         "--shards",
@@ -115,7 +121,7 @@ def test_the_best_form_of_a_trained_network_keeps_its_masks_on_pictures_that_cal
         "32",
         "--no-compile",
     )
-    found = measured("unet", tmp_path / "unet.json", *SMALL, *words, "--device", "cpu")
+    found = measured("unet", tmp_path / "unet.json", *SMALL, *arguments, "--device", "cpu")
     forward = [row for row in found["rows"] if "train" not in row["name"]]
     assert ("int8" in rates(found)) == int8.is_supported()
     fastest = max(row["images_per_second"] for row in forward if row["iou_with_fp32"] >= 0.999)
@@ -142,14 +148,39 @@ def test_a_step_of_both_trainers_is_measured_against_the_bare_loop(tmp_path: Pat
 def test_training_on_shards_is_measured_against_a_batch_on_the_device(
     tmp_path: Path, tiny_shards: Path
 ) -> None:
-    words = ("--shards", str(tiny_shards), "--steps", "2", "--device", "cpu")
-    found = measured("train", tmp_path / "train.json", *SMALL, *words)
+    arguments = ("--shards", str(tiny_shards), "--steps", "2", "--device", "cpu")
+    found = measured("train", tmp_path / "train.json", *SMALL, *arguments)
     assert set(rates(found)) == {"resident", "train"}
     assert 0 <= found["rows"][1]["data_wait_share"] <= 1
 
 
+def test_planning_an_epoch_is_measured_without_a_table(tmp_path: Path) -> None:
+    importlib.import_module("order").main(["--quick", "--json", str(tmp_path / "order.json")])
+    rows = json.loads((tmp_path / "order.json").read_text())["rows"]
+    assert {(row["order"], row["samples"]) for row in rows} == {("full", 10**6), ("block", 10**6)}
+    assert all(row["samples_per_second"] > 0 < row["cpu_seconds_per_sample"] for row in rows)
+
+
+def test_cpu_seconds_count_child_processes_that_live_and_that_ended() -> None:
+    measure = importlib.import_module("measure")
+    burn = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+
+        def until_it_has_burnt() -> int:
+            child.stdout.readline()
+            return 1
+
+        assert measure.timed(until_it_has_burnt).cpu_seconds >= 0.2
+        before = measure.cpu_seconds()
+        child.communicate(b"\n")
+    assert measure.cpu_seconds() >= before, "an ended child still counts"
+
+
 def test_remote_compares_prefetching_with_waiting_and_with_local_shards(tmp_path: Path) -> None:
-    words = [
+    arguments = [
         "--pairs",
         "4",
         "--shards",
@@ -161,7 +192,7 @@ def test_remote_compares_prefetching_with_waiting_and_with_local_shards(tmp_path
         "--latency",
         "0.01",
     ]
-    found = measured("remote", tmp_path / "remote.json", *words)
+    found = measured("remote", tmp_path / "remote.json", *arguments)
     for order in ("full", "block"):
         speeds = rates(found, order=order)
         assert speeds.keys() == {"portrait_dist", "without-prefetching", "local"}
@@ -169,19 +200,19 @@ def test_remote_compares_prefetching_with_waiting_and_with_local_shards(tmp_path
 
 
 def test_scaling_measures_real_ranks(tmp_path: Path, tiny_shards: Path) -> None:
-    words = ("--shards", str(tiny_shards), "--ranks", "2", "--steps", "2", "--device", "cpu")
-    found = measured("scaling", tmp_path / "scaling.json", *SMALL, *words)
+    arguments = ("--shards", str(tiny_shards), "--ranks", "2", "--steps", "2", "--device", "cpu")
+    found = measured("scaling", tmp_path / "scaling.json", *SMALL, *arguments)
     assert found["rows"][0]["ranks"] == 2
     assert found["rows"][0]["images_per_second"] > 0
 
 
-def test_fits_and_refinements_are_scored_at_the_pictures_own_resolution(
+def test_fits_and_refinements_are_scored_at_the_images_own_resolution(
     tmp_path: Path, split_dir: Path
 ) -> None:
     from tests import blobs
 
     checkpoint = blobs.save(blobs.train(steps=2), tmp_path / "ckpt_best.pth")
-    words = (
+    arguments = (
         "--checkpoint",
         str(checkpoint),
         "--data",
@@ -191,7 +222,7 @@ def test_fits_and_refinements_are_scored_at_the_pictures_own_resolution(
         "--limit",
         "2",
     )
-    found = measured("predictions", tmp_path / "predictions.json", *words)
+    found = measured("predictions", tmp_path / "predictions.json", *arguments)
     by = {row["name"]: row for row in found["rows"]}
     assert {
         "upright 3:4, letterbox",
@@ -209,7 +240,7 @@ def test_fits_and_refinements_are_scored_at_the_pictures_own_resolution(
 def test_recipes_are_trained_by_their_printed_command_and_scored_on_both_held_out_splits(
     tmp_path: Path,
 ) -> None:
-    words = (
+    arguments = (
         "--only",
         "aisegment_unet",
         "--seeds",
@@ -223,15 +254,17 @@ def test_recipes_are_trained_by_their_printed_command_and_scored_on_both_held_ou
         "--pairs",
         "24",
     )
-    found = measured("recipes", tmp_path / "recipes.json", *words, "--work", str(tmp_path / "work"))
+    found = measured(
+        "recipes", tmp_path / "recipes.json", *arguments, "--work", str(tmp_path / "work")
+    )
     (row,) = found["rows"]
     (one,) = row["runs"]
     assert one["seed"] == 3
     assert row["test_iou"] == pytest.approx(one["test_iou"], abs=1e-4)
     assert all(
-        0 <= one[f"{split}_{figure}"] <= 1
+        0 <= one[f"{split}_{score}"] <= 1
         for split in ("val", "test")
-        for figure in ("iou", "mean_iou", "boundary_iou")
+        for score in ("iou", "mean_iou", "boundary_iou")
     )
     assert row["command"].startswith("portrait-dist train --recipe aisegment_unet")
     assert (tmp_path / "work" / "runs").is_dir()
