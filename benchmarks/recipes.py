@@ -3,7 +3,7 @@
     python benchmarks/recipes.py --raw RAW --json recipes.json                # a raw AISegment tree
     python benchmarks/recipes.py --pairs 109 --json recipes.json              # generated portraits
     python benchmarks/recipes.py --raw RAW --only tutorial aisegment_unet --side 128 --epochs 300
-    python benchmarks/recipes.py --page recipes.json ...                      # their tables, one page
+    python benchmarks/recipes.py --page recipes.json ...                    # their tables, one page
 
 From the tutorial's recipe on, one thing after the other is added; ``aisegment_unet`` has all of
 them, new backgrounds last. Every row is trained with every seed: it decides over the split

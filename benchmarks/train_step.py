@@ -10,8 +10,8 @@ DataLoader over tensors in memory and train the same network with the same loss 
 The cost of a trainer is its own work per step, in milliseconds, whatever the network: it is
 measured with a small network, where it can be told from the noise, and given as a fraction of a
 real step (``--features 32 --size 256``). Rows: bare, portrait_dist, supergradients for both
-(``network`` small or real). Under torchrun without GPUs stock SuperGradients does not train one model, so its
-row stays empty there.
+(``network`` small or real). Under torchrun without GPUs stock SuperGradients does not train one
+model, so its row stays empty there.
 """
 
 from __future__ import annotations

@@ -167,10 +167,11 @@ def test_cpu_seconds_count_child_processes_that_live_and_that_ended() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
-        assert child.stdout is not None
+        output = child.stdout
+        assert output is not None
 
         def until_it_has_burnt() -> int:
-            child.stdout.readline()
+            output.readline()
             return 1
 
         assert measure.timed(until_it_has_burnt).cpu_seconds >= 0.2
