@@ -269,3 +269,19 @@ def test_recipes_are_trained_by_their_printed_command_and_scored_on_both_held_ou
     )
     assert row["command"].startswith("portrait-dist train --recipe aisegment_unet")
     assert (tmp_path / "work" / "runs").is_dir()
+
+
+def test_the_agreement_costs_less_than_a_step_at_any_number_of_ranks(tmp_path: Path) -> None:
+    found = measured("agreement", tmp_path / "agreement.json", "--quick")
+    by = {row["name"]: row for row in found["rows"]}
+    assert by["interval 2"]["interval"] == by["interval 4"]["interval"] == 1
+    for ranks in (512, 4096):
+        assert by[f"interval {ranks}"]["interval"] == 64
+        assert by[f"interval {ranks}"]["wait_ms"] <= by[f"every-step {ranks}"]["wait_ms"]
+
+
+def test_files_are_written_beside_the_next_epoch(tmp_path: Path) -> None:
+    found = measured("epoch_ends", tmp_path / "epoch_ends.json", "--quick", "--features", "4")
+    by = {row["name"]: row for row in found["rows"]}
+    assert set(by) == {"no files", "at once", "background"}
+    assert by["no files"]["megabytes_written"] < by["background"]["megabytes_written"]

@@ -21,7 +21,7 @@ from portrait_dist.metrics import SoftIoU
 from portrait_dist.models import UNet
 from portrait_dist.training import LoopOptions, PortraitTrainer
 from portrait_dist.training.device_batches import DeviceBatches, samples_in, tensors_in
-from portrait_dist.training.preemption import exchange_interval
+from portrait_dist.training.preemption import StopSignals, exchange_interval
 from portrait_dist.training.sg_adapter import Callback, Trainer, use_device
 from tests.jobs import largest_difference
 
@@ -303,13 +303,17 @@ def test_a_compiled_model_trains_the_same_and_saves_plain_names(
 ) -> None:
     loss = SoftIoULoss(0.5, 0.5)
     plain = fit(PortraitTrainer("plain", str(tmp_path)), batches, loss=loss, max_epochs=1)
+    trainer = PortraitTrainer("compiled", str(tmp_path))
     compiled = fit(
-        PortraitTrainer("compiled", str(tmp_path)),
+        trainer,
         batches,
         loss=loss,
         max_epochs=1,
         torch_compile=True,
+        ema=True,
+        ema_params={"decay": 0.5, "decay_type": "constant"},
     )
+    assert trainer.ema_model.ema._compiled_call_impl is not None, "validated compiled as well"
     assert compiled.losses == pytest.approx(plain.losses, abs=1e-3)
     assert list(weights(tmp_path / "compiled")) == list(weights(tmp_path / "plain"))
 
@@ -597,3 +601,51 @@ def test_the_interval_of_exchanges_is_one_up_to_8_ranks_and_never_more_than_64_o
     assert [exchange_interval(ranks, 1000) for ranks in (16, 64, 512, 4096)] == [2, 8, 64, 64]
     assert exchange_interval(512, 5) == 5
     assert exchange_interval(512, 0) == 1
+
+
+def test_a_run_is_validated_and_saved_every_so_many_epochs_and_at_its_end(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
+    validated: list[int] = []
+
+    class KeepEpochs(Callback):
+        def on_validation_loader_end(self, context: Any) -> None:
+            validated.append(context.epoch + 1)
+
+    fit(
+        PortraitTrainer("run", str(tmp_path)),
+        batches,
+        max_epochs=5,
+        run_validation_freq=2,
+        phase_callbacks=[KeepEpochs()],
+    )
+    assert validated == [2, 4, 5]
+    assert checkpoints.read_info(tmp_path / "run" / "ckpt_latest.pth").epoch == 5
+
+
+def test_the_average_of_weights_follows_the_network_in_every_step_and_after_loading(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
+    """With decay 0 the average is the network itself, in every step and after loading."""
+    trainer = PortraitTrainer("run", str(tmp_path))
+    ema: dict[str, Any] = {"ema": True, "ema_params": {"decay": 0.0, "decay_type": "constant"}}
+    fit(trainer, batches, loss=SoftIoULoss(0.5, 0.5), max_epochs=2, **ema)
+    saved = checkpoints.read(tmp_path / "run" / "ckpt_latest.pth")
+    assert difference(saved["ema_net"], saved["net"]) == 0
+    again = PortraitTrainer("run", str(tmp_path))
+    again.fixed_folder = True
+    fit(again, batches, loss=SoftIoULoss(0.5, 0.5), max_epochs=3, resume=True, **ema)
+    saved = checkpoints.read(tmp_path / "run" / "ckpt_latest.pth")
+    assert saved["epoch"] == 3
+    assert difference(saved["ema_net"], saved["net"]) == 0
+
+
+def test_a_rank_notices_that_its_torchrun_is_gone_without_a_signal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The parent may die before the kernel was asked for a signal."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with StopSignals() as signals:
+        assert signals.received == ""
+        monkeypatch.setattr("os.getppid", lambda: 1)
+        assert signals.received == "the end of its torchrun process"
