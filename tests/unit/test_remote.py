@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -139,7 +139,7 @@ def test_a_damaged_copy_in_the_cache_is_replaced(
     assert content(ShardSet(server.address, "val", cache=cache)) == content(ShardSet(folder, "val"))
 
 
-def test_the_cache_keeps_its_size_and_drops_what_was_not_used_for_longest(
+def test_the_cache_keeps_its_size_and_evicts_the_least_recently_used(
     server: ShardServer, folder: Path, tmp_path: Path
 ) -> None:
     sizes = sorted(path.stat().st_size for path in folder.glob("train-*.tar"))
@@ -151,7 +151,7 @@ def test_the_cache_keeps_its_size_and_drops_what_was_not_used_for_longest(
     names = {path.stem for path in cache.folder.glob("*.tar")}
     assert names == {opened.shards[4].sha256, opened.shards[5].sha256}
     assert content(opened) == content(ShardSet(folder, "train")), (
-        "what was dropped is fetched again"
+        "what was evicted is downloaded again"
     )
     with pytest.raises(InputError, match="smaller than one shard"):
         ShardSet(server.address, "train", cache=Cache(tmp_path / "small", gigabytes=1e-6)).read(0)
@@ -164,9 +164,7 @@ def limited(server: ShardServer, folder: Path, shards: float) -> ShardSet:
     return opened
 
 
-def test_what_is_being_fetched_has_its_room_in_the_cache(
-    server: ShardServer, tmp_path: Path
-) -> None:
+def test_a_download_reserves_its_size_in_the_cache(server: ShardServer, tmp_path: Path) -> None:
     opened = limited(server, tmp_path, 3.9)
     for number in range(3):
         opened.fetch(number)
@@ -176,9 +174,7 @@ def test_what_is_being_fetched_has_its_room_in_the_cache(
     assert cached(opened.cache) <= opened.cache.limit
 
 
-def test_room_is_never_made_by_dropping_what_is_being_fetched(
-    server: ShardServer, tmp_path: Path
-) -> None:
+def test_a_download_is_never_evicted(server: ShardServer, tmp_path: Path) -> None:
     opened = limited(server, tmp_path, 1.5)
     with stalled(server, opened, 0, 1) as fetched:
         pass
@@ -186,6 +182,10 @@ def test_room_is_never_made_by_dropping_what_is_being_fetched(
         f"{shard.sha256}.tar" for shard in opened.shards[:2]
     ]
     assert server.starts == [0, 0]
+
+
+def wait_until_asked(count: Callable[[], int], number: int) -> None:
+    wait_for(lambda: count() >= number, what=f"{number} requests")
 
 
 @contextlib.contextmanager
@@ -197,11 +197,9 @@ def stalled(
     with ThreadPoolExecutor(len(numbers)) as threads:
         fetched = []
         for number in numbers:
-            before = len(server.starts)
+            asked = len(server.starts) + 1
             fetched.append(threads.submit(opened.files, number))
-            wait_for(
-                lambda before=before: len(server.starts) > before, what="a shard's being asked for"
-            )
+            wait_until_asked(lambda: len(server.starts), asked)
         try:
             yield fetched
         finally:
@@ -224,7 +222,7 @@ def sequential(server: ShardServer, cache: Cache) -> StreamLoader:
     )
 
 
-def test_shards_are_fetched_before_they_are_needed_and_each_once(
+def test_shards_are_prefetched_and_each_once(
     server: ShardServer, folder: Path, cache: Cache
 ) -> None:
     loader = sequential(server, cache)
@@ -246,7 +244,7 @@ def test_prefetching_keeps_to_its_fraction_of_a_cache_that_does_not_hold_the_spl
     for number, batch in enumerate(batches):
         keys += batch.keys
         asked = min(number // 2 + 2, 6)  # those of the batches so far, and the next one
-        wait_for(lambda asked=asked: len(server.tars) >= asked, what="prefetching")
+        wait_until_asked(lambda: len(server.tars), asked)
         time.sleep(0.05)
         assert len(server.tars) == asked
     assert keys == [key for key, _, _ in content(ShardSet(folder, "train"))]
@@ -268,7 +266,7 @@ def test_a_shard_that_cannot_be_prefetched_is_named_where_it_is_needed(
         next(batches)
 
 
-def test_a_loader_that_is_dropped_fetches_no_further(server: ShardServer, cache: Cache) -> None:
+def test_a_dropped_loader_downloads_nothing_more(server: ShardServer, cache: Cache) -> None:
     cache.parallel_downloads = 1
     others = threading.enumerate()
     server.go_on.clear()
@@ -310,7 +308,7 @@ def test_processes_and_threads_of_a_machine_fetch_each_shard_once(
         assert server.asked.count(name) == 1
 
 
-def test_a_killed_fetch_leaves_nothing_wrong_and_is_gone_on_with(
+def test_a_killed_download_leaves_nothing_wrong_and_is_resumed(
     server: ShardServer, folder: Path, cache: Cache
 ) -> None:
     server.go_on.clear()

@@ -159,17 +159,17 @@ def test_the_reader_names_shard_and_sample_and_what_to_do(
                 opened.read(sample)
             except DamagedSampleError as error:
                 errors.append(error)
-    for error in errors:
-        assert str(error).startswith(f"{shards / error.shard}, sample {error.position}: ")
-        assert "portrait-dist verify" in str(error)
-        assert "\n" not in str(error)
+    for one in errors:
+        assert str(one).startswith(f"{shards / one.shard}, sample {one.position}: ")
+        assert "portrait-dist verify" in str(one)
+        assert "\n" not in str(one)
     assert errors
 
 
 def test_a_flipped_bit_anywhere_never_becomes_a_wrong_sample(shards: Path) -> None:
     path = shards / "train-00000.tar"
-    whole = [ShardSet(shards, "train").read(sample) for sample in range(10)]
-    whole = [(one.key, bytes(one.image), bytes(one.alpha)) for one in whole]
+    read = [ShardSet(shards, "train").read(sample) for sample in range(10)]
+    whole = [(one.key, bytes(one.image), bytes(one.alpha)) for one in read]
     rng = np.random.default_rng(0)
     for place in rng.integers(0, path.stat().st_size - 1024, 40).tolist():
         flip_bit(path, place, bit=place % 8)

@@ -343,8 +343,8 @@ def _copy(
             pace.check(length)
         with _local_disk():
             os.fsync(file.fileno())
-    # A body without a length ends like one that was cut; one that brings nothing new is whole.
-    cut = answer.total is not None or (not answer.framed and length > begin)
+    # A body without a length ends like one that was cut; one that adds nothing to ours is whole.
+    cut = answer.total is not None or (not answer.framed and (length > begin or length == 0))
     if expected is not None and length < expected and cut:
         raise ConnectionError(f"cut off after {length:,} of {expected:,} bytes")
 

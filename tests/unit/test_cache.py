@@ -1,0 +1,172 @@
+"""The cache: nothing is used before its content was checked, nothing is written through links."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from portrait_dist.data.shards.cache import Cache
+from portrait_dist.data.shards.reader import ShardSet
+from portrait_dist.errors import InputError, PortraitDistError
+from tests.shard_server import ShardServer, serving
+
+
+@pytest.fixture
+def server(tiny_shards: Path) -> Iterator[ShardServer]:
+    with serving(tiny_shards) as started:
+        yield started
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+def read(server: ShardServer, cache: Cache) -> bytes:
+    return bytes(ShardSet(server.address, "val", cache=cache).read(0).image)
+
+
+def forge(path: Path) -> None:
+    """Change the content of a file and nothing else that can be seen from outside."""
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_forged_file_of_the_right_name_and_length_is_never_used(
+    server: ShardServer, cache: Cache
+) -> None:
+    expected = read(server, cache)
+    tar = next(cache.folder.glob("*.tar"))
+    for opened_in_this_process_before in (True, False):
+        forge(tar)
+        again = cache if opened_in_this_process_before else Cache(cache.folder)
+        assert read(server, again) == expected
+        assert hashlib.sha256(tar.read_bytes()).hexdigest() == tar.stem
+
+
+def test_a_file_that_somebody_else_put_there_is_checked_before_its_first_use(
+    server: ShardServer, cache: Cache, tiny_shards: Path
+) -> None:
+    shard = ShardSet(tiny_shards, "val").shards[0]
+    cache.folder.mkdir()
+    (cache.folder / f"{shard.sha256}.tar").write_bytes(bytes(shard.bytes))
+    assert read(server, cache) == bytes(ShardSet(tiny_shards, "val").read(0).image)
+    assert "val-00000.tar" in server.asked
+
+
+def test_each_file_is_hashed_once_and_not_again_by_other_processes(
+    server: ShardServer, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read(server, cache)
+    hashed: list[object] = []
+    digest = hashlib.file_digest
+
+    def counted(file: object, name: str) -> object:
+        hashed.append(file)
+        return digest(file, name)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    read(server, Cache(cache.folder))  # as another process: only the markers are shared
+    assert hashed == []
+    for marker in cache.folder.glob(".*.checked"):
+        marker.unlink(missing_ok=True)
+    read(server, Cache(cache.folder))
+    assert len(hashed) == 2  # tar and index
+    assert len(server.tars) == 1
+
+
+@pytest.mark.parametrize("kind", ["lock", "part"])
+def test_lock_and_part_files_that_are_links_are_refused(
+    kind: str, server: ShardServer, cache: Cache, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    shard = ShardSet(server.address, "val", cache=cache).shards[0]
+    name = f".lock-{shard.sha256[:2]}" if kind == "lock" else f".{shard.sha256}.{shard.bytes}.part"
+    cache.folder.mkdir()
+    (cache.folder / name).symlink_to(victim)
+    with pytest.raises(InputError, match=r"is a link\); give a local folder"):
+        read(server, cache)
+    assert victim.read_text() == "mine"
+
+
+def test_a_folder_that_others_may_write_to_is_refused(server: ShardServer, cache: Cache) -> None:
+    for mode in (0o777, 0o770, 0o1777):
+        cache.folder.mkdir(exist_ok=True)
+        cache.folder.chmod(mode)
+        with pytest.raises(InputError, match="can be written by other users"):
+            read(server, cache)
+    cache.folder.chmod(0o755)
+    read(server, cache)
+
+
+def test_a_folder_of_another_user_is_refused(
+    server: ShardServer, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    with pytest.raises(InputError, match="belongs to another user"):
+        read(server, cache)
+
+
+def test_a_new_folder_is_closed_to_others(server: ShardServer, cache: Cache) -> None:
+    read(server, cache)
+    assert cache.folder.stat().st_mode & 0o077 == 0
+    assert not [path for path in cache.folder.iterdir() if path.stat().st_mode & 0o022]
+
+
+def test_files_of_others_are_neither_counted_nor_evicted(
+    server: ShardServer, tmp_path: Path, tiny_shards: Path
+) -> None:
+    largest = max(path.stat().st_size for path in tiny_shards.glob("train-*.tar"))
+    cache = Cache(tmp_path / "cache", gigabytes=1.5 * largest / 1e9)
+    cache.folder.mkdir()
+    others = ["notes.tar", "x.index", ".hidden.5.part", "0" * 63 + ".tar"]
+    for name in others:
+        (cache.folder / name).write_bytes(bytes(2 * largest))
+    opened = ShardSet(server.address, "train", cache=cache)
+    for sample in (0, 10, 20):
+        opened.read(sample)
+    assert all((cache.folder / name).exists() for name in others)
+    assert len(list(cache.folder.glob("?" * 64 + ".tar"))) == 1
+
+
+def test_eviction_removes_the_marker_too(
+    server: ShardServer, tmp_path: Path, tiny_shards: Path
+) -> None:
+    largest = max(path.stat().st_size for path in tiny_shards.glob("train-*.tar"))
+    cache = Cache(tmp_path / "cache", gigabytes=1.5 * largest / 1e9)
+    opened = ShardSet(server.address, "train", cache=cache)
+    for sample in (0, 10, 20):
+        opened.read(sample)
+    tars = {path.name for path in cache.folder.glob("*.tar")}
+    assert {path.name[1:-8] for path in cache.folder.glob(".*.tar.checked")} == tars
+
+
+@pytest.mark.parametrize("gigabytes", [0, -1, float("inf"), float("nan"), 1e300])
+def test_a_limit_that_is_none_is_refused(gigabytes: float, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.cache_gigabytes"):
+        Cache(tmp_path, gigabytes)
+
+
+def test_a_full_disk_is_one_line_and_no_wrong_option(
+    server: ShardServer, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(PortraitDistError, match="the disk of the cache is full") as caught:
+        read(server, cache)
+    assert caught.value.exit_code == 1
+    monkeypatch.undo()
+    assert read(server, cache)
+    shutil.rmtree(cache.folder)
