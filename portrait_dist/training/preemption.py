@@ -59,15 +59,18 @@ class StopSignals:
 
     @property
     def received(self) -> str:
-        """The name of the first signal (``SIGTERM``), or an empty string."""
-        if not self._first and self._orphaned():  # it died before the kernel was asked
-            self._first = "the end of its torchrun process"
+        """The first signal's name (``SIGTERM``) or another reason to stop; else an empty string."""
+        if not self._orphaned():
+            return self._first
+        # Looked at here and not in the handler: the kernel sends the signal when the agent's main
+        # thread ends, and until its last thread has ended it is still the parent.
+        if self._first in ("", "SIGTERM"):
+            return "the end of its torchrun process"
         return self._first
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if not self._first:
-            name = signal.Signals(number).name
-            self._first = f"{name} at the end of its torchrun process" if self._orphaned() else name
+            self._first = signal.Signals(number).name
 
     def _orphaned(self) -> bool:
         return bool(self._agent) and os.getppid() != self._agent
