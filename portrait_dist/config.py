@@ -137,6 +137,9 @@ class RunConfig:
     requeue_on_failure: Annotated[
         bool, Doc("requeue a SLURM job also after a failed rank or node, not only after a stop")
     ] = True
+    check_nodes: Annotated[
+        bool, Doc("a SLURM job checks its nodes before it trains, and leaves sick ones")
+    ] = True
 
 
 @dataclass
@@ -315,8 +318,15 @@ class TrainConfig:
     ] = 60.0
     log_every_steps: Annotated[Positive, Doc("batches between two lines of progress")] = 50
     timeout_seconds: Annotated[
-        float, Gt(0), Le(MONTH), Doc("a rank that stalls for so long ends the run, seconds")
+        float,
+        Gt(0),
+        Le(MONTH),
+        Doc("a rank that stalls for so long at the start, in validation or a save ends the run, s"),
     ] = 600.0
+    step_timeout_seconds: Annotated[
+        Seconds,
+        Doc("the same in training steps; 0 means 10 times the slowest step, at least 60 s"),
+    ] = 0.0
     threads: Annotated[
         int,
         Ge(0),

@@ -5,6 +5,7 @@ Needs neither SLURM nor torch.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from portrait_dist.errors import InputError
 from portrait_dist.runs.folder import Event, Events, RunFolder
+from portrait_dist.runs.health import find_stall
 
 SILENT_SECONDS = 900.0
 """Longer without a line than this, and than ten usual gaps: nobody seems to be training."""
@@ -56,6 +58,9 @@ class RunStatus:
         last_error, last_error_age_seconds: message of the last error, and its age.
         world_size: number of ranks.
         skipped_lines: lines of metrics.jsonl that could not be read.
+        stall: which rank the others wait for, where they wait for long.
+        straggler: the last report of a slow rank in this attempt.
+        straggler_age_seconds: since that report.
     """
 
     run_dir: str
@@ -78,6 +83,9 @@ class RunStatus:
     last_error_age_seconds: float | None
     world_size: int | None
     skipped_lines: int
+    stall: str | None = None
+    straggler: str | None = None
+    straggler_age_seconds: float | None = None
 
     def table(self) -> str:
         """Return the lines that a person reads."""
@@ -96,6 +104,10 @@ class RunStatus:
             "time left": duration(self.seconds_left),
             "last checkpoint": f"{duration(self.checkpoint_age_seconds)} ago",
         }
+        if self.stall:
+            rows["ranks wait"] = self.stall
+        if self.straggler:
+            rows["slow rank"] = f"{duration(self.straggler_age_seconds)} ago: {self.straggler}"
         if self.last_error:
             rows["last error"] = f"{duration(self.last_error_age_seconds)} ago: {self.last_error}"
         if self.skipped_lines:
@@ -123,7 +135,11 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
             f"{run_dir}: no metrics.jsonl, no checkpoint: not a run folder; "
             "give <run.root>/<run.name>"
         )
-    return history.status(run_dir, newest)
+    status = history.status(run_dir, newest)
+    if status.state not in (State.RUNNING, State.SILENT):
+        return status
+    stall = find_stall(folder.health, now)
+    return dataclasses.replace(status, stall=stall.message if stall else None)
 
 
 class History:
@@ -142,6 +158,7 @@ class History:
     def status(self, run_dir: Path, checkpoint_time: float | None) -> RunStatus:
         """Return all fields at once."""
         events, error = self.events, self.last_error
+        slow = next(iter(reversed(self.attempt.of_kind("straggler"))), None)
         scores = [event.val_iou for event in events if event.val_iou is not None]
         return RunStatus(
             run_dir=str(run_dir),
@@ -164,6 +181,8 @@ class History:
             last_error_age_seconds=self._age(error.time) if error else None,
             world_size=events.latest("world_size"),
             skipped_lines=events.skipped,
+            straggler=slow.message if slow else None,
+            straggler_age_seconds=self._age(slow.time) if slow else None,
         )
 
     @property

@@ -9,12 +9,16 @@ from portrait_dist.errors import PortraitDistError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run ``job ARGUMENTS…`` or ``node ADDRESS LOGS ARGUMENTS…`` and return the exit code."""
+    """Run ``job ARGUMENTS…``, ``check LOGS DEVICE`` or ``node ADDRESS LOGS ARGUMENTS…``."""
     try:
         if arguments[0] == "node":
             from portrait_dist.slurm.node import run_node
 
             return run_node(arguments[1], arguments[2], arguments[3:])
+        if arguments[0] == "check":
+            from portrait_dist.slurm.node_check import check_node
+
+            return check_node(arguments[1], arguments[2])
         from portrait_dist.slurm.job import run_job
 
         return run_job(arguments[1:])

@@ -104,16 +104,25 @@ def first_address(allocation: Allocation) -> str:
     """
     if override := os.environ.get("MASTER_ADDR"):
         return override
+    first = host_names(allocation)[0]
+    found = re.search(r"NodeAddr=(\S+)", scontrol("show", "node", first, "--oneliner").stdout)
+    return found.group(1) if found else first
+
+
+def host_names(allocation: Allocation) -> list[str]:
+    """Return the names of the allocation's nodes.
+
+    Raises:
+        PortraitDistError: scontrol does not name the nodes.
+    """
     hosts = scontrol("show", "hostnames", allocation.node_list)
     if hosts.returncode or not hosts.stdout.split():
         reason = hosts.stderr.strip() or "no answer"
         raise PortraitDistError(
             f"scontrol show hostnames {allocation.node_list}: {reason}; "
-            "see that SLURM's commands work on the nodes, or set MASTER_ADDR"
+            "see that SLURM's commands work on the nodes"
         )
-    first = hosts.stdout.split()[0]
-    found = re.search(r"NodeAddr=(\S+)", scontrol("show", "node", first, "--oneliner").stdout)
-    return found.group(1) if found else first
+    return hosts.stdout.split()
 
 
 def job_state(job: int) -> str:

@@ -18,22 +18,32 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from portrait_dist import config, files
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError, Stopped
 from portrait_dist.runs.folder import Event, Events, RunFolder
 from portrait_dist.slurm.allocation import Allocation, first_address, job_state, scontrol
+from portrait_dist.slurm.node_check import NodeReport, check_nodes, exclude, plan_exclusion
 from portrait_dist.slurm.sweep import split_arguments, task_arguments
 
 SECONDS_AFTER_FIRST_EXIT = 30
 """A node whose ranks are gone ends the others after so long."""
 ATTEMPTS_WITHOUT_PROGRESS = 2
 ATTEMPTS = "attempts.jsonl"
+FAILURES_OF_A_NODE = 2
+"""A node on which so many attempts failed first is excluded."""
+MOST_EXCLUDED = 16
+"""Nodes that one job excludes at most: more of them are no fault of nodes."""
+MOST_BYTES = 64 << 20
+FAILURES = "failures.jsonl"
+"""On which node a rank failed, and when; each node of the job writes there."""
 REQUEUED_BY_SLURM = ("PENDING", "REQUEUED", "COMPLETING", "NODE_FAIL")
 """States in which SLURM requeues a job itself: after a lost node, or preemption."""
 
@@ -58,6 +68,8 @@ class Attempt:
         last: the last line of metrics.jsonl that this attempt wrote, or None.
         cancelled: somebody cancelled the job.
         progressed: a checkpoint further on than this attempt's start was saved.
+        failed_node: the node on which a rank failed first, or an empty string.
+        sick: nodes that the check before the training found sick.
     """
 
     exit_code: int
@@ -65,6 +77,8 @@ class Attempt:
     last: Event | None
     cancelled: bool
     progressed: bool
+    failed_node: str = ""
+    sick: tuple[NodeReport, ...] = ()
 
     @property
     def error(self) -> Event | None:
@@ -96,6 +110,8 @@ class Attempt:
                 return (
                     f"stopped by {self.signal_name}" if self.signal_name else message or "stopped"
                 )
+        if self.sick:
+            return "; ".join(report.describe() for report in self.sick)
         details = f" ({message})" if self.error and message else ""
         return f"failed with exit code {self.exit_code}{details}"
 
@@ -176,14 +192,20 @@ def run_job(arguments: Sequence[str]) -> int:
         f"logs {logs}"
     )
     command = srun_command(allocation, first_address(allocation), logs, arguments)
-    folder = RunFolder(settings.run_dir)
-    attempt = supervise(command, folder, allocation)
+    folder, relay = RunFolder(settings.run_dir), SignalRelay()
+    sick: Sequence[NodeReport] = ()
+    if settings.run.check_nodes:
+        sick = check_nodes(allocation, logs, settings.train.device)
+    if sick or relay.received:
+        attempt = attempt_without_training(sick, relay, allocation)
+    else:
+        attempt = supervise(command, folder, allocation, relay, logs)
     idle = record_attempt(logs / ATTEMPTS, allocation, attempt)
     decision = decide(attempt, allocation.restarts, idle, settings.run)
     if decision.requeue:
         number = f"requeue {allocation.restarts + 1} of at most {settings.run.max_requeues}"
         log(f"{decision.message}; {number}")
-        return requeue(allocation)
+        return requeue(allocation, nodes_to_exclude(logs / ATTEMPTS))
     if attempt.exit_code == 0:
         log(decision.message)
         return 0
@@ -250,16 +272,41 @@ class SignalRelay:
             self._child.send_signal(signal.SIGUSR2)
 
 
-def supervise(command: Sequence[str], folder: RunFolder, allocation: Allocation) -> Attempt:
+def attempt_without_training(
+    sick: Sequence[NodeReport], relay: SignalRelay, allocation: Allocation
+) -> Attempt:
+    """Return the attempt of a job that a sick node or a signal ended before the ranks started."""
+    for report in sick:
+        log(f"sick {report.describe()}")
+    received = relay.received[:1]
+    cancelled = "SIGTERM" in relay.received and job_state(allocation.job).startswith("CANCELLED")
+    return Attempt(
+        exit_code=Stopped.exit_code if received else PortraitDistError.exit_code,
+        signal_name=received[0] if received else "",
+        last=None,
+        cancelled=cancelled,
+        progressed=False,
+        sick=tuple(sick),
+    )
+
+
+def supervise(
+    command: Sequence[str],
+    folder: RunFolder,
+    allocation: Allocation,
+    relay: SignalRelay,
+    logs: Path,
+) -> Attempt:
     """Run srun to its end and say how the attempt ended.
 
     Args:
         command: see :func:`srun_command`.
         folder: of the run.
         allocation: what SLURM gave the job.
+        relay: of SLURM's signals.
+        logs: folder in which nodes write down which rank failed.
     """
     begin, newest = time.time(), folder.checkpoint_time()
-    relay = SignalRelay()
     child = subprocess.Popen(command)
     relay.attach(child)
     exit_code = child.wait()
@@ -271,7 +318,24 @@ def supervise(command: Sequence[str], folder: RunFolder, allocation: Allocation)
         last=events[-1] if events else None,
         cancelled="SIGTERM" in relay.received and job_state(allocation.job).startswith("CANCELLED"),
         progressed=folder.checkpoint_time() != newest and made_progress(events),
+        failed_node=first_failed_node(logs / FAILURES, allocation, events),
     )
+
+
+def first_failed_node(path: Path, allocation: Allocation, events: Events) -> str:
+    """Return the node that made an attempt fail, an empty string where that is not known.
+
+    Where the ranks waited in vain for one that hangs, that is its node; else the node of the rank
+    that failed first.
+    """
+    if events and events[-1].kind == "error" and events[-1].host:
+        return events[-1].host
+    found = []
+    for line in read_lines(path):
+        attempt, node, moment = (line.get(name) for name in ("attempt", "node", "time"))
+        if attempt == allocation.restarts + 1 and isinstance(moment, int | float):
+            found.append((moment, str(node)))
+    return min(found)[1] if found else ""
 
 
 def made_progress(events: Events) -> bool:
@@ -295,6 +359,8 @@ class AttemptRecord:
     exit_code: int
     signal: str
     progressed: bool
+    failed_node: str = ""
+    sick_nodes: tuple[str, ...] = ()
 
 
 def record_attempt(path: Path, allocation: Allocation, attempt: Attempt) -> int:
@@ -308,22 +374,54 @@ def record_attempt(path: Path, allocation: Allocation, attempt: Attempt) -> int:
         exit_code=attempt.exit_code,
         signal=attempt.signal_name,
         progressed=attempt.progressed,
+        failed_node=attempt.failed_node,
+        sick_nodes=tuple(report.node for report in attempt.sick),
     )
     with files.explained(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(line)) + "\n")
     records = read_attempts(path)
-    return sum(1 for _ in itertools.takewhile(lambda one: not one.progressed, reversed(records)))
+    # An attempt that found a sick node is followed by one without it: that is progress.
+    idle = itertools.takewhile(
+        lambda one: not one.progressed and not one.sick_nodes, reversed(records)
+    )
+    return sum(1 for _ in idle)
 
 
 def read_attempts(path: Path) -> list[AttemptRecord]:
     """Read ``attempts.jsonl``; lines that are damaged are skipped."""
     records = []
-    for text in path.read_bytes().splitlines():
+    for line in read_lines(path):
         try:
-            records.append(AttemptRecord(**json.loads(text)))
-        except (ValueError, TypeError):
+            records.append(AttemptRecord(**line))
+        except TypeError:
             continue
     return records
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON objects, one a line; damaged lines are skipped."""
+    try:
+        data = files.read_regular(path, MOST_BYTES)
+    except OSError:
+        return []
+    found = []
+    for text in data.splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict):
+            found.append(line)
+    return found
+
+
+def nodes_to_exclude(path: Path) -> list[str]:
+    """Return the nodes that were found sick, and those on which two attempts failed first."""
+    records = read_attempts(path)
+    failures = Counter(record.failed_node for record in records if record.failed_node)
+    found = [str(node) for record in records for node in record.sick_nodes]
+    found += [node for node, count in failures.items() if count >= FAILURES_OF_A_NODE]
+    return list(dict.fromkeys(found))[:MOST_EXCLUDED]
 
 
 def report_to_status(folder: RunFolder, message: str, exit_code: int) -> None:
@@ -335,8 +433,14 @@ def report_to_status(folder: RunFolder, message: str, exit_code: int) -> None:
             log(str(error))
 
 
-def requeue(allocation: Allocation) -> int:
-    """Put the job back into the queue."""
+def requeue(allocation: Allocation, excluded: Sequence[str] = ()) -> int:
+    """Put the job back into the queue.
+
+    Args:
+        allocation: what SLURM gave the job.
+        excluded: nodes that the next attempt should not get.
+    """
+    exclusion = plan_exclusion(allocation, excluded) if excluded else None
     asked = scontrol("requeue", str(allocation.job))
     if asked.returncode:
         state = job_state(allocation.job)
@@ -344,4 +448,9 @@ def requeue(allocation: Allocation) -> int:
             log(f"SLURM requeues it ({state})")
         else:
             log(f"scontrol requeue failed ({asked.stderr.strip()}); queue the same line again")
+            return Stopped.exit_code
+    if exclusion:
+        problem = exclusion.problem or exclude(allocation, exclusion)
+        names = ", ".join(excluded)
+        log(f"{names} not excluded: {problem}" if problem else f"{names} excluded from now on")
     return Stopped.exit_code

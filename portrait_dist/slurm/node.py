@@ -8,8 +8,11 @@ requeued, because no metrics.jsonl tells why they ended.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -27,6 +30,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from portrait_dist.errors import DamagedDataError, InputError, Stopped
 from portrait_dist.slurm.allocation import Allocation
+from portrait_dist.slurm.job import FAILURES
 from portrait_dist.system.info import environment_number
 
 SECONDS_TO_SAVE = 100
@@ -90,7 +94,7 @@ def run_node(address: str, logs: str, arguments: Sequence[str]) -> int:
         except SignalException:
             return Stopped.exit_code
         except ChildFailedError as error:
-            return _report(error, Path(logs), allocation.attempt)
+            return _report(error, Path(logs), allocation)
     return 0
 
 
@@ -116,8 +120,8 @@ def launch_config(allocation: Allocation, node: int, address: str) -> LaunchConf
     )
 
 
-def _report(error: ChildFailedError, logs: Path, attempt: str) -> int:
-    """Print which rank failed and where its log is; return the node's exit code."""
+def _report(error: ChildFailedError, logs: Path, allocation: Allocation) -> int:
+    """Print and write down which rank failed and where its log is; return the exit code."""
     telling = {
         rank: failure for rank, failure in error.failures.items() if failure.exitcode in TELLING
     }
@@ -127,10 +131,20 @@ def _report(error: ChildFailedError, logs: Path, attempt: str) -> int:
         if failure.exitcode >= 0
         else f"killed by {failure.signal_name()}"
     )
-    file = logs / f"{attempt}-rank{rank}.err"
+    file = logs / f"{allocation.attempt}-rank{rank}.err"
     line = f"node {node_name()}: rank {rank} failed ({how}); its log is {file}"
     print(line, file=sys.stderr, flush=True)
-    return failure.exitcode if failure.exitcode in TELLING else 1
+    if failure.exitcode in TELLING:
+        return failure.exitcode
+    if failure.exitcode != -signal.SIGTERM:  # by that torchrun ends the ranks of other nodes
+        record = {
+            "attempt": allocation.restarts + 1,
+            "node": node_name(),
+            "time": failure.timestamp,
+        }
+        with contextlib.suppress(OSError), open(logs / FAILURES, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
+    return 1
 
 
 def node_name() -> str:

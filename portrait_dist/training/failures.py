@@ -10,6 +10,8 @@ from pathlib import Path
 from portrait_dist import distributed
 from portrait_dist.errors import PortraitDistError, Stopped
 from portrait_dist.runs.folder import RunFolder
+from portrait_dist.runs.health import Stall
+from portrait_dist.training import health
 from portrait_dist.training.preemption import StopSignals
 
 SECONDS_FOR_THE_FIRST = 10.0
@@ -24,7 +26,7 @@ class FailureReport:
     def __init__(self) -> None:
         self.folder: Path | None = None
 
-    def write(self, kind: str, error: BaseException, message: str, **position: int) -> None:
+    def write(self, kind: str, error: BaseException, message: str, **details: int | str) -> None:
         """Append a line with the exit code, for ``status`` and the requeue of a SLURM job."""
         if self.folder is None:
             return
@@ -36,7 +38,7 @@ class FailureReport:
                 exit_code=known.exit_code,
                 requeue=known.requeue,
                 world_size=distributed.world_size(),
-                **position,
+                **details,
             )
         except PortraitDistError as unwritten:  # the first error is the one to report
             distributed.print0(str(unwritten))
@@ -66,8 +68,29 @@ def reporting_failures(report: FailureReport, signals: StopSignals) -> Iterator[
         if first != distributed.rank():
             _let_another_rank_leave_first(signals)
             raise _because_of(first) from None
+        if explained := _explained(error, report):
+            report.write("error", explained, str(explained), host=explained.host)
+            raise explained from error
         report.write("error", error, f"rank {first}: {type(error).__name__}: {error}")
         raise
+
+
+class StalledError(PortraitDistError):
+    """A collective timed out; the message names the ranks that the others waited for.
+
+    Args:
+        stall: what the heartbeats say.
+    """
+
+    def __init__(self, stall: Stall) -> None:
+        super().__init__(f"the ranks do not go on together: {stall.message}")
+        self.host = stall.missing[0].host if stall.missing else ""
+
+
+def _explained(error: Exception, report: FailureReport) -> StalledError | None:
+    """Return which rank the others waited for, where a collective timed out."""
+    stall = health.explain(error, RunFolder(report.folder)) if report.folder else None
+    return StalledError(stall) if stall else None
 
 
 def _because_of(first: int) -> PortraitDistError:

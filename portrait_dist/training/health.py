@@ -59,8 +59,6 @@ FIRST_WINDOW, LONGEST_WINDOW = 5.0, 60.0
 """Seconds over which the ranks' times are compared: short at first, then doubled."""
 SECONDS_BETWEEN_REPORTS = 600.0
 """The same rank is reported again for the same reason after so long."""
-NCCL_GRACE = 60.0
-"""NCCL's watchdog aborts the process without a word; gloo's error must come before it."""
 
 
 def record_collectives(folder: Path) -> None:
@@ -73,10 +71,8 @@ def record_collectives(folder: Path) -> None:
     file = str(RunFolder(folder).health.absolute() / "nccl-")
     defaults = {
         "TORCH_FR_BUFFER_SIZE": RECORDED,
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": RECORDED,  # its older name
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_ON_TIMEOUT": "1",  # older torch does so by itself
         "TORCH_FR_DUMP_TEMP_FILE": file,
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": file,  # likewise
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -284,7 +280,9 @@ class Health:
             import torch.distributed as dist
 
             default = dist.distributed_c10d._get_default_group()
-            groups.append((default, NCCL_GRACE if device.type == "cuda" else 0.0))
+            groups.append(
+                (default, distributed.SECONDS_FOR_PYTHON if device.type == "cuda" else 0.0)
+            )
             if group is not None and group is not default:
                 groups.append((group, 0.0))
             group = group if group is not None else default
@@ -441,7 +439,7 @@ class Health:
 
 
 class _Heart(threading.Thread):
-    """Writes a rank's heartbeat, from a thread of its own, so that it beats while the rank waits."""
+    """Writes a rank's heartbeat from a thread of its own, also while the rank waits."""
 
     def __init__(self, health: Health) -> None:
         super().__init__(name="heartbeat", daemon=True)
@@ -539,11 +537,11 @@ def explain(error: BaseException, folder: RunFolder) -> Stall | None:
     """Say which rank an error of a collective is about, None where it is another error.
 
     Args:
-        error: what a rank met; torch raises RuntimeError for a timeout and for a peer that is gone.
+        error: what a rank met; torch raises RuntimeError where a collective times out.
         folder: of the run.
     """
     if not isinstance(error, RuntimeError) or not any(
-        sign in str(error).lower() for sign in ("timed out", "timeout", "connection closed")
+        sign in str(error).lower() for sign in ("timed out", "timeout")
     ):
         return None
     with contextlib.suppress(OSError, ValueError):

@@ -11,6 +11,7 @@ the folder's lock) what an existing checkpoint says.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from portrait_dist.data.augment import Augment
 from portrait_dist.errors import InputError
 from portrait_dist.preprocessing import normalise
 from portrait_dist.runs.folder import RunFolder, RunLock
-from portrait_dist.system.address import is_address
+from portrait_dist.system.address import is_address, redact
 from portrait_dist.system.info import cores, environment_number
 from portrait_dist.training import averaging, resume
 from portrait_dist.training.device_batches import TensorBatch
 from portrait_dist.training.failures import FailureReport, reporting_failures
+from portrait_dist.training.health import record_collectives
 from portrait_dist.training.plan import Plan, make_plan
 from portrait_dist.training.preemption import StopSignals
 from portrait_dist.training.results import TrainResult
@@ -71,6 +73,7 @@ def train(config: Config) -> TrainResult | None:
     with StopSignals() as signals:
         device = distributed.pick_device(config.train.device)
         _use_threads(config.train.threads, device)
+        record_collectives(config.run_dir)
         distributed.start(device, config.train.timeout_seconds)
         with reporting_failures(report, signals):
             result = _train(config, device, signals, report)
@@ -290,6 +293,11 @@ def _make_trainer(config: Config, plan: Plan, device: torch.device, signals: Sto
         log_every_steps=train.log_every_steps,
         log_keys=config.data.log_keys,
         timeout_seconds=train.timeout_seconds,
+        step_timeout_seconds=train.step_timeout_seconds,
+        # A rank that waits for a server of shards is no hang.
+        least_step_timeout_seconds=config.data.wait_for_server_seconds + 60.0
+        if is_address(config.data.shards)
+        else 0.0,
     )
     metadata = {"config": config.to_dict(), "global_batch": plan.global_batch}
     trainer = PortraitTrainer(
@@ -340,11 +348,16 @@ def _training_params(config: Config, plan: Plan, trainer: Any, *, resuming: bool
         "average_best_models": train.average_best,
         "max_valid_batches": train.max_val_batches or None,
         "run_validation_freq": train.validate_every,
-        "phase_callbacks": [RunRecorder(trainer, train.pictures)],
+        "phase_callbacks": [RunRecorder(trainer, train.pictures, _location(config.data.shards))],
         "kill_ddp_pgroup_on_end": False,
         "log_installed_packages": False,
     }
     return params | _optimizer(config)
+
+
+def _location(shards: str) -> str:
+    """Return where the shards are, without secrets, wherever the run is looked at."""
+    return redact(shards) if is_address(shards) else os.path.abspath(shards)
 
 
 def _optimizer(config: Config) -> dict[str, Any]:

@@ -23,10 +23,12 @@ class RunRecorder(Callback):
     Args:
         trainer: the PortraitTrainer it belongs to.
         pictures: validation samples in the grid of each epoch; 0 for no grid.
+        shards: absolute path or address of the shards, for reports that are made elsewhere.
     """
 
-    def __init__(self, trainer: Any, pictures: int) -> None:
+    def __init__(self, trainer: Any, pictures: int, shards: str = "") -> None:
         self.trainer = trainer
+        self.shards = shards
         self.pictures = pictures
         self.train_values: dict[str, float] = {}
         self.speed: dict[str, float] = {}
@@ -38,7 +40,8 @@ class RunRecorder(Callback):
         if distributed.rank() == 0:
             self.folder = RunFolder(self.trainer.checkpoints_dir_path)
             progress = self._progress(self.trainer.start_epoch, 0)
-            self.folder.append("start", machine=machine(), **progress)
+            location = {"shards": self.shards} if self.shards else {}
+            self.folder.append("start", machine=machine(), **location, **progress)
 
     def on_interval(
         self, trainer: Any, context: PhaseContext, batch_idx: int, losses: dict[str, float]

@@ -26,6 +26,7 @@ from portrait_dist.checkpoints import CheckpointInfo
 from portrait_dist.errors import DivergedError, InputError, Stopped
 from portrait_dist.models import UNet
 from portrait_dist.runs.folder import LATEST, RunFolder
+from portrait_dist.runs.health import Activity
 from portrait_dist.system.info import versions
 from portrait_dist.system.malloc import keep_freed_memory
 from portrait_dist.training import loop, state
@@ -37,6 +38,7 @@ from portrait_dist.training.device_batches import (
     TensorBatch,
     samples_in,
 )
+from portrait_dist.training.health import Health
 from portrait_dist.training.loop import LossMeter, LossWatch, Step
 from portrait_dist.training.preemption import (
     FAIL,
@@ -79,6 +81,8 @@ class LoopOptions:
         log_every_steps: batches between two lines of progress.
         log_keys: write the sample keys of every training batch into the run folder.
         timeout_seconds: a rank that stalls for so long ends the run.
+        step_timeout_seconds: the same within a training step; 0 for ten times the slowest one.
+        least_step_timeout_seconds: of the automatic one; a rank may wait for a server of shards.
         static_graph: tell DDP that every step uses the same parameters, which lets it prepare the
             exchange of gradients once. None: only for this package's U-Net, of which it is known.
     """
@@ -89,6 +93,8 @@ class LoopOptions:
     log_every_steps: int = 50
     log_keys: bool = False
     timeout_seconds: float = 600.0
+    step_timeout_seconds: float = 0.0
+    least_step_timeout_seconds: float = 0.0
     static_graph: bool | None = None
 
 
@@ -134,6 +140,7 @@ class PortraitTrainer(AdaptedTrainer):
         self.notice = StopNotice()
         self.checkpoint_writer = checkpoints.save_atomically
         self.saver = Saver()
+        self.health: Health | None = None
         self.samples_seen = 0
         self.images_per_second = 0.0
         self.data_wait_share = 0.0
@@ -223,6 +230,22 @@ class PortraitTrainer(AdaptedTrainer):
             raise
         self.saver.join()
         distributed.barrier()  # the files are there for every rank
+        if self.health:
+            self.health.close()
+            self.health = None
+
+    def start_health(self) -> Health:
+        """Watch the ranks from the first training epoch on. A collective, once in a run."""
+        if self.health is None:
+            self.health = Health.start(
+                RunFolder(self.checkpoints_dir_path),
+                device=self.torch_device,
+                group=self.agreement.group,
+                timeout_seconds=self.options.timeout_seconds,
+                step_timeout_seconds=self.options.step_timeout_seconds,
+                least_timeout_seconds=self.options.least_step_timeout_seconds,
+            )
+        return self.health
 
     def run_training_epoch(self, context: PhaseContext, show: bool) -> dict[str, float]:
         """Run one epoch, or the rest of one that was interrupted.
@@ -247,15 +270,18 @@ class PortraitTrainer(AdaptedTrainer):
         self.losses = LossWatch()
         self.agreement.start_epoch(-(-(total - done) // self.batch_accumulate))
         title = f"epoch {context.epoch + 1}/{self.max_epochs}"
-        with EpochProgress(title, total, done, show) as progress, contextlib.closing(batches):
-            hooks = _TrainingHooks(self, context, learner, batches, progress)
-            loop.train_epoch(learner, batches, hooks, done=done)
-        if self.torch_device.type == "cuda":
-            # The host is some steps ahead; the rate counts finished ones. _reduce waits anyway.
-            torch.cuda.synchronize(self.torch_device)
-        self.images_per_second, self.data_wait_share = batches.rate, batches.wait_share
-        self._finish_training_part(context, batches.position)
-        return self._reduce(context.loss_avg_meter, self.train_metrics)
+        health = self.start_health()
+        with health.training():
+            with EpochProgress(title, total, done, show) as progress, contextlib.closing(batches):
+                hooks = _TrainingHooks(self, context, learner, batches, progress, health)
+                loop.train_epoch(learner, batches, hooks, done=done)
+            health.enter(Activity.OTHER)
+            if self.torch_device.type == "cuda":
+                # The host is some steps ahead; the rate counts finished ones. _reduce waits anyway.
+                torch.cuda.synchronize(self.torch_device)
+            self.images_per_second, self.data_wait_share = batches.rate, batches.wait_share
+            self._finish_training_part(context, batches.position)
+            return self._reduce(context.loss_avg_meter, self.train_metrics)
 
     def _start_epoch(self, context: PhaseContext) -> int:
         """Begin an epoch or take up an interrupted one; return how many batches are done."""
@@ -334,13 +360,20 @@ class PortraitTrainer(AdaptedTrainer):
         self.saver.check()
         options, batch = self.options, index + 1 + self.steps_per_epoch * context.epoch
         agreed = self.agreement.exchange(self._request())
+        due = options.save_every_steps and batch % options.save_every_steps == 0
+        if agreed == NOTHING and not due:
+            return
+        with self.start_health().long_wait():
+            self._act_on(agreed, context, index, position)
+
+    def _act_on(self, agreed: int, context: PhaseContext, index: int, position: Position) -> None:
         if agreed == FAIL:
             self._raise_if_diverged(context)
         elif agreed == STOP:
             self._save_within_epoch(context, position)
             where = f"epoch {context.epoch + 1}, step {index + 1} of {self.steps_per_epoch}"
             self._stop(context, where)
-        elif agreed == SAVE or (options.save_every_steps and batch % options.save_every_steps == 0):
+        else:
             self._save_within_epoch(context, position)
 
     def _request(self) -> int:
@@ -355,8 +388,9 @@ class PortraitTrainer(AdaptedTrainer):
     def _finish_training_part(self, context: PhaseContext, position: Position) -> None:
         """Act on the last exchange; keep what the checkpoint of this epoch needs of every rank."""
         if self.agreement.finish() == STOP:
-            self._save_within_epoch(context, position)
-            self._stop(context, f"the end of epoch {context.epoch + 1}")
+            with self.start_health().long_wait():
+                self._save_within_epoch(context, position)
+                self._stop(context, f"the end of epoch {context.epoch + 1}")
         self._raise_if_diverged(context)
         self._rank_states = self._gather_states()
         self._last_position = position
@@ -374,7 +408,8 @@ class PortraitTrainer(AdaptedTrainer):
         distributed.barrier()
         context.update_context(stop_training=True)
         name = self.signals.received or "a signal to another rank"
-        step = self._last_position.batches + self.steps_per_epoch * context.epoch
+        batches, accumulate = self._last_position.batches, self.batch_accumulate
+        steps_per_epoch = -(-self.steps_per_epoch // accumulate)
         saved = f"saved in {self.checkpoints_dir_path}; the same command resumes there"
         if not self._can_save(self._last_position):
             saved = (
@@ -384,7 +419,8 @@ class PortraitTrainer(AdaptedTrainer):
         raise Stopped(
             f"stopped by {name} at {where}, {saved}",
             epoch=context.epoch,
-            step=step,
+            batch=context.epoch * self.steps_per_epoch + batches,
+            step=context.epoch * steps_per_epoch + -(-batches // accumulate),
             samples_seen=self.samples_seen,
         )
 
@@ -676,13 +712,15 @@ class _TrainingHooks:
         learner: loop.Learner,
         batches: DeviceBatches,
         progress: EpochProgress,
+        health: Health,
     ) -> None:
         self.trainer, self.context, self.learner = trainer, context, learner
-        self.batches, self.progress = batches, progress
+        self.batches, self.progress, self.health = batches, progress, health
         self.callbacks = trainer.phase_callback_handler
         self.keys: tuple[str, ...] = ()
 
     def batch_start(self, index: int, batch: Any) -> tuple[Any, Any]:
+        self.health.begin_batch()
         trainer = self.trainer
         trainer.describe_images(batch)
         inputs, targets, extra = trainer.inputs(batch, epoch=self.context.epoch)
@@ -715,8 +753,10 @@ class _TrainingHooks:
         self.callbacks.on_train_batch_loss_end(self.context)
         if index == 0:
             trainer._epoch_start_logging_values = trainer._get_epoch_start_logging_values()
+        self.health.enter(Activity.EXCHANGE)
 
     def backward_end(self) -> None:
+        self.health.enter(Activity.OTHER)
         self.callbacks.on_train_batch_backward_end(self.context)
 
     def step_start(self) -> None:
@@ -733,6 +773,10 @@ class _TrainingHooks:
             trainer.between_steps(self.context, index, self.batches.position)
         self.progress.advance()
         trainer.report_if_due(self.context, index, self.batches, self.progress)
+        self.health.end_batch()
+        if trainer._at_log_interval(index):
+            self.health.exchange()
+        self.health.enter(Activity.DATA)
 
 
 class _EvaluationHooks:

@@ -83,4 +83,52 @@ MUTATIONS = [
         test="tests/unit/test_report.py::test_what_differs_is_told_apart_by_the_recipe_of_the_run",
         why="the report compares the settings with the run's own recipe",
     ),
+    Mutation(
+        file="portrait_dist/runs/health.py",
+        old="beats[rank].collectives < front",
+        new="beats[rank].collectives < 0",
+        test="tests/unit/test_health.py::"
+        "test_a_rank_that_began_fewer_collectives_is_the_one_that_the_others_wait_for",
+        why="status names the rank that the others wait for",
+    ),
+    Mutation(
+        file="portrait_dist/runs/health.py",
+        old="raise pickle.UnpicklingError(",
+        new="return super().find_class(module, name) or (",
+        test="tests/unit/test_health.py::"
+        "test_damaged_files_are_left_out_and_no_pickle_executes_code",
+        why="a record of collectives executes no code",
+    ),
+    Mutation(
+        file="portrait_dist/training/health.py",
+        old="STEPS_OF_A_TIMEOUT * self.slowest",
+        new="self.slowest",
+        test="tests/unit/test_health.py::"
+        "test_the_timeout_of_a_step_is_ten_of_the_slowest_and_at_least_a_minute",
+        why="a step may take ten times the slowest one",
+    ),
+    Mutation(
+        file="portrait_dist/training/health.py",
+        old="own = [t.data + t.other + factor * t.compute for t in times]",
+        new="own = [t.step for t in times]",
+        test="tests/unit/test_health.py::"
+        "test_a_rank_that_waits_for_data_is_told_from_one_that_computes_slowly_or_is_held_up",
+        why="a slow rank is told from those that wait for it",
+    ),
+    Mutation(
+        file=JOB,
+        old="not one.progressed and not one.sick_nodes",
+        new="not one.progressed",
+        test="tests/slurm/test_requeue_decisions.py::"
+        "test_a_node_is_excluded_when_it_is_sick_or_when_two_attempts_failed_there",
+        why="a job that leaves a sick node does not give up",
+    ),
+    Mutation(
+        file="portrait_dist/slurm/node_check.py",
+        old="if len(rows) < gpus:",
+        new="if False:",
+        test="tests/slurm/test_sick_node.py::"
+        "test_what_is_wrong_with_a_gpu_is_found_unless_the_job_trains_on_cpus",
+        why="a node that lost a GPU is found before it trains",
+    ),
 ]

@@ -16,6 +16,9 @@ import pytest
 
 from portrait_dist.runs.folder import RunFolder
 from portrait_dist.runs.health import Stall, find_stall, read_heartbeats
+from portrait_dist.runs.report import write_report
+from portrait_dist.runs.status import run_status
+from tests.jobs import lines, train
 from tests.waiting import wait_for
 
 HOST = socket.gethostname()
@@ -94,3 +97,37 @@ def test_a_slow_rank_is_named_with_its_speed_and_the_reason(
     assert f"rank 1 on {HOST} runs at" in output
     assert reason in (events[0].message or "")
     assert not RunFolder(tmp_path).health.exists(), "a run that ends well leaves no heartbeats"
+
+
+def test_a_training_whose_rank_is_stopped_for_good_ends_and_status_names_the_rank(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    """The timeout of a step ends the run (in validation the long one) and names the rank."""
+    keys = ("train.max_epochs=400", "train.batch_size=1", "train.log_every_steps=1")
+    timeouts = ("train.step_timeout_seconds=25", "train.timeout_seconds=60")
+    started = train(tmp_path, tiny_shards, *keys, *timeouts, ranks=2)
+    run = tmp_path / "run"
+    try:
+        wait_for(lambda: len(lines(run, "interval")) > 3, what="some steps are trained")
+        started.ranks()[1].suspend()
+
+        def stalled() -> str | None:
+            return run_status(run).stall
+
+        message = wait_for(stalled, what="status names the stopped rank")
+        assert f"rank 1 on {HOST} did not reach" in (message or "")
+        assert "The ranks wait" in report_of(run, tmp_path)
+        assert started.wait(120) != 0
+    finally:
+        started.end()
+    error = lines(run, "error")[-1]
+    assert f"rank 1 on {HOST} did not reach" in error["message"]
+    assert error["exit_code"] == 1
+    assert run_status(run).last_error == error["message"]
+    assert "Traceback" not in started.text()
+
+
+def report_of(run: Path, folder: Path) -> str:
+    """Write a report without images and return it."""
+    write_report(run, folder / "report.html", samples=0)
+    return (folder / "report.html").read_text()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,15 @@ from portrait_dist.slurm.job import (
     Attempt,
     SignalRelay,
     decide,
+    first_failed_node,
     made_progress,
+    nodes_to_exclude,
     read_attempts,
     record_attempt,
     srun_command,
 )
 from portrait_dist.slurm.node import launch_config
+from portrait_dist.slurm.node_check import NodeReport
 from portrait_dist.slurm.sweep import combinations, split_arguments, task_arguments
 
 JOB = {
@@ -143,6 +148,42 @@ def test_a_job_that_saves_nothing_new_twice_gives_up_with_the_reason(tmp_path: P
     assert record_attempt(path, allocation, ended()) == 0
 
 
+def test_a_node_is_excluded_when_it_is_sick_or_when_two_attempts_failed_there(
+    tmp_path: Path,
+) -> None:
+    path, allocation = tmp_path / "attempts.jsonl", Allocation.from_environment(JOB)
+
+    def after(attempt: Attempt) -> list[str]:
+        record_attempt(path, allocation, attempt)
+        return nodes_to_exclude(path)
+
+    failed = {node: replace(ended(1), failed_node=node) for node in ("n1", "n2")}
+    assert after(failed["n1"]) == []
+    assert after(failed["n2"]) == []
+    assert after(failed["n1"]) == ["n1"]
+    sick = replace(ended(1, progressed=False), sick=(NodeReport("n3", ("no driver",)),))
+    assert after(sick) == ["n3", "n1"]
+    assert record_attempt(path, allocation, sick) == 0, "a job that leaves a sick node goes on"
+    decision = decide(sick, 4, 0, RunConfig())
+    assert (decision.requeue, decision.message) == (True, "node n3: no driver")
+
+
+def test_the_node_that_failed_is_the_one_that_hangs_else_the_first_to_fail(tmp_path: Path) -> None:
+    path, allocation = tmp_path / "failures.jsonl", Allocation.from_environment(JOB)
+    records = [(1, "n2", 30), (1, "n1", 20), (2, "n0", 10)]
+    path.write_text(
+        "".join(
+            json.dumps({"attempt": attempt, "node": node, "time": moment}) + "\n"
+            for attempt, node, moment in records
+        )
+        + "rubbish\n[]\n"
+    )
+    hang = Event(kind="error", time=0, message="rank 5 hangs", host="n3")
+    assert first_failed_node(path, allocation, Events()) == "n1"
+    assert first_failed_node(path, allocation, Events((hang,))) == "n3"
+    assert first_failed_node(tmp_path / "none", allocation, Events()) == ""
+
+
 def test_a_damaged_line_of_the_attempts_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "attempts.jsonl"
     path.write_bytes(b'{"attempt": 1}\n\xff\n[]\n')
@@ -233,6 +274,7 @@ def test_only_the_first_usr2_reaches_srun_also_when_it_comes_before_srun(
         signal.raise_signal(signal.SIGUSR2)
         assert child.sent == []
         early.attach(child)
+        assert child.sent == [signal.SIGUSR2], "what came before srun is passed on"
         signal.raise_signal(signal.SIGUSR2)
         signal.raise_signal(signal.SIGTERM)
         assert child.sent == [signal.SIGUSR2]

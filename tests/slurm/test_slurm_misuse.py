@@ -74,7 +74,8 @@ def test_a_job_whose_ranks_find_wrong_input_ends_with_their_line_and_is_not_requ
     cluster: Cluster, tmp_path: Path
 ) -> None:
     options = ["--gpus-per-node=2", f"--output={tmp_path}/log", str(LAUNCH / "slurm.sbatch")]
-    job = cluster.wait(cluster.sbatch(*options, "data.shards=none", cwd=tmp_path), 200)
+    keys = ("data.shards=none", "train.device=cpu")  # the GPUs of this cluster are not there
+    job = cluster.wait(cluster.sbatch(*options, *keys, cwd=tmp_path), 200)
     log = (tmp_path / "log").read_text()
     assert "1 node(s) n0, 2 rank(s), 2 per node, 2 GPU(s)" in log
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log

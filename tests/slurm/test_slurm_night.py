@@ -217,7 +217,7 @@ def test_each_rank_has_its_log_beside_the_others_in_the_jobs_folder(night: Night
         for rank in (0, 1)
         for kind in ("out", "err")
     }
-    assert names == expected | {"attempts.jsonl"}
+    assert names == expected | {"attempts.jsonl", "failures.jsonl"}
 
 
 def test_status_reads_the_run_without_slurm(night: Night) -> None:

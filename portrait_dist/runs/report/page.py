@@ -147,6 +147,7 @@ def render(run: Run, location: ShardsLocation, scored: ScoredRun | None, no_scor
             spread=Markup(spread(scored.scores)) if scored else "",
             images=images,
             happened=happened(run.events),
+            slow_ranks=slow_ranks(run.events),
             rows=run.settings.rows() if run.settings.values else [],
             data={"shards": location.path or "not named", **(scored.shards if scored else {})},
             machine=machine(run.machine),
@@ -316,6 +317,36 @@ def happened(events: Events) -> list[tuple[str, str, str]]:
             message = f"at epoch {(event.epoch or 0) + 1}, {event.world_size or '?'} rank(s)"
         rows.append((when, EVENT_NAMES[event.kind], message))
     return rows
+
+
+@dataclass(frozen=True)
+class SlowRank:
+    """A rank that was reported as slow: how often, its lowest speed, and the last report."""
+
+    rank: int
+    host: str
+    reports: int
+    relative_speed: float
+    message: str
+
+
+def slow_ranks(events: Events) -> list[SlowRank]:
+    """Return the ranks that were reported as slow, the most often reported one first."""
+    reports: dict[tuple[int, str], list[Event]] = {}
+    for event in events.of_kind("straggler"):
+        if event.rank is not None and event.relative_speed is not None:
+            reports.setdefault((event.rank, event.host or ""), []).append(event)
+    found = [
+        SlowRank(
+            rank,
+            host,
+            len(lines),
+            min(line.relative_speed or 0.0 for line in lines),
+            lines[-1].message or "",
+        )
+        for (rank, host), lines in reports.items()
+    ]
+    return sorted(found, key=lambda one: -one.reports)
 
 
 def machine(found: Mapping[str, Any]) -> dict[str, str]:
