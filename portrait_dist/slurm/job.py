@@ -200,6 +200,11 @@ def run_job(arguments: Sequence[str]) -> int:
         attempt = attempt_without_training(sick, relay, allocation)
     else:
         attempt = supervise(command, folder, allocation, relay, logs)
+    return act_on(attempt, allocation, settings, logs)
+
+
+def act_on(attempt: Attempt, allocation: Allocation, settings: config.Config, logs: Path) -> int:
+    """Write down how an attempt ended, requeue the job or report why not; return the exit code."""
     idle = record_attempt(logs / ATTEMPTS, allocation, attempt)
     decision = decide(attempt, allocation.restarts, idle, settings.run)
     if decision.requeue:
@@ -211,6 +216,7 @@ def run_job(arguments: Sequence[str]) -> int:
         return 0
     log(f"not requeued: {decision.message}")
     if attempt.last or attempt.reason != StopReason.REFUSED:  # a refused command changes no run
+        folder = RunFolder(settings.run_dir)
         report_to_status(folder, f"not requeued: {decision.message}", attempt.exit_code)
     return attempt.exit_code
 

@@ -275,17 +275,9 @@ class Health:
             least_timeout_seconds: of the automatic timeout.
         """
         device = device or torch.device("cpu")
-        groups: list[tuple[ProcessGroup, float]] = []
-        if distributed.is_initialized() and distributed.world_size() > 1:
-            import torch.distributed as dist
-
-            default = dist.distributed_c10d._get_default_group()
-            groups.append(
-                (default, distributed.SECONDS_FOR_PYTHON if device.type == "cuda" else 0.0)
-            )
-            if group is not None and group is not default:
-                groups.append((group, 0.0))
-            group = group if group is not None else default
+        groups = _groups(group, device)
+        if groups:
+            group = groups[-1][0]
             if distributed.rank() == 0:
                 _empty(folder.health)
             hosts = distributed.gather_objects(
@@ -436,6 +428,21 @@ class Health:
         distributed.barrier()
         if self.group is not None and self.rank == 0:
             shutil.rmtree(self.folder.health, ignore_errors=True)
+
+
+def _groups(group: ProcessGroup | None, device: torch.device) -> list[tuple[ProcessGroup, float]]:
+    """Return the default group and the gloo group, with seconds to add to their timeouts.
+
+    The last one is gloo's. One rank alone has none.
+    """
+    if not distributed.is_initialized() or distributed.world_size() == 1:
+        return []
+    import torch.distributed as dist
+
+    default = dist.distributed_c10d._get_default_group()
+    grace = distributed.SECONDS_FOR_PYTHON if device.type == "cuda" else 0.0
+    found = [(default, grace)]
+    return found if group in (None, default) else [*found, (group, 0.0)]
 
 
 class _Heart(threading.Thread):

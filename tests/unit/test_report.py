@@ -332,6 +332,20 @@ def test_a_report_finds_its_shards_wherever_it_is_made(
         assert "relative to the folder where training ran" in lost.problem
 
 
+def test_slow_ranks_stand_in_the_report_the_slowest_report_of_each(tmp_path: Path) -> None:
+    slow = {"kind": "straggler", "rank": 5, "host": "node<7>"}
+    folder = run_of_lines(
+        tmp_path / "run",
+        {"kind": "start", "epoch": 0, "step": 0},
+        slow | {"relative_speed": 0.5, "message": "waits for data"},
+        slow | {"relative_speed": 0.6, "message": "computes slowly"},
+    )
+    write_report(folder, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert 'node&lt;7&gt;</td><td class="n">2</td><td class="n">0.50</td>' in text
+    assert "<td>computes slowly</td>" in text
+
+
 def test_what_a_run_wrote_cannot_become_markup(tmp_path: Path) -> None:
     folder = run_of_lines(
         tmp_path / "<b>run",

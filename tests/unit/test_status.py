@@ -91,6 +91,16 @@ def test_status_tells_failed_stopped_silent_and_finished_runs_apart(tmp_path: Pa
     assert (finished.state, finished.seconds_left, finished.epoch) == (State.FINISHED, 0.0, 5)
 
 
+def test_the_last_report_of_a_slow_rank_in_this_attempt_is_shown(tmp_path: Path) -> None:
+    message = "rank 5 on node7 runs at 0.6 of the median: waits for data"
+    slow = line("straggler", 1210, rank=5, host="node7", relative_speed=0.6, message=message)
+    status = run_status(write_run(tmp_path / "slow", slow), now=1250)
+    assert (status.straggler, status.straggler_age_seconds) == (message, 40.0)
+    assert f"40 s ago: {message}" in status.table()
+    again = line("start", 1220, epoch=2, step=20, **POSITION)
+    assert run_status(write_run(tmp_path / "again", slow, again), now=1250).straggler is None
+
+
 @pytest.mark.parametrize(
     "rubbish",
     [

@@ -126,36 +126,38 @@ def render(run: Run, location: ShardsLocation, scored: ScoredRun | None, no_scor
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "data_address": data_address}
+    style = Markup((here / "report.css").read_text(encoding="utf-8"))
+    shown = contents(run, location, scored)
+    template = environment.get_template("page.html.j2")
+    return template.render(style=style, no_scores=no_scores, **shown).lstrip()
+
+
+def contents(run: Run, location: ShardsLocation, scored: ScoredRun | None) -> dict[str, Any]:
+    """Return what the template shows, by the names that it uses."""
     progress = deduplicated(run.events)
     epochs = [event for event in progress if event.kind == "epoch"]
-    return (
-        environment.get_template("page.html.j2")
-        .render(
-            style=Markup((here / "report.css").read_text(encoding="utf-8")),
-            name=run.folder.path.resolve().name,
-            made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            run=run,
-            bad=run.status.state in (State.FAILED, State.SILENT),
-            tiles=tiles(run, epochs),
-            charts=[Markup(chart) for chart in charts(progress, run.events)],
-            notes=notes(progress, run.events),
-            columns=EPOCH_COLUMNS,
-            epochs=epochs,
-            scores=scored.scores if scored else None,
-            no_scores=no_scores,
-            score_rows=score_rows(scored.scores) if scored else [],
-            spread=Markup(spread(scored.scores)) if scored else "",
-            images=images,
-            happened=happened(run.events),
-            slow_ranks=slow_ranks(run.events),
-            rows=run.settings.rows() if run.settings.values else [],
-            data={"shards": location.path or "not named", **(scored.shards if scored else {})},
-            machine=machine(run.machine),
-            commands=commands(run, location),
-            batch=global_batch(run),
-        )
-        .lstrip()
-    )
+    return {
+        "name": run.folder.path.resolve().name,
+        "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "run": run,
+        "bad": run.status.state in (State.FAILED, State.SILENT),
+        "tiles": tiles(run, epochs),
+        "charts": [Markup(chart) for chart in charts(progress, run.events)],
+        "notes": notes(progress, run.events),
+        "columns": EPOCH_COLUMNS,
+        "epochs": epochs,
+        "scores": scored.scores if scored else None,
+        "score_rows": score_rows(scored.scores) if scored else [],
+        "spread": Markup(spread(scored.scores)) if scored else "",
+        "images": images,
+        "happened": happened(run.events),
+        "slow_ranks": slow_ranks(run.events),
+        "rows": run.settings.rows() if run.settings.values else [],
+        "data": {"shards": location.path or "not named", **(scored.shards if scored else {})},
+        "machine": machine(run.machine),
+        "commands": commands(run, location),
+        "batch": global_batch(run),
+    }
 
 
 def deduplicated(events: Events) -> list[Event]:
