@@ -245,6 +245,7 @@ class Health:
         self._spent = dict.fromkeys(Activity, 0.0)
         self._since = time.perf_counter()
         self._step_began = self._since
+        self._just_waited = False
         self._steps = 0
         self._forward: tuple[Any, Any] | None = None
         self._pending: tuple[Any, list[torch.Tensor]] | None = None
@@ -311,7 +312,9 @@ class Health:
         now = self._since
         if self.batches > 1:  # the first one compiles and warms up
             self.timeout.note(now - self._step_began)
-            self.timeout.shorten()
+            if not self._just_waited:  # rank 0 may still be writing while the others step on
+                self.timeout.shorten()
+        self._just_waited = False
         self._step_began = now
         self._steps += 1
 
@@ -328,7 +331,10 @@ class Health:
 
     @contextlib.contextmanager
     def long_wait(self) -> Iterator[None]:
-        """Surround what may take long within the training part: a save, a stop."""
+        """Surround what may take long within the training part: a save, a stop.
+
+        The long timeout then holds for the next batch too.
+        """
         before = self.activity
         self.timeout.lengthen()
         self.enter(Activity.OTHER)
@@ -337,6 +343,7 @@ class Health:
         finally:
             self.enter(before)
             self._step_began = time.perf_counter()
+            self._just_waited = True
 
     # What the ranks tell each other -----------------------------------------------------------
 
