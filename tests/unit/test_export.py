@@ -1,8 +1,11 @@
 """An exported file computes what the network does and says what goes in and comes out."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,23 +15,24 @@ import torch
 
 from portrait_dist.cli import run
 from portrait_dist.errors import InputError
-from portrait_dist.inference.export import Normalised, export, largest_difference
+from portrait_dist.inference.export import ExportFormat, Normalised, export, largest_difference
+from portrait_dist.models import UNet
 from portrait_dist.preprocessing import MEAN, STD
 from tests import blobs, cli
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> UNet:
     return blobs.train(steps=2)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(model, tmp_path_factory):
+def checkpoint(model: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return blobs.save(model, tmp_path_factory.mktemp("run") / "ckpt_best.pth", size=(64, 48))
 
 
 @pytest.fixture(scope="module")
-def expected(model):
+def expected(model: UNet) -> tuple[torch.Tensor, torch.Tensor]:
     """Five pictures from 0 to 1 and the network's alpha of them."""
     pictures = torch.rand(5, 3, 64, 48, generator=torch.Generator().manual_seed(3))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
@@ -37,8 +41,11 @@ def expected(model):
 
 
 def test_an_onnx_file_computes_the_networks_alpha_and_documents_itself(
-    checkpoint, expected, tmp_path, capfd
-):
+    checkpoint: Path,
+    expected: tuple[torch.Tensor, torch.Tensor],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     path = tmp_path / "deep" / "portrait.onnx"
     words = [
         "export",
@@ -72,8 +79,8 @@ def test_an_onnx_file_computes_the_networks_alpha_and_documents_itself(
 
 
 def test_a_pt2_file_computes_the_networks_alpha_and_documents_itself(
-    checkpoint, expected, tmp_path
-):
+    checkpoint: Path, expected: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
     path = tmp_path / "portrait.pt2"
     assert export(checkpoint, path, "pt2").largest_difference < 1e-4
     extra = {"metadata.json": ""}
@@ -87,7 +94,9 @@ def test_a_pt2_file_computes_the_networks_alpha_and_documents_itself(
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(checkpoint, tmp_path, kind):
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, kind: ExportFormat
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     command = (  # a file system of 64 KiB, seen by this one process only
@@ -118,7 +127,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(checkpoint, tmp_path, kind):
 
 
 @pytest.mark.parametrize("out", ["file/portrait.onnx", "folder"])
-def test_an_output_that_cannot_be_written_is_refused_before_the_checkpoint_is_read(tmp_path, out):
+def test_an_output_that_cannot_be_written_is_refused_before_the_checkpoint_is_read(
+    tmp_path: Path, out: str
+) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     result = cli.call(
@@ -128,13 +139,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_checkpoint_is_re
     cli.assert_one_line(result, 2, str(tmp_path / out.split("/")[0]), "; give the path of a")
 
 
-def test_a_file_of_another_network_would_be_noticed(model):
+def test_a_file_of_another_network_would_be_noticed(model: UNet) -> None:
     other = blobs.train(steps=3)
     assert largest_difference(Normalised(model), Normalised(other), (64, 48)) > 1e-4
     assert largest_difference(Normalised(model), Normalised(model), (64, 48)) == 0
 
 
-def test_an_existing_file_is_kept_without_force(checkpoint, tmp_path):
+def test_an_existing_file_is_kept_without_force(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "portrait.onnx"
     path.write_text("precious")
     with pytest.raises(InputError, match="add --force"):

@@ -1,9 +1,15 @@
 """Alpha comes at the photo's own resolution and upright; finishing filters do what they say."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from portrait_dist.errors import DamagedDataError, InputError
@@ -15,29 +21,32 @@ from portrait_dist.inference.compositing import (
     side_by_side,
 )
 from portrait_dist.inference.photos import read_photo
-from portrait_dist.inference.placement import FITS, fit_photo, shrink
+from portrait_dist.inference.placement import FITS, Fit, fit_photo, shrink
 from portrait_dist.inference.refine import keep_largest, refine_alpha
 from portrait_dist.inference.segmenter import PortraitSegmenter
+from portrait_dist.preprocessing import Alpha, ImageArray
 from tests import blobs
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return blobs.save(blobs.train(), tmp_path_factory.mktemp("run") / "ckpt_best.pth")
 
 
 @pytest.fixture(scope="module")
-def segmenter(checkpoint):
+def segmenter(checkpoint: Path) -> PortraitSegmenter:
     return PortraitSegmenter.from_checkpoint(checkpoint, device="cpu", precision="fp32")
 
 
-def iou(alpha, truth):
+def iou(alpha: Alpha, truth: Alpha) -> float:
     return ((alpha > 0.5) & (truth > 0.5)).sum() / ((alpha > 0.5) | (truth > 0.5)).sum()
 
 
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("shape", [(160, 120), (120, 213), (97, 101), (300, 90)])
-def test_alpha_finds_the_figure_at_the_pictures_own_resolution(segmenter, shape, fit):
+def test_alpha_finds_the_person_at_the_photos_own_resolution(
+    segmenter: PortraitSegmenter, shape: tuple[int, int], fit: Fit
+) -> None:
     photo, truth = blobs.photo(shape[0], shape[1], seed=100)
     alpha = PortraitSegmenter(
         segmenter.model, segmenter.size, fit=fit, device="cpu", precision="fp32"
@@ -48,7 +57,9 @@ def test_alpha_finds_the_figure_at_the_pictures_own_resolution(segmenter, shape,
     assert iou(alpha, truth) > 0.8
 
 
-def test_a_photo_turned_by_its_exif_orientation_is_predicted_upright(segmenter, tmp_path):
+def test_a_photo_turned_by_its_exif_orientation_is_predicted_upright(
+    segmenter: PortraitSegmenter, tmp_path: Path
+) -> None:
     photo, truth = blobs.photo(160, 120, seed=101)
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side: turn it clockwise to see it upright
@@ -57,7 +68,7 @@ def test_a_photo_turned_by_its_exif_orientation_is_predicted_upright(segmenter, 
     assert iou(segmenter.predict(tmp_path / "turned.png"), truth) > 0.8
 
 
-def test_a_list_gives_in_order_what_each_picture_gives_alone(segmenter):
+def test_a_list_gives_in_order_what_each_picture_gives_alone(segmenter: PortraitSegmenter) -> None:
     shapes = [(160, 120), (120, 160), (80, 60), (160, 120), (97, 101)]
     photos = [blobs.photo(*shape, seed=seed)[0] for seed, shape in enumerate(shapes)]
     for alpha, photo in zip(segmenter.predict(photos, batch_size=3), photos, strict=True):
@@ -65,7 +76,9 @@ def test_a_list_gives_in_order_what_each_picture_gives_alone(segmenter):
     assert segmenter.predict([]) == []
 
 
-def test_paths_pil_images_and_arrays_of_one_picture_give_one_alpha(segmenter, tmp_path):
+def test_paths_pil_images_and_arrays_of_one_photo_give_one_alpha(
+    segmenter: PortraitSegmenter, tmp_path: Path
+) -> None:
     photo, _ = blobs.photo(80, 60, seed=102)
     Image.fromarray(photo).save(tmp_path / "photo.png")
     opaque = np.dstack([photo, np.full(photo.shape[:2], 255, np.uint8)])
@@ -81,7 +94,7 @@ def test_paths_pil_images_and_arrays_of_one_picture_give_one_alpha(segmenter, tm
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "I;16", "1"])
-def test_pictures_of_any_colour_mode_are_read(tmp_path, mode):
+def test_photos_of_any_colour_mode_are_read(tmp_path: Path, mode: str) -> None:
     grey = Image.fromarray(np.full((20, 30), 255, np.uint8))
     image = (
         Image.fromarray(np.full((20, 30), 65535, np.uint16))
@@ -93,7 +106,9 @@ def test_pictures_of_any_colour_mode_are_read(tmp_path, mode):
     assert read_photo(tmp_path / "photo.tif").min() >= 253
 
 
-def test_bad_pictures_are_named_with_what_to_do(segmenter, tmp_path):
+def test_bad_photos_are_named_with_what_to_do(
+    segmenter: PortraitSegmenter, tmp_path: Path
+) -> None:
     whole = tmp_path / "whole.jpg"
     Image.fromarray(blobs.photo(200, 200, seed=103)[0]).save(whole)
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:1500])
@@ -106,10 +121,10 @@ def test_bad_pictures_are_named_with_what_to_do(segmenter, tmp_path):
         with pytest.raises(kind, match=f"{name}: .+; "):
             segmenter.predict(tmp_path / name)
     with pytest.raises(InputError, match="give uint8"):
-        segmenter.predict(np.zeros((8, 8, 3)))
+        segmenter.predict(np.zeros((8, 8, 3)))  # type: ignore[arg-type]
 
 
-def test_bf16_gives_the_masks_of_fp32(segmenter):
+def test_bf16_gives_the_masks_of_fp32(segmenter: PortraitSegmenter) -> None:
     photo, _ = blobs.photo(160, 120, seed=104)
     low = PortraitSegmenter(
         segmenter.model, segmenter.size, device="cpu", precision="bf16"
@@ -119,7 +134,7 @@ def test_bf16_gives_the_masks_of_fp32(segmenter):
 
 
 @given(height=st.integers(1, 5000), width=st.integers(1, 5000))
-def test_every_fit_gives_the_network_a_size_it_takes(height, width):
+def test_every_fit_gives_the_network_a_size_it_takes(height: int, width: int) -> None:
     for fit in FITS:
         placement = fit_photo(height, width, (256, 192), fit, 0.75)
         top, left, inner_height, inner_width = placement.inner
@@ -131,7 +146,9 @@ def test_every_fit_gives_the_network_a_size_it_takes(height, width):
 
 @pytest.mark.parametrize("fit", ["cover", "letterbox"])
 @pytest.mark.parametrize("shape", [(800, 600), (600, 800), (1080, 1920), (1920, 1080), (700, 700)])
-def test_a_person_is_squeezed_as_in_training_whatever_the_pictures_shape(fit, shape):
+def test_a_person_is_squeezed_as_in_training_whatever_the_photos_shape(
+    fit: Fit, shape: tuple[int, int]
+) -> None:
     _, _, height, width = fit_photo(shape[0], shape[1], (256, 256), fit, 0.75).inner
     squeeze = (height / shape[0]) / (width / shape[1])
     assert squeeze == pytest.approx(
@@ -139,13 +156,13 @@ def test_a_person_is_squeezed_as_in_training_whatever_the_pictures_shape(fit, sh
     )  # cover rounds to multiples of 16
 
 
-def test_an_upright_picture_of_the_training_shape_fills_the_network_exactly():
+def test_an_upright_photo_of_the_training_shape_fills_the_network_exactly() -> None:
     assert {
         fit: fit_photo(1200, 900, (256, 256), fit, 0.75).inner for fit in FITS
     } == dict.fromkeys(FITS, (0, 0, 256, 256))
 
 
-def test_what_a_letterbox_adds_continues_the_pictures_edge():
+def test_what_a_letterbox_adds_continues_the_photos_edge() -> None:
     photo, _ = blobs.photo(100, 200, seed=107)
     placement = fit_photo(100, 200, (64, 64), "letterbox", 0.75)
     top, left, height, width = placement.inner
@@ -157,8 +174,15 @@ def test_what_a_letterbox_adds_continues_the_pictures_edge():
     assert np.array_equal(small[top + height :], np.repeat(inner[-1:], 64 - top - height, axis=0))
 
 
-def test_levels_make_what_the_network_is_sure_of_whole_and_leave_the_border_where_it_is(segmenter):
-    options = {"size": segmenter.size, "device": "cpu", "precision": "fp32", "refine": False}
+def test_levels_make_what_the_network_is_sure_of_whole_and_leave_the_border_where_it_is(
+    segmenter: PortraitSegmenter,
+) -> None:
+    options: dict[str, Any] = {
+        "size": segmenter.size,
+        "device": "cpu",
+        "precision": "fp32",
+        "refine": False,
+    }
     photo, _ = blobs.photo(64, 64, seed=106)
     plain = PortraitSegmenter(segmenter.model, **options, fit="squash").predict(photo)
     hard = PortraitSegmenter(segmenter.model, **options, fit="squash", levels=(0.3, 0.7)).predict(
@@ -172,10 +196,10 @@ def test_levels_make_what_the_network_is_sure_of_whole_and_leave_the_border_wher
     assert np.array_equal(hard > 0.5, plain > 0.5)
 
 
-def test_left_and_right_are_treated_alike_unless_the_mean_with_the_mirrored_picture_is_switched_off(
-    segmenter,
-):
-    options = {
+def test_left_and_right_are_treated_alike_unless_the_mean_with_the_mirrored_photo_is_switched_off(
+    segmenter: PortraitSegmenter,
+) -> None:
+    options: dict[str, Any] = {
         "size": segmenter.size,
         "device": "cpu",
         "precision": "fp32",
@@ -196,12 +220,14 @@ def test_left_and_right_are_treated_alike_unless_the_mean_with_the_mirrored_pict
 @pytest.mark.parametrize(
     "levels", [(0.7, 0.3), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)]
 )
-def test_levels_that_make_no_sense_are_refused(segmenter, levels):
+def test_levels_that_make_no_sense_are_refused(
+    segmenter: PortraitSegmenter, levels: tuple[float, float]
+) -> None:
     with pytest.raises(InputError, match="0 <= low < high <= 1"):
         PortraitSegmenter(segmenter.model, segmenter.size, device="cpu", levels=levels)
 
 
-def test_islands_go_with_their_soft_edges_and_the_largest_person_keeps_its_own():
+def test_islands_go_with_their_soft_edges_and_the_largest_person_keeps_its_own() -> None:
     rows, columns = np.mgrid[:64, :64]
     distance = [np.hypot(rows - y, columns - x) for y, x in ((30, 20), (30, 52))]
     both = [
@@ -216,7 +242,7 @@ def test_islands_go_with_their_soft_edges_and_the_largest_person_keeps_its_own()
     assert np.array_equal(keep_largest(alone), alone)
 
 
-def test_a_segmenter_shows_what_decides_its_masks(segmenter):
+def test_a_segmenter_shows_what_decides_its_masks(segmenter: PortraitSegmenter) -> None:
     shown = repr(segmenter)
     for fact in ("size=(64, 64)", "aspect=0.75", "fit='letterbox'", "precision='fp32'", "'cpu'"):
         assert fact in shown
@@ -231,12 +257,14 @@ def test_a_segmenter_shows_what_decides_its_masks(segmenter):
         ({"aspect": 0.0}, "positive number"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(segmenter, options, message):
+def test_options_that_make_no_sense_are_refused(
+    segmenter: PortraitSegmenter, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         PortraitSegmenter(segmenter.model, **{"device": "cpu", **options})
 
 
-def test_refined_alpha_follows_the_pictures_edge():
+def test_refined_alpha_follows_the_photos_edge() -> None:
     photo, truth = blobs.photo(400, 300, seed=105)
     small = Image.fromarray(truth).resize((19, 25), Image.Resampling.BILINEAR)
     coarse = np.roll(np.asarray(small.resize((300, 400), Image.Resampling.BILINEAR)), 8, axis=1)
@@ -248,7 +276,7 @@ def test_refined_alpha_follows_the_pictures_edge():
     assert np.allclose(refine_alpha(photo, np.ones_like(truth), 16), 1, atol=1e-3)
 
 
-def fringe():
+def fringe() -> tuple[ImageArray, Alpha, NDArray[np.bool_]]:
     """A red person with a wide soft edge before green: the photo, its alpha and where they mix."""
     y, x = np.mgrid[:480, :360]
     alpha = np.clip((120 - np.hypot(y - 240, x - 180)) / 12 + 0.5, 0, 1).astype(np.float32)
@@ -258,7 +286,7 @@ def fringe():
     return photo, alpha, (alpha > 0.1) & (alpha < 0.9)
 
 
-def test_a_cut_out_has_no_fringe_of_the_old_background():
+def test_a_cut_out_has_no_fringe_of_the_old_background() -> None:
     photo, alpha, mixed = fringe()
     red = np.array([0.8, 0.2, 0.2])
     before, after = (
@@ -269,12 +297,12 @@ def test_a_cut_out_has_no_fringe_of_the_old_background():
     assert np.abs(cut_out(photo, alpha)[..., :3].astype(int) - photo)[alpha == 1].max() <= 2
 
 
-def test_a_blurred_background_holds_none_of_the_person():
+def test_a_blurred_background_holds_none_of_the_person() -> None:
     photo, alpha, _ = fringe()
     assert np.abs(blurred(photo, alpha)[alpha < 0.9] - [0.1, 0.7, 0.1]).max() < 0.1
 
 
-def test_backgrounds_are_colours_pictures_blur_or_nothing(tmp_path):
+def test_backgrounds_are_colours_pictures_blur_or_nothing(tmp_path: Path) -> None:
     photo, alpha, _ = fringe()
     Image.new("RGB", (300, 100), (0, 0, 255)).save(tmp_path / "sea.png")
     assert cut_out(photo, alpha, parse_background("transparent")).shape == (480, 360, 4)
@@ -292,12 +320,12 @@ def test_backgrounds_are_colours_pictures_blur_or_nothing(tmp_path):
         parse_background("whte")
 
 
-def test_a_side_by_side_picture_has_three_panels_of_at_most_800_pixels_height():
+def test_a_side_by_side_picture_has_three_panels_of_at_most_800_pixels_height() -> None:
     photo, alpha = blobs.photo(1200, 900, seed=106)
     assert side_by_side(photo, alpha, cut_out(photo, alpha)).shape == (800, 1800, 3)
 
 
-def test_predictions_leave_the_callers_arrays_alone(segmenter):
+def test_predictions_leave_the_callers_arrays_alone(segmenter: PortraitSegmenter) -> None:
     photo, _ = blobs.photo(64, 64, seed=107)
     copy = photo.copy()
     alpha = segmenter.predict(photo)
