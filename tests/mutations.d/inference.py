@@ -12,14 +12,14 @@ MUTATIONS = [
         file="portrait_dist/inference/batch.py",
         old="        except (InputError, DamagedDataError) as error:\n",
         new="        except DamagedDataError as error:\n",
-        test=PREDICT + "no_single_photo_stops_the_others_and_each_is_named_with_what_is_wrong",
+        test=PREDICT + "a_broken_photo_is_named_at_the_end_and_the_others_are_done",
         why="no single photo ends predict for the others",
     ),
     Mutation(
         file="portrait_dist/inference/photos.py",
         old="    if not stat.S_ISREG(mode):\n",
         new="    if stat.S_ISDIR(mode):\n",
-        test=PREDICT + "no_single_photo_stops_the_others_and_each_is_named_with_what_is_wrong",
+        test=PREDICT + "a_broken_photo_is_named_at_the_end_and_the_others_are_done",
         why="a pipe among the photos is named and not waited for",
     ),
     Mutation(

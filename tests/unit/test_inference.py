@@ -106,9 +106,7 @@ def test_photos_of_any_colour_mode_are_read(tmp_path: Path, mode: str) -> None:
     assert read_photo(tmp_path / "photo.tif").min() >= 253
 
 
-def test_bad_photos_are_named_with_what_to_do(
-    segmenter: PortraitSegmenter, tmp_path: Path
-) -> None:
+def test_bad_photos_are_named_with_what_to_do(segmenter: PortraitSegmenter, tmp_path: Path) -> None:
     whole = tmp_path / "whole.jpg"
     Image.fromarray(blobs.photo(200, 200, seed=103)[0]).save(whole)
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:1500])

@@ -125,7 +125,7 @@ def bomb(path: Path) -> None:
     Image.new("1", (20000, 20000)).save(path)
 
 
-def test_no_single_photo_stops_the_others_and_each_is_named_with_what_is_wrong(
+def test_a_broken_photo_is_named_at_the_end_and_the_others_are_done(
     checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:
     long = photos / f"{'x' * 240}.jpg"
