@@ -91,7 +91,7 @@ def test_outputs_on_a_read_only_or_full_disk_are_one_line_and_leave_nothing(
         {evaluating} --per-sample {disk}/rows.csv; echo $? >> {tmp_path}/codes
         {evaluating} --pictures {disk}/deep/pictures; echo $? >> {tmp_path}/codes
         mount -o remount,rw {disk}
-        head -c 61440 /dev/zero > {disk}/filler
+        head -c 65536 /dev/zero > {disk}/filler
         {evaluating} --curve {disk}/curve.csv; echo $? >> {tmp_path}/codes
         ls -A {disk} > {tmp_path}/left
     """
