@@ -68,7 +68,9 @@ def train(steps: int = 100) -> UNet:
     return model.eval()
 
 
-def save(model: UNet, path: Path, size: tuple[int, int] = SIZE) -> Path:
+def save(
+    model: UNet, path: Path, size: tuple[int, int] = SIZE, aspect: float = DEFAULT_ASPECT
+) -> Path:
     """A checkpoint with the content that training writes."""
     torch.save(
         {
@@ -76,7 +78,7 @@ def save(model: UNet, path: Path, size: tuple[int, int] = SIZE) -> Path:
             "portrait_dist": {
                 "model": model.settings,
                 "size": list(size),
-                "aspect": DEFAULT_ASPECT,
+                "aspect": aspect,
                 "config": {},
             },
         },

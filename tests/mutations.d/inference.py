@@ -94,4 +94,11 @@ MUTATIONS = [
         test=PREDICT + "killed_at_any_moment_the_same_command_continues_and_gives_the_same_files",
         why="a killed predict continues without --force",
     ),
+    Mutation(
+        file="portrait_dist/inference/segmenter.py",
+        old="trained.size, aspect=trained.aspect, **options)",
+        new="trained.size, **options)",
+        test=INFERENCE + "size_and_aspect_of_the_training_images_come_from_the_checkpoint",
+        why="predict takes the aspect of the training images from the checkpoint",
+    ),
 ]

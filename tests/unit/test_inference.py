@@ -93,6 +93,16 @@ def test_paths_pil_images_and_arrays_of_one_photo_give_one_alpha(
         assert np.array_equal(segmenter.predict(same), expected)
 
 
+def test_size_and_aspect_of_the_training_images_come_from_the_checkpoint(
+    segmenter: PortraitSegmenter, tmp_path: Path
+) -> None:
+    square = blobs.save(segmenter.model, tmp_path / "ckpt.pth", size=(48, 64), aspect=1.0)
+    found = PortraitSegmenter.from_checkpoint(square, device="cpu", precision="fp32")
+    assert (found.size, found.aspect) == ((48, 64), 1.0)
+    # A square photo fills the input of a network that was trained on square images.
+    assert found.prepare(np.zeros((90, 90, 3), np.uint8)).placement.inner == (0, 0, 48, 64)
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "I;16", "1"])
 def test_photos_of_any_colour_mode_are_read(tmp_path: Path, mode: str) -> None:
     grey = Image.fromarray(np.full((20, 30), 255, np.uint8))
