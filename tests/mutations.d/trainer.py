@@ -10,14 +10,16 @@ MUTATIONS = [
         file="portrait_dist/checkpoints.py",
         old='tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)',
         new='tensor.to("cpu").contiguous()',
-        test=f"{CHECKPOINTS}::test_the_average_is_the_mean_of_the_best_of_one_network_that_changes_in_place",
-        why="a snapshot shares no memory with the network",
+        test=f"{LOOP}::"
+        "test_a_file_holds_its_epochs_weights_though_training_goes_on_while_it_is_written",
+        why="what is written shares no memory with the network",
     ),
     Mutation(
         file="portrait_dist/files.py",
         old="            os.replace(temporary, path)\n",
         new="            Path(path).write_bytes(temporary.read_bytes())\n",
-        test=f"{CHECKPOINTS}::test_kill_9_between_write_and_rename_leaves_the_old_or_the_new_checkpoint",
+        test=f"{CHECKPOINTS}::"
+        "test_kill_9_between_write_and_rename_leaves_the_old_or_the_new_checkpoint",
         why="a checkpoint is renamed into its place",
     ),
     Mutation(
@@ -45,7 +47,8 @@ MUTATIONS = [
         file="portrait_dist/training/averaging.py",
         old="            if self.sign * value <= self.sign * ranked[0].value:\n",
         new="            if self.sign * value < self.sign * ranked[0].value:\n",
-        test=f"{CHECKPOINTS}::test_the_average_is_the_mean_of_the_best_of_one_network_that_changes_in_place",
+        test=f"{CHECKPOINTS}::"
+        "test_the_average_is_the_mean_of_the_best_of_one_network_that_changes_in_place",
         why="only a better model enters the average",
     ),
     Mutation(
@@ -65,7 +68,7 @@ MUTATIONS = [
     Mutation(
         file="portrait_dist/training/loop.py",
         old="            outputs = to_float32(outputs)\n",
-        new="            outputs = outputs.float() if isinstance(outputs, torch.Tensor) else outputs\n",
+        new="            outputs = outputs.float() if hasattr(outputs, 'float') else outputs\n",
         test=f"{LOOP}::test_in_bf16_every_tensor_of_nested_outputs_reaches_the_loss_in_float32",
         why="all outputs reach the loss in float32",
     ),

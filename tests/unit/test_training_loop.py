@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -572,6 +573,35 @@ def test_the_average_is_the_mean_of_the_epochs_weights(
         if tensor.is_floating_point():
             total = every[0][name].double() + every[1][name] + every[2][name]
             assert torch.equal(tensor, (total / 3).float()), name
+
+
+def test_a_file_holds_its_epochs_weights_though_training_goes_on_while_it_is_written(
+    batches: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writing thread waits until the next epoch has taken three steps."""
+    write, steps_taken = checkpoints.write, threading.Event()
+    kept: dict[str, torch.Tensor] = {}
+
+    def late(path: Path, state: dict[str, Any]) -> None:
+        if state["epoch"] == 1:
+            assert steps_taken.wait(60)
+        write(path, state)
+
+    class Watch(Callback):
+        def on_validation_loader_end(self, context: Any) -> None:
+            if context.epoch == 0:
+                kept.update({name: one.clone() for name, one in context.net.state_dict().items()})
+
+        def on_train_batch_end(self, context: Any) -> None:
+            if context.epoch == 1 and context.batch_idx == 2:
+                steps_taken.set()
+
+    monkeypatch.setattr(checkpoints, "write", late)
+    trainer = PortraitTrainer("run", str(tmp_path), options=LoopOptions(channels_last=True))
+    fit(trainer, batches, save_ckpt_epoch_list=[1], phase_callbacks=[Watch()])
+    saved = weights(tmp_path / "run", "ckpt_epoch_1.pth")
+    assert difference(saved, kept) == 0
+    assert difference(saved, weights(tmp_path / "run")) > 1e-3
 
 
 def test_an_error_of_the_writing_thread_is_raised_at_the_next_step_and_the_old_file_stays(
