@@ -54,11 +54,15 @@ class Job:
         return self.log.read_text(errors="replace")
 
     def result(self) -> dict[str, Any]:
-        """The JSON object on stdout; the job must have succeeded."""
+        """Return the last JSON object on stdout; the job must have succeeded.
+
+        Attempts that torchrun restarted have left an object with their error before it.
+        """
         code = self.wait()
         assert code == 0, f"exit code {code}:\n{self.text()[-6000:]}"
         assert self.process.stdout is not None
-        return json.loads(self.process.stdout.read())
+        found: dict[str, Any] = json.loads(self.process.stdout.read().splitlines()[-1])
+        return found
 
     def ranks(self) -> list[psutil.Process]:
         """The processes that train, in the order of their ranks."""

@@ -81,8 +81,8 @@ MUTATIONS = [
     ),
     Mutation(
         file="portrait_dist/training/trainer.py",
-        old="        broken = bad is None and not loop.weights_are_finite(unwrap_model(self.net))\n",
-        new="        broken = False\n",
+        old="        broken = bad is None and not loop.weights_are_finite(",
+        new="        broken = False and loop.weights_are_finite(",
         test=f"{LOOP}::test_weights_that_are_not_finite_are_never_saved",
         why="weights that are not finite are never saved",
     ),
