@@ -13,6 +13,16 @@ REAL_SAMPLE = REPOSITORY.parent / "shared" / "data" / "aisegment-sample"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of tests/gpu."""
+    parser.addoption(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="where tests/gpu runs; cpu is a dry run without a GPU",
+    )
+
+
 @pytest.fixture(scope="session")
 def raw_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generated raw AISegment tree of 71 pairs, 600×800 (so that 80/10/10 gives 57, 7 and 7)."""

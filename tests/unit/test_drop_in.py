@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
+import subprocess
+import sys
 import threading
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -541,3 +544,37 @@ def test_the_system_monitor_has_ended_before_its_file_is_closed(
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+FIRST = """
+import sys
+from portrait_dist.training.lean_import import lean_import
+# As where every package that it names is installed: nothing of it is replaced.
+unused = "boto3 botocore data_gradients imagesize matplotlib onnx onnxruntime onnxsim pandas"
+lean_import("super_gradients", (*unused.split(), "pycocotools", "requests", "scipy"))
+from super_gradients import Trainer
+import torch
+from portrait_dist.training import PortraitTrainer
+from portrait_dist.metrics import SoftIoU
+x = torch.randn(4, 3, 8, 8)
+data = torch.utils.data.TensorDataset(x, (x[:, :1] > 0).float())
+loader = torch.utils.data.DataLoader(data, 2)
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Sigmoid())
+params = {"max_epochs": 1, "initial_lr": 0.1, "lr_mode": "CosineLRScheduler"}
+params |= {"loss": torch.nn.BCELoss(), "valid_metrics_list": ["BinaryIOU", SoftIoU()]}
+PortraitTrainer("run", sys.argv[1]).train(
+    model, params | {"metric_to_watch": "SoftIoU"}, loader, loader
+)
+assert issubclass(PortraitTrainer, Trainer)
+"""
+
+
+def test_a_supergradients_that_was_imported_first_is_adapted_too(tmp_path: Path) -> None:
+    environment = os.environ | {"HOME": str(tmp_path), "CRASH_HANDLER": "FALSE"}
+    command = [sys.executable, "-c", FIRST, str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "runs" / "run" / "average_model.pth").is_file()
+    assert "epoch 1/1" in done.stderr
+    for wrong in ("Full dataset size", "SUMMARY", "CLEANUP"):
+        assert wrong not in done.stderr + done.stdout

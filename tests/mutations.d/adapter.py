@@ -1,0 +1,81 @@
+"""Breaks of what makes SuperGradients drop in, and of the metrics."""
+
+from tests.mutation import Mutation
+
+ADAPTER = "portrait_dist/training/sg_adapter.py"
+DROP_IN = "tests/unit/test_drop_in.py::"
+
+MUTATIONS = [
+    Mutation(
+        file=ADAPTER,
+        old="        if _holds_a_run(root):",
+        new="        if False:",
+        test=DROP_IN + "test_a_second_run_of_a_name_never_touches_the_first_ones_best",
+        why="a second run of a name has a folder of its own",
+    ),
+    Mutation(
+        file=ADAPTER,
+        old="        if self.training_params is not None:\n            self.",
+        new="        if True:\n            self.",
+        test=DROP_IN + "test_a_network_is_tested_before_any_training[ours]",
+        why="test() works before train()",
+    ),
+    Mutation(
+        file=ADAPTER,
+        old="            directions[name] = metric.higher_is_better",
+        new="            pass",
+        test=DROP_IN + "test_the_best_value_follows_a_metrics_own_direction",
+        why="the best value follows the metric's direction",
+    ),
+    Mutation(
+        file=ADAPTER,
+        old='tag_scalar_dict=scalars | {f"seconds/{part}": inference_time}, global_step=epoch + 1',
+        new='tag_scalar_dict=scalars | {f"seconds/{part}": inference_time}, global_step=epoch',
+        test=DROP_IN + "test_tensorboard_has_the_fields_names_and_no_system_cards",
+        why="TensorBoard counts epochs from 1",
+    ),
+    Mutation(
+        file=ADAPTER,
+        old="        self._thread.join()",
+        new="        pass",
+        test=DROP_IN + "test_the_system_monitor_has_ended_before_its_file_is_closed[ours]",
+        why="the system monitor has ended before its file is closed",
+    ),
+    Mutation(
+        file="portrait_dist/training/lean_import.py",
+        old='importer.partition(".")[0] != package:',
+        new="False:",
+        test="tests/unit/test_lean_import.py::test_stand_ins_are_seen_by_the_framework_alone",
+        why="stand-ins touch nobody but SuperGradients",
+    ),
+    Mutation(
+        file="portrait_dist/training/sg_metrics.py",
+        old="            counts[ignored] = 0",
+        new="            pass",
+        test=DROP_IN + "test_supergradients_iou_and_dice_follow_their_definitions[IoU]",
+        why="pixels of the ignored class do not count",
+    ),
+    Mutation(
+        file="portrait_dist/metrics.py",
+        old="self.counts.flip(1).cumsum(1).flip(1)[:, 1:]",
+        new="self.counts.flip(1).cumsum(1).flip(1)[:, :-1]",
+        test="tests/unit/test_metrics.py::"
+        "test_precision_and_recall_equal_counting_at_every_threshold",
+        why="precision and recall at a threshold count the pixels above it",
+    ),
+    Mutation(
+        file="portrait_dist/losses.py",
+        old="torch.minimum(probabilities, target)",
+        new="(probabilities * target)",
+        test="tests/unit/test_losses.py::test_soft_iou_is_one_only_at_the_soft_target_itself",
+        why="the soft IoU is largest at the soft target",
+    ),
+    Mutation(
+        file="benchmarks/measure.py",
+        old="total += times.user + times.system",
+        new="total += 0 * times.user",
+        test="tests/unit/test_benchmarks.py::"
+        "test_cpu_seconds_count_child_processes_that_live_and_that_ended",
+        why="CPU seconds count the children that live",
+    ),
+]
