@@ -238,7 +238,8 @@ def _print_plan(
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     rows["device, precision"] = f"{device}{gpu}, {config.train.precision}"
     rows["time"] = _expected_time(config, plan, start)
-    for note in plan.notes:
+    advice = loaders[0].dataset.shards.advice(config.data.order)
+    for note in (*plan.notes, *([advice] if advice else [])):
         distributed.print0(note)
     distributed.print0("\n".join(f"  {name:20s} {value}" for name, value in rows.items()))
 

@@ -92,6 +92,7 @@ def test_600_shards_of_100_samples_are_all_kept_open_where_the_limit_allows_it(
     descriptors(2048)
     opened = ShardSet(many, "train")
     assert (opened.samples, opened.most_open) == (60_000, 600)
+    assert opened.advice("full") == ""
     before = open_descriptors()
     for sample in range(0, opened.samples, 50):
         opened.read(sample)
@@ -119,6 +120,9 @@ def test_shards_open_at_a_time_follow_the_limit_and_indexes_stay_in_memory(
     for number in range(600):
         opened.read(100 * number)
         assert open_descriptors() - before <= opened.most_open
+    assert "600 shards, of which 99 stay open" in opened.advice("full")
+    assert "data.order=block" in opened.advice("full")
+    assert opened.advice("block") == ""
     monkeypatch.setattr(reader, "read_regular", None)  # reading an index again would fail
     keys = {opened.read(sample).key for sample in range(0, opened.samples, 97)}
     assert len(keys) == 1

@@ -131,6 +131,8 @@ class Cache:
         except LocalDiskError as error:
             raise self._unusable(error.error) from error
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # the reader closes shards and asks again
             raise self._unusable(error) from error
 
     def discard(self, sha256: str) -> None:

@@ -78,6 +78,7 @@ AWAY = (
     errno.ESHUTDOWN,
 )
 """What a network file system sets when its server is away."""
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
 class DamagedSampleError(DamagedDataError):
@@ -200,6 +201,24 @@ class ShardSet:
             most = most * len(self.shards) // everyones
         return max(LEAST_OPEN, min(most, len(self.shards)))
 
+    def advice(self, order: str) -> str:
+        """Return a line that names the better order where shards cannot all stay open.
+
+        Args:
+            order: ``full`` or ``block``.
+
+        Returns:
+            An empty string where nothing is to be said.
+        """
+        most = self.most_open
+        if order != "full" or len(self.shards) <= most:
+            return ""
+        more = "the limit of open files (ulimit -n)" if self.fits_cache else "data.cache_gigabytes"
+        return (
+            f"{self.shown}: {len(self.shards):,} shards, of which {most:,} stay open; data.order="
+            f"full opens one again for almost every sample: set data.order=block, or raise {more}"
+        )
+
     def locate(self, sample: int) -> tuple[int, int]:
         """Return (number of the shard, position in it) of a sample."""
         if not 0 <= sample < self.samples:
@@ -314,6 +333,8 @@ class ShardSet:
                 if not self._renew(number, shard):
                     raise
             except OSError as error:
+                if error.errno in OUT_OF_DESCRIPTORS and self._close_half():
+                    continue  # something else in the process took them
                 reopened += 1
                 self._forget(number)
                 if error.errno not in AWAY or reopened > 1:
@@ -336,8 +357,14 @@ class ShardSet:
 
         Raises:
             UnreachableError: a network file system is away.
+            PortraitDistError: the process has no file descriptors left.
             _DamageError: the disk cannot read the file.
         """
+        if error.errno in OUT_OF_DESCRIPTORS:
+            raise PortraitDistError(
+                f"{self.shard_name(number)}: too many open files; "
+                "raise the limit ('ulimit -n'), then run again"
+            ) from error
         folder = self.cache.folder if self.remote else Path(self.location)
         if error.errno in AWAY or (
             error.errno == errno.EIO
@@ -387,6 +414,13 @@ class ShardSet:
                 self._close_down_to(self.most_open)
         return shard
 
+    def _close_half(self) -> bool:
+        """Close the shards used least recently; False where none is open."""
+        with self._lock:
+            found = len(self._open)
+            self._close_down_to(found // 2)
+        return found > 0
+
     def _close_down_to(self, most: int) -> None:
         while len(self._open) > most:
             self._open.popitem(last=False)  # closed when its last reader is done
@@ -412,13 +446,6 @@ class ShardSet:
             self._absent[number] = (time.monotonic(), str(error))
             raise _AbsentError(str(error)) from error
         self._absent.pop(number, None)
-        try:
-            return _OpenShard(tar, records, entry, self.codec, self.size)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-        with self._lock:  # something else in the process took the descriptors
-            self._close_down_to(len(self._open) // 2)
         return _OpenShard(tar, records, entry, self.codec, self.size)
 
 
