@@ -58,7 +58,7 @@ MUTATIONS = [
     Mutation(
         file=DOWNLOAD,
         old='    bare = urlunsplit(parts._replace(netloc=host, fragment=""))',
-        new='    bare = urlunsplit(parts._replace(netloc=host, fragment="", query=""))\n    at = ""',
+        new='    at, bare = "", urlunsplit(parts._replace(netloc=host, fragment=""))',
         test=f"{HOSTILE}::test_a_password_and_a_signature_in_an_address_work_and_are_shown_nowhere",
         why="an address with a password works",
     ),

@@ -291,6 +291,22 @@ def test_a_drip_ends_and_is_resumed_where_it_was(
     assert server.starts[0] > 0, "the partial download was not resumed"
 
 
+def test_a_head_that_drips_ends(server: ShardServer, impatient: Cache) -> None:
+    stopped = threading.Event()
+
+    def drip(handler: Handler, name: str) -> bool:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        while not stopped.is_set():
+            handler.wfile.write(b"x")
+            stopped.wait(0.01)
+        return True
+
+    server.instead = drip
+    with pytest.raises(UnreachableError, match=r"manifest\.json: the server was away"):
+        ShardSet(server.address, "val", cache=impatient)
+    stopped.set()
+
+
 def test_a_cut_index_is_resumed(server: ShardServer, folder: Path, cache: Cache) -> None:
     server.cut_suffix, server.cuts = ".index", [10, 20, 0, 30, 1]
     opened = ShardSet(server.address, "val", cache=cache)

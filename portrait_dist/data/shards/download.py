@@ -199,8 +199,8 @@ def read_bytes(address: str, limit: int, options: DownloadOptions) -> bytes:
                 pace.check(len(data))
         if len(data) > limit:
             raise FetchError(f"is longer than {limit:,} bytes")
-        if answer.total is not None and len(data) < answer.total:
-            raise ConnectionError(f"cut off after {len(data):,} of {answer.total:,} bytes")
+        if len(data) < (answer.total or 1):  # no manifest is empty
+            raise ConnectionError(f"cut off after {len(data):,} of {answer.total or '?'} bytes")
         return bytes(data)
 
     return retry(attempt, address, options)
@@ -425,9 +425,51 @@ class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
         return following
 
 
+class _BoundedHead(http.client.HTTPConnection):
+    """Limits the time until the whole head of an answer is there.
+
+    The timeout of a socket is for each piece that arrives, so a head that drips would have no end.
+    """
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        """Return the answer, or fail when its head takes longer than ``timeout`` seconds."""
+        expired = threading.Event()
+        timer = threading.Timer(self.timeout or 0.0, _shut_down, [self.sock, expired])
+        timer.daemon = True
+        timer.start()
+        try:
+            response = super().getresponse()
+        finally:
+            timer.cancel()
+        if expired.is_set():  # http.client takes the end of the stream for the end of the head
+            response.close()
+            raise TimeoutError("the head of the answer took too long")
+        return response
+
+
+class _BoundedSecureHead(_BoundedHead, http.client.HTTPSConnection):
+    """The same over TLS."""
+
+
+def _shut_down(connection: socket.socket, expired: threading.Event) -> None:
+    expired.set()
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+class _HttpHandler(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_BoundedHead, req)
+
+
+class _HttpsHandler(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_BoundedSecureHead, req)
+
+
 @functools.cache
 def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(_SameHostRedirects)
+    return urllib.request.build_opener(_SameHostRedirects, _HttpHandler, _HttpsHandler)
 
 
 def _open_http(address: str, start: int, timeout: float) -> _Answer:

@@ -72,8 +72,9 @@ def verify(
         for (split, _), (found, wrong) in zip(every_shard, results, strict=True):
             keys[split] += found
             errors += wrong
+    wrong_keys = "the keys are not those of the manifest, or in another order"
     errors += [
-        f"{redact(str(location))}, {split}: the keys are not those of the manifest, or in another order"
+        f"{redact(str(location))}, {split}: {wrong_keys}"
         for split, entry in manifest.splits.items()
         if len(keys[split]) == entry.samples and keys_sha256(keys[split]) != entry.keys_sha256
     ]
