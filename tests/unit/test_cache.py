@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,3 +172,21 @@ def test_a_full_disk_is_one_line_and_no_wrong_option(
     monkeypatch.undo()
     assert read(server, cache)
     shutil.rmtree(cache.folder)
+
+
+def test_a_wait_for_the_download_of_another_process_can_be_cancelled(
+    server: ShardServer, cache: Cache
+) -> None:
+    shard = ShardSet(server.address, "val", cache=cache).shards[0]
+    cache.folder.mkdir()
+    cancelled = threading.Event()
+    with (cache.folder / f".lock-{shard.sha256[:2]}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiter = threading.Thread(
+            target=ShardSet(server.address, "val", cache=cache).fetch, args=(0, cancelled)
+        )
+        waiter.start()
+        cancelled.set()
+        waiter.join(timeout=30)
+        assert not waiter.is_alive()
+    assert "val-00000.tar" not in server.asked

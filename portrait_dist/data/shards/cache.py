@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import math
 import os
 import re
@@ -36,6 +37,9 @@ from portrait_dist.files import FULL, open_regular, write_text
 from portrait_dist.system.address import join, redact
 
 __all__ = ["AbsentError", "Cache", "CancelledDownloadError", "DownloadOptions", "FetchError"]
+
+
+LOCK_POLL_SECONDS = 0.05
 
 
 class Cache:
@@ -106,27 +110,11 @@ class Cache:
             CancelledDownloadError: ``cancelled`` was set.
             PortraitDistError: the disk is full.
         """
-        name = _file_name(sha256, address)
-        path = self.folder / name
+        path = self.folder / _file_name(sha256, address)
         try:
             self._prepare_folder()
-            if self._has(path, sha256, size):
-                return path
-            with _locked(self.folder / _lock_name(sha256)):
-                if not self._has(path, sha256, size):
-                    part = self.folder / _Part(sha256, size or 0).name
-                    self._make_room(size or 0, part)
-                    download(
-                        address,
-                        part,
-                        sha256,
-                        size=size,
-                        limit=limit,
-                        options=self.downloads,
-                        cancelled=cancelled,
-                    )
-                    part.replace(path)
-                    self._mark_checked(path)
+            if not self._has(path, sha256, size):
+                self._download(path, address, sha256, size, limit, cancelled)
             return path
         except LocalDiskError as error:
             raise self._unusable(error.error) from error
@@ -134,6 +122,33 @@ class Cache:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise  # the reader closes shards and asks again
             raise self._unusable(error) from error
+
+    def _download(
+        self,
+        path: Path,
+        address: str,
+        sha256: str,
+        size: int | None,
+        limit: int,
+        cancelled: threading.Event | None,
+    ) -> None:
+        """Download a file, unless another process or thread does it first."""
+        with _locked(self.folder / _lock_name(sha256), cancelled=cancelled):
+            if self._has(path, sha256, size):
+                return
+            part = self.folder / _Part(sha256, size or 0).name
+            self._make_room(size or 0, part)
+            download(
+                address,
+                part,
+                sha256,
+                size=size,
+                limit=limit,
+                options=self.downloads,
+                cancelled=cancelled,
+            )
+            part.replace(path)
+            self._mark_checked(path)
 
     def discard(self, sha256: str) -> None:
         """Remove a file."""
@@ -326,15 +341,34 @@ def _lock_name(sha256: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, flags: int = 0) -> Iterator[None]:
+def _locked(path: Path, flags: int = 0, cancelled: threading.Event | None = None) -> Iterator[None]:
     """Let in one thread of this machine at a time; the kernel releases a dead process's lock.
 
+    Args:
+        path: lock file, made if need be.
+        flags: ``LOCK_NB`` to fail where another one is in.
+        cancelled: ends the wait when it is set.
+
     Raises:
-        BlockingIOError: with ``LOCK_NB`` as flags, where another one is in.
+        BlockingIOError: with ``LOCK_NB``, where another one is in.
+        CancelledDownloadError: ``cancelled`` was set.
     """
     with open_part(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX | flags)
+        if cancelled is None:
+            fcntl.flock(file, fcntl.LOCK_EX | flags)
+        else:
+            while not _try_lock(file):  # flock itself cannot be cancelled
+                if cancelled.wait(LOCK_POLL_SECONDS):
+                    raise CancelledDownloadError
         yield
+
+
+def _try_lock(file: io.FileIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def default_folder() -> Path:
