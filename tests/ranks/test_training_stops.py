@@ -181,15 +181,28 @@ def test_a_damaged_sample_met_by_one_rank_stops_all_with_its_name(
     assert lines(tmp_path / "run")[-1]["kind"] == "error"
 
 
+SABOTAGE = """
+import builtins, os
+if os.environ.get("RANK") == "1":
+    def sabotaged(path, *args, _open=open, **options):
+        if "keys-rank1" in str(path):
+            raise LookupError("nobody foresaw this")
+        return _open(path, *args, **options)
+    builtins.open = sabotaged
+"""
+
+
 def test_a_rank_that_raises_stops_all_and_its_traceback_is_shown_once(
     tiny_shards: Path, tmp_path: Path
 ) -> None:
-    """Rank 1 cannot write its list of keys: an error nobody foresaw."""
-    (tmp_path / "run" / "keys-rank1.jsonl").mkdir(parents=True)
-    job = train(tmp_path, tiny_shards, *KEYS, "train.batch_size=6", ranks=2)
+    """Rank 1 meets an error that nobody foresaw when it writes its list of keys."""
+    (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
+    prefix = ("env", f"PYTHONPATH={tmp_path}")
+    job = train(tmp_path, tiny_shards, *KEYS, "train.batch_size=6", ranks=2, prefix=prefix)
     assert job.wait(90) != 0
-    assert job.text().count("IsADirectoryError: ") == 1
+    assert job.text().count("LookupError: nobody foresaw this") == 1
     assert "rank 0 ended because rank 1 failed" in job.text()
+    assert "LookupError" in lines(tmp_path / "run")[-1]["message"]
 
 
 def test_a_rank_that_stalls_is_ended_by_the_timeout(tiny_shards: Path, tmp_path: Path) -> None:
