@@ -31,13 +31,6 @@ MUTATIONS = [
     ),
     Mutation(
         file="portrait_dist/checkpoints.py",
-        old="    if not stat.S_ISREG(mode):",
-        new="    if False and not stat.S_ISREG(mode):",
-        test=f"{CHECKPOINTS}::test_pipes_devices_and_folders_are_refused_instead_of_read_for_ever",
-        why="pipes and devices are refused",
-    ),
-    Mutation(
-        file="portrait_dist/checkpoints.py",
         old="weights_only=True, mmap=mmap",
         new="weights_only=False, mmap=mmap",
         test=f"{CHECKPOINTS}::test_a_checkpoint_file_cannot_execute_code",
