@@ -314,7 +314,7 @@ def test_a_fork_of_a_process_whose_threads_decode_reads_with_its_own(tiny_shards
     expected = keys(build_loader(tiny_shards, "train", 4), 2)
     child = os.fork()
     if child == 0:
-        signal.alarm(60)
+        signal.alarm(20)
         os._exit(0 if [batch.keys for batch in loader] == expected else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert [batch.keys for batch in loader] == expected

@@ -1,0 +1,122 @@
+"""Breaks of the stream, the augmentation and the models."""
+
+from tests.mutation import Mutation
+
+ORDER = "portrait_dist/data/stream/order.py"
+DATASET = "portrait_dist/data/stream/dataset.py"
+LOADER = "portrait_dist/data/stream/loader.py"
+PIPELINE = "portrait_dist/data/stream/pipeline.py"
+AUGMENT = "portrait_dist/data/augment.py"
+
+MUTATIONS = [
+    Mutation(
+        file=ORDER,
+        old="return permute(positions, self.samples, hash64(self.seed, epoch))",
+        new="return permute(positions, self.samples, hash64(self.seed, epoch + 1))",
+        test="tests/unit/test_order.py::test_the_order_of_today_is_the_order_of_tomorrow",
+        why="an older release's run resumes with the same order",
+    ),
+    Mutation(
+        file=ORDER,
+        old="return begin + first, begin + end",
+        new="return begin + first, begin + end - 1",
+        test="tests/unit/test_order.py::test_evaluation_deals_every_position_once_and_evenly",
+        why="evaluation deals every position once",
+    ),
+    Mutation(
+        file=PIPELINE,
+        old="expected = self._at_end and self.continues and start == 0",
+        new="expected = self._at_end and self.continues",
+        test="tests/unit/test_loader.py::test_every_epoch_is_exact_whatever_was_expected",
+        why="what was decoded for another position is discarded",
+    ),
+    Mutation(
+        file=PIPELINE,
+        old="if expected and (epoch == self._epoch + 1 or",
+        new="if expected and (epoch >= 0 or",
+        test="tests/unit/test_loader.py::test_every_epoch_is_exact_whatever_was_expected",
+        why="what was decoded for another epoch is discarded",
+    ),
+    Mutation(
+        file=PIPELINE,
+        old="continues and self._threads_wanted > 0",
+        new="False",
+        test="tests/unit/test_loader.py::test_the_next_epoch_is_decoded_before_it_is_asked_for",
+        why="threads decode across the end of an epoch",
+    ),
+    Mutation(
+        file=PIPELINE,
+        old="while len(self._pending) < self._prefetch and",
+        new="while len(self._pending) < 2 * self._prefetch and",
+        test="tests/unit/test_loader.py::test_batches_decoded_ahead_are_bounded",
+        why="memory of prefetched batches is bounded",
+    ),
+    Mutation(
+        file=PIPELINE,
+        old="weakref.finalize(view, _give_back, buffer, free, self._spare).atexit = False",
+        new="_give_back(buffer, free, self._spare)",
+        test="tests/unit/test_loader.py::"
+        "test_memory_of_batches_is_used_again_only_when_nothing_shares_it",
+        why="a batch that is kept stays as it was",
+    ),
+    Mutation(
+        file=PIPELINE,
+        old="return self._process == os.getpid()",
+        new="return True",
+        test="tests/unit/test_loader.py::"
+        "test_a_fork_of_a_process_whose_threads_decode_reads_with_its_own",
+        why="a fork does not wait for its parent's threads",
+    ),
+    Mutation(
+        file=LOADER,
+        old="        except BaseException:\n            pipeline.close()\n",
+        new="        except BaseException:\n            self._idle = pipeline\n",
+        test="tests/unit/test_loader.py::"
+        "test_no_thread_outlives_a_single_pass_or_one_that_is_left_early",
+        why="no thread outlives an iteration that is left early",
+    ),
+    Mutation(
+        file=LOADER,
+        old="epoch = self._position.epoch + (not self._chosen)",
+        new="epoch = self._position.epoch",
+        test="tests/unit/test_loader.py::test_each_iteration_is_the_next_epoch_until_one_is_set",
+        why="a loop without set_epoch does not repeat one order",
+    ),
+    Mutation(
+        file=LOADER,
+        old="self.pin_memory = pin_memory and",
+        new="self.pin_memory =",
+        test="tests/unit/test_loader.py::"
+        "test_a_gpus_page_locked_memory_is_used_only_when_asked_for",
+        why="a run on the CPU opens no context on a GPU",
+    ),
+    Mutation(
+        file=AUGMENT,
+        old="RISKY = 0.9998",
+        new="RISKY = 1.0",
+        test="tests/unit/test_augment.py::"
+        "test_real_photos_are_those_of_torchvision_within_one_level",
+        why="colours on a CPU are torchvision's within one level",
+    ),
+    Mutation(
+        file=AUGMENT,
+        old="exact = step < 2 or abs(1 - factor) > 1",
+        new="exact = False",
+        test="tests/unit/test_augment.py::test_all_steps_but_the_last_give_pillows_levels_exactly",
+        why="a difference of one level is not enlarged by the next step",
+    ),
+    Mutation(
+        file=AUGMENT,
+        old="behind = without_person(levels, mattes).roll(1, dims=0)",
+        new="behind = without_person(levels, mattes).roll(-1, dims=0)",
+        test="tests/unit/test_augment.py::test_a_new_background_is_that_of_the_previous_image",
+        why="the background is the previous image's",
+    ),
+    Mutation(
+        file="portrait_dist/models/unet.py",
+        old='return {**other, "init_features": init_features, "norm": norm}',
+        new='return {**other, "init_features": init_features}',
+        test="tests/unit/test_unet.py::test_settings_build_the_same_network_again",
+        why="a checkpoint says how to build its network",
+    ),
+]
