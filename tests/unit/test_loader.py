@@ -366,6 +366,23 @@ def test_the_next_epoch_is_decoded_before_it_is_asked_for(
     loader.close()
 
 
+def test_a_consumer_that_counts_batches_keeps_the_threads_at_work(tiny_shards: Path) -> None:
+    """It never asks for one batch more, as a trainer that stops after ``len(loader)`` batches."""
+    loader = build_loader(tiny_shards, "train", 4, workers=2, prefetch=3)
+    held = []  # iterators of earlier epochs, alive while the next ones run
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        iterator = iter(loader)
+        got = [next(iterator).keys for _ in range(len(loader))]
+        assert got == keys(build_loader(tiny_shards, "train", 4, workers=-1), epoch)
+        held.append(iterator)
+        del held[:-2]
+        if epoch == 1:
+            threads = set(threads_now())
+    assert set(threads_now()) == threads  # none was started anew
+    loader.close()
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("workers", [-1, 1, 3])
 def test_every_epoch_is_exact_whatever_was_expected(

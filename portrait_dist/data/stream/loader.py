@@ -315,30 +315,36 @@ class StreamLoader:
     ) -> Generator[Batch, None, None]:
         """Hand out the batches of one epoch.
 
-        The generator owns the pipeline: leaving it early, by an error, ``close`` or dropping it,
-        ends the threads. At the end of the epoch the loader gets it back.
+        The generator owns the pipeline until it has the last batch: leaving it before, by an error,
+        ``close`` or dropping it, ends the threads. With the last batch the loader gets the pipeline
+        back, for a consumer who counts batches does not ask for one more.
         """
         plan = self.dataset.plan(position.samples_seen)
-        handed_out = 0
+        mine = True
         try:
-            while self._timed_wait(pipeline):
-                handed_out += 1
-                batch = pipeline.take()
+            for handed_out in range(1, plan.batches + 1):
+                begin = time.perf_counter()
+                batch = pipeline.next_batch()
+                self.data_wait_seconds += time.perf_counter() - begin
                 position.samples_seen = plan.seen_after(handed_out)
+                if handed_out == plan.batches:
+                    mine = False
+                    self._keep(pipeline)
                 yield batch
                 del batch  # its memory may be used again while the next one is waited for
         except BaseException:
-            pipeline.close()
+            if mine:
+                pipeline.close()
             raise
+        if not plan.batches:
+            self._keep(pipeline)
         # All positions are done now on every rank, also where another one had a batch more.
         position.samples_seen = plan.seen_after(plan.most_batches)
+
+    def _keep(self, pipeline: DecodePipeline) -> None:
+        """Keep a pipeline whose epoch is done for the next iteration, if it is to decode for it."""
+        pipeline.finish_epoch()
         if pipeline.continues and self._idle is None:
             self._idle = pipeline
         else:
             pipeline.close()
-
-    def _timed_wait(self, pipeline: DecodePipeline) -> bool:
-        begin = time.perf_counter()
-        found = pipeline.wait()
-        self.data_wait_seconds += time.perf_counter() - begin
-        return found

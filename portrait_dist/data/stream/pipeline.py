@@ -217,10 +217,10 @@ class DecodePipeline:
         self._stop = threading.Event()
         self._process = os.getpid()
         self._fetches: Prefetcher | None = None
-        # Batches in the making, with the number of epochs planned before: 0 is the consumer's.
-        self._pending: deque[tuple[int, PendingBatch]] = deque()
+        self._pending: deque[PendingBatch] = deque()
         self._planned: Iterator[tuple[Ints, Ints]] = iter(())
-        self._epoch, self._epochs_before, self._epochs_planned = 0, 0, 0
+        self._epoch = 0
+        self._epochs_ahead = 0  # from the consumer's epoch to the one that is planned
         self._handed_out = 0
         self._at_end = False
         self.continues = False
@@ -237,11 +237,11 @@ class DecodePipeline:
         expected = self._at_end and self.continues and start == 0
         # Without a shuffle all epochs are the same but for the number.
         if expected and (epoch == self._epoch + 1 or self._dataset.order.kind == "sequential"):
-            self._epochs_before += 1
+            self._epochs_ahead -= 1
         else:
             self._discard()
             self._planned = self._dataset.batches(epoch, start)
-            self._epochs_before = self._epochs_planned = 0
+            self._epochs_ahead = 0
         self._epoch, self._handed_out = epoch, 0
         self._at_end, self.continues = False, continues and self._threads_wanted > 0
         if self._threads_wanted:
@@ -249,28 +249,28 @@ class DecodePipeline:
             self._start_threads()
             self._plan_ahead()
 
-    def wait(self) -> bool:
-        """Wait for the next batch of the epoch; False at the epoch's end."""
-        self._plan_ahead()
-        if not self._pending or self._pending[0][0] != self._epochs_before:
-            self._at_end = True
-            return False
-        self._pending[0][1].wait()
-        return True
+    def next_batch(self) -> Batch:
+        """Wait for the next batch of the epoch sought and return it.
 
-    def take(self) -> Batch:
-        """Return the batch that ``wait`` has waited for.
+        The caller counts the batches of the epoch; there is one more.
 
         Raises:
             Exception: what went wrong at its first sample that is wrong.
         """
-        _, pending = self._pending.popleft()
+        self._plan_ahead()
+        pending = self._pending[0]
+        pending.wait()
+        self._pending.popleft()
         self._handed_out += 1
         if self._threads:
             self._plan_ahead()
         if self._fetches:
             self._fetches.handed_out(self._handed_out)
         return pending.batch(self._epoch)
+
+    def finish_epoch(self) -> None:
+        """Record that the consumer has all batches of the epoch: the next epoch is expected."""
+        self._at_end = True
 
     def close(self) -> None:
         """Discard what is decoded, stop the threads and wait for them.
@@ -326,9 +326,8 @@ class DecodePipeline:
         """Let the next epoch's batches follow; False where they should not, or there are none."""
         if not (self.continues and self._dataset.plan(0).batches):
             return False
-        self._epochs_planned += 1
-        ahead = self._epochs_planned - self._epochs_before
-        self._planned = self._dataset.batches(self._epoch + ahead, 0)
+        self._epochs_ahead += 1
+        self._planned = self._dataset.batches(self._epoch + self._epochs_ahead, 0)
         return True
 
     def _begin(self, positions: Ints, samples: Ints) -> None:
@@ -341,7 +340,7 @@ class DecodePipeline:
             self._buffers.take(rows, *size),
             self._rows_per_task,
         )
-        self._pending.append((self._epochs_planned, pending))
+        self._pending.append(pending)
         for first, end in pending.tasks:
             if self._threads:
                 self._tasks.put((pending, first, end))
@@ -350,7 +349,7 @@ class DecodePipeline:
 
     def _discard(self) -> None:
         """Drop what is in the making; a thread that works at it stops after the sample."""
-        for _, pending in self._pending:
+        for pending in self._pending:
             pending.cancelled.set()
         self._pending.clear()
         if self._fetches:
