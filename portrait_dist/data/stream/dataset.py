@@ -197,8 +197,8 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
         for name, here in (("samples", self.samples), ("seed", self.seed)):
             if state.get(name, here) != here:
                 raise InputError(
-                    f"{self.shards.shown}: the saved position is for {name}={state[name]}, here it is "
-                    f"{here}; resume with the shards and seed that it was saved with, or start a "
+                    f"{self.shards.shown}: the saved position is for {name}={state[name]}, here it "
+                    f"is {here}; resume with the shards and seed that it was saved with, or start a "
                     "new run"
                 )
         if not {"epoch", "samples_seen"} <= state.keys():
@@ -306,7 +306,8 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
                     "epoch": epoch,
                 }
 
-    # Open shards hold file descriptors and locks, which do not pickle: a worker process opens its own.
+    # Open shards hold file descriptors and locks, which do not pickle: a worker process opens its
+    # own.
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "shards"}
 
