@@ -197,8 +197,8 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
         for name, here in (("samples", self.samples), ("seed", self.seed)):
             if state.get(name, here) != here:
                 raise InputError(
-                    f"{self.shards.shown}: the saved position is for {name}={state[name]}, here it "
-                    f"is {here}; resume with the shards and seed that it was saved with, or start a "
+                    f"{self.shards.shown}: the saved position is for {name}={state[name]}, here "
+                    f"it is {here}; resume with the shards and seed that it was saved with, or start a "
                     "new run"
                 )
         if not {"epoch", "samples_seen"} <= state.keys():
