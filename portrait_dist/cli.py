@@ -18,6 +18,7 @@ import traceback
 import click
 
 from portrait_dist.errors import PortraitDistError, nearest, printable, shorten
+from portrait_dist.system.info import environment_number
 
 COMMANDS = {
     "quickstart": "portrait_dist.commands.quickstart:quickstart",
@@ -114,7 +115,7 @@ def _report(error: BaseException, arguments: list[str]) -> int:
     """Print an error and return its exit code; raise one that nobody foresaw."""
     expected = _explain(error)
     code, message = expected or (1, f"{type(error).__name__}: {error}")
-    if "--json" in arguments and not getattr(error, "secondary", False):
+    if "--json" in arguments and not getattr(error, "secondary", False) and not _comes_back():
         from portrait_dist.commands import to_json
 
         result = getattr(error, "result", None) or {}
@@ -129,6 +130,12 @@ def _report(error: BaseException, arguments: list[str]) -> int:
     else:
         complain(message)
     return code
+
+
+def _comes_back() -> bool:
+    """Return whether torchrun starts this rank again, which then prints the one JSON object."""
+    restarts = environment_number("TORCHELASTIC_RESTART_COUNT")
+    return restarts < environment_number("TORCHELASTIC_MAX_RESTARTS")
 
 
 def _explain(error: BaseException) -> tuple[int, str] | None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ def steps_of(run: Path) -> int:
     return max((line["step"] for line in lines(run, "interval")), default=0)
 
 
+def stepped(run: Path, step: int) -> bool:
+    return steps_of(run) > step
+
+
 def test_a_signal_to_the_launcher_saves_all_ranks_at_one_step_and_the_same_command_resumes(
     tiny_shards: Path, tmp_path: Path
 ) -> None:
@@ -39,7 +44,7 @@ def test_a_signal_to_the_launcher_saves_all_ranks_at_one_step_and_the_same_comma
     reached = 0
     for number in SIGNALS:
         job = train(tmp_path, tiny_shards, *keys, "train.max_epochs=500", nproc=2)
-        wait_for(lambda reached=reached: steps_of(run) > reached + 5, "a few steps", job)
+        wait_for(partial(stepped, run, reached + 5), "a few steps", job)
         ranks = job.ranks()
         assert len(ranks) == 2
         job.process.send_signal(number)

@@ -26,7 +26,14 @@ def test_quickstart_goes_from_photos_to_cut_outs_and_writes_nowhere_else(
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.chdir(here)
-    arguments = ["quickstart", "--json", "--nproc", "2", "--raw", real_or_generated]
+    arguments: list[str | Path] = [
+        "quickstart",
+        "--json",
+        "--nproc",
+        "2",
+        "--raw",
+        real_or_generated,
+    ]
     done = call(*arguments, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.stderr
     result = done.json
@@ -40,7 +47,11 @@ def test_quickstart_goes_from_photos_to_cut_outs_and_writes_nowhere_else(
         "run_dir",
     }
     assert result["world_size"] == 2
-    assert 0 < result["test_iou"] <= 1, "a network that was trained finds some of the person"
+    score = call(
+        *("evaluate", "--json", "--checkpoint", result["checkpoint"]),
+        *("--data", tmp_path / "out" / "shards", "--split", "test"),
+    )
+    assert score.json["iou"] == result["test_iou"], "the test score is that of evaluate"
     assert 0.3 < result["baseline_iou"] < 1
     assert result["pictures"]
     for path in [*result["pictures"], result["checkpoint"]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore  # torch.distributed does not export it to mypy
 
 from portrait_dist import distributed
 from portrait_dist.errors import InputError
@@ -29,7 +29,7 @@ class CountingStore:
     """A client of a TCPStore that counts what it asks."""
 
     def __init__(self, port: int, counts: Counter[str], name: str) -> None:
-        self.store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=30))
+        self.store = TCPStore("127.0.0.1", port, timeout=timedelta(seconds=30))
         self.counts, self.name = counts, name
 
     def __getattr__(self, method: str) -> Any:
@@ -38,14 +38,14 @@ class CountingStore:
 
 
 @pytest.fixture
-def server() -> dist.TCPStore:
-    return dist.TCPStore(
+def server() -> TCPStore:
+    return TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30)
     )
 
 
 def start_ranks(
-    server: dist.TCPStore, ranks: dict[int, str], found: dict[str, Any], counts: Counter[str]
+    server: TCPStore, ranks: dict[int, str], found: dict[str, Any], counts: Counter[str]
 ) -> list[threading.Thread]:
     """Start a thread for each rank, which has a name; its token, or error, comes into ``found``."""
 
@@ -67,7 +67,7 @@ def start_ranks(
 
 
 def test_all_ranks_get_one_token_and_each_asks_a_constant_number_of_times(
-    server: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+    server: TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = {}
     for world in (4, 32):
@@ -86,7 +86,7 @@ def test_all_ranks_get_one_token_and_each_asks_a_constant_number_of_times(
 
 
 def test_a_name_that_a_killed_rank_left_is_never_part_of_a_start(
-    server: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+    server: TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     found: dict[str, Any] = {}
@@ -104,7 +104,7 @@ def test_a_name_that_a_killed_rank_left_is_never_part_of_a_start(
 
 
 def test_a_rank_with_another_kind_of_device_is_refused_by_number_and_host(
-    server: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+    server: TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "SECONDS_AFTER_RANK_0", 0.0)
     monkeypatch.setenv("WORLD_SIZE", "3")
