@@ -53,8 +53,9 @@ class DamagedDataError(PortraitDistError):
 
 
 class DivergedError(PortraitDistError):
-    """The loss or the weights are not finite (exit code 1): the same command would end in the same
-    way.
+    """The loss or the weights are not finite (exit code 1).
+
+    The same command would end in the same way.
 
     Args:
         message: one line with the step, the samples, the learning rate and what to try.

@@ -114,7 +114,8 @@ class Size(click.ParamType):
         ):
             either = ", or original" if self.original else ""
             self.fail(
-                f"'{value[:40]}' is not a size; give HEIGHTxWIDTH in pixels, such as 256x256{either}",
+                f"'{value[:40]}' is not a size; give HEIGHTxWIDTH in pixels, such as 256x256"
+                f"{either}",
                 param,
                 ctx,
             )

@@ -28,16 +28,11 @@ from torch.distributed.elastic.multiprocessing import (
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from portrait_dist.errors import DamagedDataError, InputError, Stopped
+from portrait_dist.errors import Stopped
 from portrait_dist.slurm.allocation import Allocation
 from portrait_dist.slurm.job import FAILURES
 from portrait_dist.system.info import environment_number
-
-SECONDS_TO_SAVE = 100
-"""Seconds between the signal and the kill; SLURM gives 120 by launch/slurm.sbatch."""
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
-TELLING = (InputError.exit_code, DamagedDataError.exit_code, Stopped.exit_code)
-"""Exit codes of a rank that say what follows; every other failure is a 1."""
+from portrait_dist.training.launch import SECONDS_TO_SAVE, SIGNALS, TELLING
 
 
 class RankLogs(DefaultLogsSpecs):

@@ -1,4 +1,4 @@
-"""launch/torchrun.sh on two nodes (two torchrun agents on this machine), and a signal to one of them."""
+"""launch/torchrun.sh on two nodes (two agents on this machine), and a signal to one of them."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 
+from portrait_dist import distributed
 from portrait_dist.system.doctor.check import FAIL, OK, WARN, Check, one_line, output
 
 
@@ -33,10 +34,13 @@ def check_process_group() -> Check:
                 "or set GLOO_SOCKET_IFNAME=lo"
             )
             return Check("processes", FAIL, f"gloo does not start: {one_line(error)}", advice)
+    two_nodes = os.environ | {"LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2"}
+    card = os.environ.get("GLOO_SOCKET_IFNAME") or distributed.gloo_interface(two_nodes)
+    gloo = f"gloo ({card or 'no card found'} towards other nodes)"
     if not nccl:
-        return Check("processes", OK, "gloo; no NCCL, which only GPUs need")
+        return Check("processes", OK, f"{gloo}; no NCCL, which only GPUs need")
     version = ".".join(map(str, torch.cuda.nccl.version())) if gpus else "not loaded without a GPU"
-    return Check("processes", OK, f"gloo, NCCL {version}")
+    return Check("processes", OK, f"{gloo}, NCCL {version}")
 
 
 def check_slurm() -> Check:
