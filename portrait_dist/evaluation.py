@@ -388,10 +388,11 @@ def size_of_shards(
     """
     from portrait_dist.data.shards.reader import ShardSet
 
-    packed = ShardSet(shards, split).size
+    opened = ShardSet(shards, split)
+    packed = opened.size
     if packed is not None and tuple(packed) != size:
         raise InputError(
-            f"{checkpoint}: the checkpoint was trained at {size[0]}x{size[1]}, but {shards} was "
+            f"{checkpoint}: the checkpoint was trained at {size[0]}x{size[1]}, but {opened.shown} was "
             f"packed at {packed[0]}x{packed[1]}; pack again with --size {size[0]}x{size[1]}, or "
             "with --size original for any size"
         )

@@ -14,6 +14,7 @@ from PIL import Image
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.files import atomic_path, check_folder_writable, explained
 from portrait_dist.preprocessing import DEFAULT_SIZE, MEAN, STD
+from portrait_dist.system.address import is_address, redact
 
 if TYPE_CHECKING:
     from portrait_dist.config import AugmentConfig
@@ -115,19 +116,19 @@ def _open(data: str, split: str, count: int) -> tuple[tuple[int, int] | None, It
     from portrait_dist.data.source.split import MANIFEST
 
     folder = Path(data)
-    if "://" in data or (folder / shard_format.MANIFEST).is_file():
+    if is_address(data) or (folder / shard_format.MANIFEST).is_file():
         return _open_shards(data, split, count)
     if (folder / MANIFEST).is_file() or (folder / IMAGES).is_dir():
         return None, _open_folder(data, split, count)
     raise InputError(
-        f"--data {data}: holds neither {MANIFEST} nor {shard_format.MANIFEST}; "
+        f"--data {redact(data)}: holds neither {MANIFEST} nor {shard_format.MANIFEST}; "
         "give what 'prepare' or 'pack' wrote"
     )
 
 
 def _spread(available: int, count: int, data: str, split: str) -> list[int]:
     if not available:
-        raise InputError(f"{data}: split '{split}' is empty; give another --split")
+        raise InputError(f"{redact(data)}: split '{split}' is empty; give another --split")
     return np.linspace(0, available - 1, min(count, available)).round().astype(int).tolist()
 
 

@@ -474,3 +474,21 @@ def test_the_options_of_downloads_have_the_documented_defaults() -> None:
     assert DownloadOptions().wait_for_server_seconds == 1800
     assert Cache().parallel_downloads == 8
     assert download.CHUNK == 1 << 20
+
+
+def test_show_works_with_an_address_with_secrets_and_shows_none(
+    server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    address = with_secrets(server)
+    sheet = tmp_path / "sheet.png"
+    result = cli.call("show", "--data", address, "--split", "val", "--out", sheet)
+    assert result.exit_code == 0, result
+    assert sheet.is_file()
+    empty = cli.call("show", "--data", address, "--split", "nosplit", "--out", sheet)
+    assert empty.exit_code == 2
+    for text in (result.stdout, result.stderr, empty.stdout, empty.stderr):
+        assert_no_secret(text)
+    names = [str(path) for path in (tmp_path / "user").rglob("*")]
+    assert names
+    assert_no_secret(" ".join(names))

@@ -12,7 +12,7 @@ from portrait_dist.errors import InputError
 from portrait_dist.runs.folder import Events, RunFolder
 from portrait_dist.runs.report.settings import RunSettings, read_settings
 from portrait_dist.runs.status import RunStatus, run_status
-from portrait_dist.system.address import is_address
+from portrait_dist.system.address import is_address, redact
 
 if TYPE_CHECKING:
     from portrait_dist.data.stream.loader import Batch
@@ -54,6 +54,11 @@ class ShardsLocation:
 
     path: str
     problem: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The location without secrets of an address."""
+        return redact(self.path)
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,7 @@ def score_run(run: Run, shards: str, images: int, at_most: int, device: str) -> 
     model, info = load_model(run.checkpoint)
     found = ShardSet(shards, "val")
     if not found.samples:
-        raise InputError(f"{shards}: the validation split is empty; there is nothing to score")
+        raise InputError(f"{found.shown}: the validation split is empty; there is nothing to score")
     size = size_of_shards(shards, "val", input_geometry(info).size, run.checkpoint)
     stored = f"{found.size[0]}x{found.size[1]}" if found.size else "their own size"
     counts = {name: f"{entry.samples:,}" for name, entry in found.manifest.splits.items()}

@@ -153,7 +153,7 @@ def contents(run: Run, location: ShardsLocation, scored: ScoredRun | None) -> di
         "happened": happened(run.events),
         "slow_ranks": slow_ranks(run.events),
         "rows": run.settings.rows() if run.settings.values else [],
-        "data": {"shards": location.path or "not named", **(scored.shards if scored else {})},
+        "data": {"shards": location.shown or "not named", **(scored.shards if scored else {})},
         "machine": machine(run.machine),
         "commands": commands(run, location),
         "batch": global_batch(run),
@@ -373,7 +373,7 @@ def commands(run: Run, location: ShardsLocation) -> list[str]:
         arguments = shlex.join(train_arguments(run))
         lines.append(f"{launch} {arguments} run.name=again")
     if run.checkpoint:
-        checkpoint, shards = shlex.quote(str(run.checkpoint)), shlex.quote(location.path)
+        checkpoint, shards = shlex.quote(str(run.checkpoint)), shlex.quote(location.shown)
         lines.append(f"portrait-dist evaluate --checkpoint {checkpoint} --data {shards}")
     return lines
 
