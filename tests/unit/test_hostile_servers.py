@@ -492,3 +492,29 @@ def test_show_works_with_an_address_with_secrets_and_shows_none(
     names = [str(path) for path in (tmp_path / "user").rglob("*")]
     assert names
     assert_no_secret(" ".join(names))
+
+
+def test_a_run_from_an_address_with_secrets_keeps_none_of_them(
+    server: ShardServer, tmp_path: Path
+) -> None:
+    result = cli.call_process(
+        "train",
+        "--json",
+        f"data.shards={with_secrets(server)}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"run.root={tmp_path / 'runs'}",
+        "run.name=secret",
+        "model.init_features=2",
+        "train.max_epochs=1",
+        "train.max_batches=2",
+        "train.batch_size=4",
+        "train.device=cpu",
+    )
+    assert result.exit_code == 0, result
+    assert_no_secret(result.stdout + result.stderr)
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert {"config.yaml", "metrics.jsonl", "ckpt_latest.pth"} <= {path.name for path in files}
+    for path in files:
+        data = path.read_bytes()
+        # Three letters may stand in compressed data by chance; the others may not.
+        assert not [secret for secret in SECRETS[1:] if secret.encode() in data], path
