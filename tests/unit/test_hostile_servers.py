@@ -128,7 +128,7 @@ def test_what_cannot_be_reached_is_never_skipped_as_damage(
 
 
 def next_batch(loader: StreamLoader) -> None:
-    with contextlib.suppress(IndexError):  # its pipeline is closed meanwhile
+    with contextlib.suppress(IndexError, StopIteration):  # its pipeline is closed meanwhile
         next(iter(loader))
 
 
