@@ -34,6 +34,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 HELD = (errno.EAGAIN, errno.EACCES)
 """What lockf and flock set where somebody else holds the lock."""
 SECONDS_BETWEEN_TRIES = 0.5
+NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+"""Another file system, one without links, a file of another user, too many links."""
+LEASE = 900.0
+"""Seconds after which a temporary file of another host that does not grow is abandoned."""
 _numbers = itertools.count()
 
 
@@ -192,6 +196,79 @@ def check_folder_writable(folder: str | Path) -> None:
         temporary.unlink()
 
 
+def create_text(path: str | Path, text: str) -> bool:
+    """Write a UTF-8 text file whole, unless there is one.
+
+    Of several processes that try at once, on any number of nodes, one makes the file: a link fails
+    where the name is taken. A file system without links has no such promise.
+
+    Returns:
+        Whether this call made the file.
+
+    Raises:
+        InputError: see :func:`atomic_path`.
+        PortraitDistError: likewise.
+    """
+    path = Path(path)
+    temporary = temporary_path(path)
+    try:
+        with explained(path):
+            temporary.write_text(text, encoding="utf-8")
+            _flush(temporary)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                if path.exists():
+                    return False
+                os.replace(temporary, path)
+            return True
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned_files(folder: Path) -> None:
+    """Remove the temporary files of killed processes, and nothing that one still writes.
+
+    For folders that several machines write, also where the file system has no locks: a file of this
+    host goes if its process is gone, one of another host if it was not written for ``LEASE``
+    seconds by the file system's clock.
+    """
+    clock = temporary_path(folder / "any")
+    with explained(clock):
+        clock.touch()
+        now = clock.stat().st_mtime
+        clock.unlink()
+    ours = clock.name.split("-")[1]
+    for path in folder.iterdir():
+        if not TEMPORARY.fullmatch(path.name):
+            continue
+        with contextlib.suppress(OSError):
+            named = re.match(r"\.tmp-([0-9a-f]{8})-([0-9]+)-", path.name)
+            if named and named[1] == ours:
+                abandoned = not _is_alive(int(named[2]))
+            elif named:
+                abandoned = now - path.stat().st_mtime > LEASE
+            else:  # of a release before 0.2, which locked the folder
+                abandoned = True
+            if abandoned:
+                path.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it is another user's
+    return True
+
+
 def remove_temporary_files(folder: Path) -> None:
     """Remove the temporary files of killed processes; only for the holder of the folder's lock."""
     for leftover in folder.iterdir():
@@ -317,6 +394,29 @@ class ExclusiveLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def lock_holder(path: Path) -> str | None:
+    """Return who holds a lock file of :class:`ExclusiveLock`, without a wait.
+
+    Not for a file that this process has locked: closing it again would release that lock.
+
+    Returns:
+        None where nobody holds it, where there is no such file, or where the file system has no
+        locks.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in HELD:
+            return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process"
+    finally:
+        os.close(descriptor)
+    return None
 
 
 def lock_output(folder: Path, command: str, out: Path) -> ExclusiveLock:

@@ -137,12 +137,14 @@ class Part(click.ParamType):
             from portrait_dist.distributed import job_part
 
             return job_part()
-        part, slash, parts = value.partition("/")
-        if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", value)
+        if not found or int(found[1]) >= int(found[2]):
             self.fail(
-                f"'{value}' is not a part; give I/N with I from 0 to N - 1, such as 0/4", param, ctx
+                f"'{value[:40]}' is not a part; give I/N with I from 0 to N - 1, such as 0/4",
+                param,
+                ctx,
             )
-        return int(part), int(parts)
+        return int(found[1]), int(found[2])
 
 
 class _StdoutForJson:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from portrait_dist.commands import Size, command
+from portrait_dist.commands import Part, Size, command
 from portrait_dist.commands.numbers import MOST_WORKERS, Integer
 
 if TYPE_CHECKING:
@@ -23,10 +23,15 @@ def _summary(result: PackResult) -> str:
         if result.packed
         else ", all of them there already"
     )
-    return (
-        f"{result.samples} samples in {result.shards} shards, {result.bytes / 1e6:.1f} MB, "
+    what = f"part {result.part}: " if result.part and not result.finished else ""
+    done = (
+        f"{what}{result.samples} samples in {result.shards} shards, {result.bytes / 1e6:.1f} MB, "
         f"in {result.out}{speed}\n"
-        f"next: portrait-dist train --recipe aisegment_unet data.shards={result.out}"
+    )
+    if result.finished:
+        return done + f"next: portrait-dist train --recipe aisegment_unet data.shards={result.out}"
+    return (
+        done + f"{result.shards_missing} shards of other parts are missing; the last part finishes"
     )
 
 
@@ -76,6 +81,22 @@ def _summary(result: PackResult) -> str:
     show_default=True,
     help="Of the JPEGs, 1 to 100; not used with --size original.",
 )
+@click.option(
+    "--part",
+    type=Part(),
+    help="Pack the shards of one part, I from 0 to N - 1; auto: as SLURM's array, srun or torchrun "
+    "say.  [default: all shards]",
+)
+@click.option(
+    "--finish",
+    is_flag=True,
+    help="Pack nothing: write the manifest where every shard is there, else name what is missing.",
+)
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Hash the shards that are there already, instead of comparing their length and time.",
+)
 def pack(
     data: Path,
     out: Path,
@@ -84,6 +105,9 @@ def pack(
     workers: int | None,
     codec: str,
     quality: int,
+    part: tuple[int, int] | None,
+    finish: bool,
+    check: bool,
 ) -> PackResult:
     """Pack a prepared tree into WebDataset shards with a manifest and indexes.
 
@@ -91,10 +115,26 @@ def pack(
         portrait-dist pack --data data --out shards
         portrait-dist pack --data data --out shards-original --size original
         portrait-dist pack --data data --out shards-raw --codec raw --workers 16
+        sbatch --array=0-15 --wrap "portrait-dist pack --data data --out shards --part auto"
+        portrait-dist pack --data data --out shards --part 3/16
+
+    Parts run on any machines that share both folders, at any time and in any order; the last one
+    writes the manifest. The bytes are those of one process.
 
     Interrupted and run again it finishes: whole shards are kept, and the bytes are the same as
     without the interruption. At original size the JPEG files are stored as they are.
     """
     from portrait_dist.data.shards import writer
 
-    return writer.pack(data, out, size, samples_per_shard, workers, codec, quality)
+    return writer.pack(
+        data,
+        out,
+        size,
+        samples_per_shard,
+        workers,
+        codec,
+        quality,
+        part=part,
+        finish=finish,
+        check=check,
+    )

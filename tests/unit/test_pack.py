@@ -382,6 +382,7 @@ def test_leftovers_of_killed_processes_are_cleared(tree: Path, tmp_path: Path) -
     before = files(tmp_path / "out")
     for name in (".train-00000.tar.part", ".tmp-0123abcd-99-0", "train-00007.tar"):
         (tmp_path / "out" / name).write_bytes(b"half")
+        os.utime(tmp_path / "out" / name, (1e9, 1e9))  # of another host, not written for long
     pack(tree, tmp_path / "out", size=(16, 16))
     assert files(tmp_path / "out") == before
 

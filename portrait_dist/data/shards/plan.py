@@ -41,6 +41,11 @@ def plan_shards(split: Split, samples_per_shard: int) -> list[ShardPlan]:
     ]
 
 
+def part_of(plans: list[ShardPlan], index: int, count: int) -> list[ShardPlan]:
+    """Return the shards whose number, over all splits, is ``index`` modulo ``count``."""
+    return plans[index::count]
+
+
 def check_keys(split: Split) -> None:
     """Check that every key can be stored.
 

@@ -1,26 +1,30 @@
-"""Pack a prepared tree into shards, on all cores, whole shards or none.
+"""Pack a prepared tree into shards, on all cores of any number of machines, whole shards or none.
 
 Every shard is written under a temporary name, flushed to the disk and renamed; its index follows,
 so a shard with an index is complete. Killed at any moment and run again, ``pack`` keeps complete
 shards whose sources have not changed and ends with the same bytes as an uninterrupted run.
 
-Threads are enough: reading, decoding, resizing, encoding and compressing all release the
-interpreter lock.
+Several machines share the work by parts: part I of N writes the shards whose number in the plan is
+I modulo N, and nothing else. Whoever finds every shard there, a part or a plain ``pack``, writes
+the manifest. The bytes are those of one process.
+
+Threads are enough within a machine: reading, decoding, resizing, encoding and compressing all
+release the interpreter lock.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
-import json
+import os
 import tarfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from isal import isal_zlib
 
@@ -39,20 +43,31 @@ from portrait_dist.data.shards.format import (
     keys_sha256,
     padded,
     parse_index,
-    parse_manifest,
     wids_index,
 )
-from portrait_dist.data.shards.plan import ShardPlan, check_keys, made_from, plan_shards
+from portrait_dist.data.shards.pack_folder import (
+    PART_LOCK,
+    SECONDS_TO_START,
+    UNFINISHED,
+    HeldError,
+    PackFolder,
+    Part,
+)
+from portrait_dist.data.shards.plan import (
+    ShardPlan,
+    check_keys,
+    made_from,
+    part_of,
+    plan_shards,
+)
 from portrait_dist.data.source.split import SPLITS, Split, pair_paths, read_split
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
 from portrait_dist.files import (
     atomic_open,
     check_folder_writable,
     explained,
-    lock_output,
     open_regular,
-    read_marker,
-    remove_temporary_files,
+    remove_abandoned_files,
     write_bytes,
     write_text,
 )
@@ -62,8 +77,8 @@ from portrait_dist.system.malloc import keep_freed_memory
 from portrait_dist.system.progress import track
 from portrait_dist.system.threads import map_in_order
 
-UNFINISHED = ".pack.json"
-"""Marks a folder whose packing is under way, with its settings; gone when the manifest is there."""
+MOST_NAMES = 10
+"""Missing shards that a message names."""
 SAMPLES_PER_SHARD = 1024
 QUALITY = 95
 
@@ -73,13 +88,16 @@ class PackResult:
     """What is in the folder, and what this run did.
 
     Args:
-        samples: in all splits.
-        shards: in all splits.
-        bytes: of all tars.
+        samples: in all splits; of a part that is not the last, in its shards.
+        shards: likewise.
+        bytes: of their tars.
         pairs_per_second: of the pairs that this run packed.
         packed: pairs that this run packed; the others were there.
-        splits: samples of each split.
+        splits: samples of each split, likewise.
         out: the folder.
+        part: ``I/N``, or None where the whole folder was packed.
+        finished: whether every shard and the manifest are there.
+        shards_missing: number of shards of all parts that are not there yet.
     """
 
     samples: int
@@ -89,6 +107,9 @@ class PackResult:
     packed: int
     splits: dict[str, int]
     out: str
+    part: str | None
+    finished: bool
+    shards_missing: int
 
 
 def pack(
@@ -99,8 +120,12 @@ def pack(
     workers: int | None = None,
     codec: str = "jpeg",
     quality: int = QUALITY,
+    *,
+    part: tuple[int, int] | None = None,
+    finish: bool = False,
+    check: bool = False,
 ) -> PackResult:
-    """Pack the three splits of a prepared tree.
+    """Pack the three splits of a prepared tree, or a part of their shards.
 
     At a size, the image is resized bilinearly with antialiasing and stored as JPEG (4:2:0), the
     alpha resized to the nearest pixel. At original size the JPEG files go in as they are. The alpha
@@ -114,10 +139,13 @@ def pack(
         workers: threads; by default the CPUs this process may use.
         codec: ``jpeg``, or ``raw`` for pixels that need no decoding.
         quality: of the JPEGs; not used at original size.
+        part: (I, N) to pack the shards whose number in the plan is I modulo N only.
+        finish: pack nothing; write the manifest if every shard is there.
+        check: hash the tars that are there already, instead of comparing length and time.
 
     Raises:
-        InputError: wrong options, keys that cannot be stored, a pair that cannot be used, or
-            ``out`` holds something else or cannot be written.
+        InputError: wrong options, keys that cannot be stored, a pair that cannot be used, shards
+            that are missing with ``finish``, or ``out`` holds something else or cannot be written.
         DamagedDataError: a file that does not decode.
         PortraitDistError: the disk is full or failed.
     """
@@ -125,119 +153,226 @@ def pack(
     settings.check()
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: it is at least 1")
+    if part and finish:
+        raise InputError("--part with --finish: a part packs, --finish only writes the manifest")
+    if part and not 0 <= part[0] < part[1]:
+        raise InputError(f"--part {part[0]}/{part[1]}: I is from 0 to N - 1")
     split = read_split(data)
     check_keys(split)
-    out = Path(out).absolute()
+    folder = PackFolder(Path(out).absolute(), split, settings)
+    packing = _Packing(folder, plan_shards(split, samples_per_shard), workers or cores(), check)
     keep_freed_memory()
-    begin = time.perf_counter()
-    with explained(out), _claimed(out, split, settings):
-        plans = plan_shards(split, samples_per_shard)
-        entries, missing = plan_missing(plans, split, out, settings)
-        if missing or not (out / MANIFEST).exists():
-            write_text(out / UNFINISHED, json.dumps(settings.to_dict()), durable=True)
-            (out / MANIFEST).unlink(missing_ok=True)
-        entries |= write_missing(missing, split, out, settings, workers or cores())
-        manifest = build_manifest(plans, entries, split, settings)
-        _finish(out, manifest)
-    packed = sum(len(plan.keys) for plan in missing)
-    return PackResult(
-        samples=sum(entry.samples for entry in manifest.splits.values()),
-        shards=len(plans),
-        bytes=sum(entry.bytes for entry in entries.values()),
-        pairs_per_second=packed / (time.perf_counter() - begin),
-        packed=packed,
-        splits={name: entry.samples for name, entry in manifest.splits.items()},
-        out=str(out),
-    )
+    with explained(folder.out):
+        if finish:
+            return packing.finish()
+        return packing.pack_part(Part(*part)) if part else packing.pack_all()
 
 
-@contextlib.contextmanager
-def _claimed(out: Path, split: Split, settings: Settings) -> Iterator[None]:
-    """Lock ``out`` for this command; on an error leave no folder without a complete shard."""
-    check_folder_writable(out)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock_output(out, "pack", out):
-            _check_out(out, split, settings)
-            try:
-                yield
-            except (PortraitDistError, OSError):
-                if not any(out.glob("*.index")):
-                    (out / UNFINISHED).unlink(missing_ok=True)
-                raise
-    finally:
-        with contextlib.suppress(OSError):
-            out.rmdir()  # only if it is empty
+class _Packing:
+    """One run of ``pack``.
 
-
-def _check_out(out: Path, split: Split, settings: Settings) -> None:
-    """Check that a folder is new, or was packed from these pairs with these settings.
-
-    Raises:
-        InputError: ``out`` holds something that this command line did not write.
+    Args:
+        folder: where to.
+        plans: all shards.
+        workers: threads.
+        check: hash tars that are there.
     """
-    before: dict[str, Any] | None
-    if (out / MANIFEST).is_file():
-        manifest = parse_manifest((out / MANIFEST).read_bytes(), str(out / MANIFEST))
-        before = manifest.settings
-        if any(
-            manifest.splits[name].keys_sha256 != keys_sha256(split.keys(name))
-            for name in SPLITS
-            if name in manifest.splits
-        ):
-            raise InputError(
-                f"{out}: was packed from other pairs (source {manifest.source}); give another --out"
-            )
-    else:
-        before = read_marker(out, UNFINISHED, "pack")
-    if before is None:
-        return
-    for name, value in settings.to_dict().items():
-        if before.get(name) != value:
-            option, old, new = name.replace("_", "-"), _shown(before.get(name)), _shown(value)
-            raise InputError(
-                f"{out}: was packed with --{option} {old}, not {new}; use that, or another --out"
-            )
 
+    def __init__(
+        self, folder: PackFolder, plans: list[ShardPlan], workers: int, check: bool
+    ) -> None:
+        self.folder, self.plans, self.workers, self.check = folder, plans, workers, check
+        self.packed = 0
+        self.begin = time.perf_counter()
 
-def _shown(value: Any) -> str:
-    """A value of the settings as the command line has it."""
-    if value is None:
-        return "original"
-    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    def pack_all(self) -> PackResult:
+        """Pack what is missing of all shards; on an error leave no folder without a whole one."""
+        folder, out = self.folder, self.folder.out
+        check_folder_writable(out)
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            with folder.locked():
+                folder.check()
+                try:
+                    return self._completed(self._write(self.plans, parts=1))
+                except (PortraitDistError, OSError):
+                    if not any(out.glob("*.index")):
+                        (out / UNFINISHED).unlink(missing_ok=True)
+                    raise
+        finally:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # only if it is empty
+
+    def pack_part(self, part: Part) -> PackResult:
+        """Pack what is missing of one part's shards; write the manifest where it was the last."""
+        out = self.folder.out
+        check_folder_writable(out)
+        out.mkdir(parents=True, exist_ok=True)
+        plans = part_of(self.plans, part.index, part.count)
+        with self.folder.locked_part(part):
+            entries = self._write(plans, parts=part.count)
+        # After the part's lock is released: of parts that end at the same time the last one to
+        # release it sees that every shard is there and that nobody is at work.
+        if not self._missing():
+            with contextlib.suppress(HeldError):  # whoever is at work finishes the folder
+                return dataclasses.replace(self.finish(), part=str(part))
+        return self._result(plans, entries, part=str(part))
+
+    def finish(self) -> PackResult:
+        """Write the manifest of a folder in which every shard is there.
+
+        Raises:
+            InputError: a shard is missing; the message names it and its part.
+        """
+        if not self.folder.out.is_dir():
+            raise InputError(
+                f"{self.folder.out}: there is no such folder; run 'portrait-dist pack'"
+            )
+        with self.folder.locked(SECONDS_TO_START):
+            self.folder.check()
+            if self.check:
+                entries, missing = self._find(self.plans)
+                absent = [plan.name for plan in missing]
+            else:
+                entries, absent = self._recorded()
+            if absent:
+                raise InputError(self._what_is_missing(absent))
+            return self._completed(entries)
+
+    def _write(self, plans: list[ShardPlan], parts: int) -> dict[str, ShardEntry]:
+        """Write the shards of these that are missing; the entries of all of them."""
+        folder = self.folder
+        entries, missing = self._find(plans)
+        if missing or not (folder.manifest.exists() or (folder.out / UNFINISHED).exists()):
+            folder.begin(parts)
+        entries |= write_missing(missing, folder.split, folder.out, folder.settings, self.workers)
+        self.packed = sum(len(plan.keys) for plan in missing)
+        return entries
+
+    def _find(self, plans: list[ShardPlan]) -> tuple[dict[str, ShardEntry], list[ShardPlan]]:
+        folder = self.folder
+        return plan_missing(plans, folder.split, folder.out, folder.settings, check=self.check)
+
+    def _recorded(self) -> tuple[dict[str, ShardEntry], list[str]]:
+        """Entries as the indexes have them, and the names of the shards without one."""
+        found = {plan.name: recorded_entry(plan, self.folder.out) for plan in self.plans}
+        entries = {name: entry for name, entry in found.items() if entry}
+        return entries, [name for name in found if name not in entries]
+
+    def _missing(self) -> list[str]:
+        """Names of the shards that have no index; a look at names only."""
+        names = {path.name for path in self.folder.out.iterdir()}
+        return [plan.name for plan in self.plans if not {plan.name, plan.index_name} <= names]
+
+    def _what_is_missing(self, absent: list[str]) -> str:
+        parts = self.folder.begun_parts()
+        number = {plan.name: position for position, plan in enumerate(self.plans)}
+        named = [
+            f"{name} (part {number[name] % parts}/{parts})" if parts > 1 else name
+            for name in absent[:MOST_NAMES]
+        ]
+        more = f" and {len(absent) - MOST_NAMES} more" if len(absent) > MOST_NAMES else ""
+        return (
+            f"{self.folder.out}: {len(absent)} of {len(self.plans)} shards are not there or not "
+            f"whole: {', '.join(named)}{more}; pack them, then run --finish again"
+        )
+
+    def _completed(self, entries: dict[str, ShardEntry]) -> PackResult:
+        """Write the manifest and what belongs to it."""
+        folder = self.folder
+        _finish(folder.out, build_manifest(self.plans, entries, folder.split, folder.settings))
+        return self._result(self.plans, entries, finished=True)
+
+    def _result(
+        self,
+        plans: list[ShardPlan],
+        entries: dict[str, ShardEntry],
+        *,
+        part: str | None = None,
+        finished: bool = False,
+    ) -> PackResult:
+        splits = {
+            name: sum(len(plan.keys) for plan in plans if plan.split == name) for name in SPLITS
+        }
+        return PackResult(
+            samples=sum(splits.values()),
+            shards=len(plans),
+            bytes=sum(entry.bytes for entry in entries.values()),
+            pairs_per_second=self.packed / (time.perf_counter() - self.begin),
+            packed=self.packed,
+            splits=splits,
+            out=str(self.folder.out),
+            part=part,
+            finished=finished,
+            shards_missing=0 if finished else len(self._missing()),
+        )
 
 
 def plan_missing(
-    plans: list[ShardPlan], split: Split, out: Path, settings: Settings
+    plans: list[ShardPlan], split: Split, out: Path, settings: Settings, *, check: bool = False
 ) -> tuple[dict[str, ShardEntry], list[ShardPlan]]:
     """Find which shards are there, and which have to be written.
+
+    Args:
+        plans: the shards to look for.
+        split: the pairs.
+        out: where the shards are.
+        settings: how they are stored.
+        check: hash the tars that are there.
 
     Returns:
         The entries of the complete shards, by name, and the plans of the others.
     """
-    found = ((plan, complete_entry(plan, split, out, settings)) for plan in plans)
+    found = ((plan, complete_entry(plan, split, out, settings, check=check)) for plan in plans)
     entries = {plan.name: entry for plan, entry in found if entry}
     return entries, [plan for plan in plans if plan.name not in entries]
 
 
 def complete_entry(
-    plan: ShardPlan, split: Split, out: Path, settings: Settings
+    plan: ShardPlan, split: Split, out: Path, settings: Settings, *, check: bool = False
 ) -> ShardEntry | None:
-    """Return the entry of a shard that is complete and made from the sources as they are now."""
+    """Return the entry of a shard that is complete and made from the sources as they are now.
+
+    None where it has to be written. ``check`` is that of :func:`recorded_entry`.
+    """
+    index = out / plan.index_name
+    entry = recorded_entry(plan, out, check=check)
+    if entry is None:
+        return None
+    header, _ = parse_index(index.read_bytes(), str(index))
+    written = index.stat().st_mtime_ns
+    same = header.made_from == made_from(plan, split, settings, not_newer_than=written)
+    return entry if same else None
+
+
+def recorded_entry(plan: ShardPlan, out: Path, *, check: bool = False) -> ShardEntry | None:
+    """Return the entry of a shard whose tar is as its index says; None where it is not.
+
+    The tar was hashed when it was written, before its index. So it is hashed again only where its
+    time says that it changed afterwards.
+
+    Args:
+        plan: the shard.
+        out: the folder.
+        check: hash the tar in any case.
+
+    Raises:
+        InputError: a file is there that cannot be read.
+    """
     tar, index = out / plan.name, out / plan.index_name
     try:
         with open(open_regular(index), "rb") as file:
-            data = file.read()
+            data, index_time = file.read(), os.fstat(file.fileno()).st_mtime_ns
         header, _ = parse_index(data, str(index))
-        written = index.stat().st_mtime_ns
-        if header.made_from != made_from(plan, split, settings, not_newer_than=written):
-            return None
         with open(open_regular(tar), "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 != header.sha256:
-            return None
+            status = os.fstat(file.fileno())
+            if (header.samples, header.bytes) != (len(plan.keys), status.st_size):
+                return None
+            if check or status.st_mtime_ns > index_time:
+                if hashlib.file_digest(file, "sha256").hexdigest() != header.sha256:
+                    return None
         index_sha256 = hashlib.sha256(data).hexdigest()
-        return ShardEntry(plan.name, len(plan.keys), header.bytes, sha256, index_sha256)
+        return ShardEntry(plan.name, header.samples, header.bytes, header.sha256, index_sha256)
     except (FileNotFoundError, DamagedDataError):
         return None
     except OSError as error:  # also a named pipe or a folder in its place
@@ -343,8 +478,9 @@ def _finish(out: Path, manifest: Manifest) -> None:
         for name in (shard.name, shard.index_name)
     }
     for path in out.iterdir():
-        if is_shard_file(path.name) and path.name not in known:
-            path.unlink()
-    remove_temporary_files(out)
+        stale = is_shard_file(path.name) and path.name not in known
+        if stale or PART_LOCK.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    remove_abandoned_files(out)
     write_text(out / MANIFEST, manifest.to_json(), durable=True)
     (out / UNFINISHED).unlink(missing_ok=True)

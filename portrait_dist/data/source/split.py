@@ -10,7 +10,6 @@ files were found in.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any
 from portrait_dist.data.source.pairs import Pair, PairReport, check_pairs, find_pairs
 from portrait_dist.errors import DamagedDataError, InputError, nearest
 from portrait_dist.files import (
+    NO_LINKS,
     atomic_path,
     check_folder_writable,
     explained,
@@ -39,8 +39,6 @@ FORMAT = 1
 MOST_BYTES = 1 << 32
 """Of a split.json; a key of 24 bytes takes 30, so that is enough for 10^8 pairs."""
 LONGEST_FILE_NAME = 255  # bytes, on the file systems of Linux
-NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
-"""Another file system, one without links, a file of another user, too many links."""
 
 
 @dataclass(frozen=True)

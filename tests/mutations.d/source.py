@@ -1,0 +1,111 @@
+"""Breaks of what prepare, synth, show, pack and verify guarantee."""
+
+from tests.mutation import Mutation
+
+PREPARE = "tests/unit/test_prepare.py"
+PACK = "tests/unit/test_pack.py"
+PARTS = "tests/unit/test_pack_parts.py"
+
+MUTATIONS = [
+    Mutation(
+        file="portrait_dist/data/source/split.py",
+        old='f"{seed}:{name}".encode()',
+        new='f"{name}:{seed}".encode()',
+        test=f"{PREPARE}::test_the_split_is_the_same_on_every_machine",
+        why="the split is the same on every machine, forever",
+    ),
+    Mutation(
+        file="portrait_dist/data/source/pairs.py",
+        old="if not entry.is_dir() and os.path.exists(entry.path):",
+        new="if False:",
+        test=f"{PREPARE}::test_what_is_neither_file_nor_folder_is_refused_by_name",
+        why="a named pipe among the images is refused by name",
+    ),
+    Mutation(
+        file="portrait_dist/data/source/pictures.py",
+        old="    except Image.DecompressionBombError as error:",
+        new="    except ZeroDivisionError as error:",
+        test=f"{PREPARE}::test_a_picture_of_too_many_pixels_is_named_beside_other_bad_pairs",
+        why="a decompression bomb is named in one line",
+    ),
+    Mutation(
+        file="portrait_dist/data/source/split.py",
+        old="OverflowError, RecursionError) as error",
+        new="OverflowError) as error",
+        test=f"{PREPARE}::test_a_damaged_split_file_is_named",
+        why="deep JSON in split.json is damage in one line",
+    ),
+    Mutation(
+        file="portrait_dist/data/source/split.py",
+        old="    with atomic_path(target) as temporary:\n        shutil.copyfile(source, temporary)",
+        new='    part = target.with_name(f".{target.name}.part")\n'
+        "    shutil.copyfile(source, part)\n    part.replace(target)",
+        test=f"{PREPARE}::test_names_of_255_bytes_work",
+        why="names as long as the file system allows work",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/encode.py",
+        old="    check_pixels(image_path, *stored)\n",
+        new="",
+        test=f"{PACK}::test_a_broken_pair_is_named_and_nothing_half_written_is_left",
+        why="pack refuses images of too many pixels by name",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/writer.py",
+        old="    info.size, info.mode = length, 0o644\n",
+        new="    info.size, info.mode, info.mtime = length, 0o644, int(time.time())\n",
+        test=f"{PARTS}::test_a_marker_of_an_older_release_is_taken",
+        why="the same pairs give the same bytes at any time",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/png.py",
+        old="    alpha[:, 0] = rows[:, 0]\n",
+        new="    alpha[:, 0] = 0\n",
+        test="tests/unit/test_decode.py"
+        "::test_mattes_of_every_row_filter_give_the_alpha_that_pil_reads",
+        why="the alpha of a matte is read to the pixel",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/plan.py",
+        old="    return plans[index::count]\n",
+        new="    return plans[index + 1 :: count]\n",
+        test=f"{PARTS}::test_the_plan_is_a_pure_function_and_parts_divide_it",
+        why="the parts divide the plan",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/pack_folder.py",
+        old="            if theirs and not ours.same_bytes(theirs):",
+        new="            if False:",
+        test=f"{PARTS}::test_a_machine_that_encodes_otherwise_is_refused_and_both_are_named",
+        why="a part that would write other bytes refuses",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/pack_folder.py",
+        old="            if at_work := self._part_at_work():",
+        new="            if at_work := None:",
+        test=f"{PARTS}::test_a_part_that_is_being_packed_is_refused_and_so_is_all_of_it",
+        why="nobody finishes a folder while a part is at work",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/writer.py",
+        old='header["bytes"] != status.st_size',
+        new="False",
+        test=f"{PARTS}::test_finish_finds_a_shard_that_was_cut_or_changed",
+        why="a shard that was cut is not taken for whole",
+    ),
+    Mutation(
+        file="portrait_dist/files.py",
+        old="                abandoned = not _is_alive(int(named[2]))",
+        new="                abandoned = True",
+        test=f"{PARTS}::test_only_files_of_dead_processes_are_abandoned",
+        why="a living process's temporary file is spared",
+    ),
+    Mutation(
+        file="portrait_dist/data/contact_sheet.py",
+        old="    scale = min(size[0] / height, size[1] / width)\n",
+        new="    return size\n    scale = min(size[0] / height, size[1] / width)\n",
+        test="tests/unit/test_show.py"
+        "::test_photos_keep_their_aspect_ratio_and_the_augmentation_is_that_of_training",
+        why="show keeps the photos' aspect ratio",
+    ),
+]
