@@ -466,7 +466,8 @@ def read_marker(out: Path, name: str, command: str) -> dict[str, Any] | None:
                 f"{marker}: not written by 'portrait-dist {command}'; give another --out"
             )
         return found
-    if out.is_dir() and any(out.iterdir()):
+    # Another process that looks whether it may write here makes a temporary file for a moment.
+    if out.is_dir() and not all(TEMPORARY.fullmatch(path.name) for path in out.iterdir()):
         raise InputError(f"{out}: already holds something else; give a new folder as --out")
     return None
 

@@ -79,7 +79,7 @@ def _summary(result: PackResult) -> str:
     type=Integer(1, 100),
     default=95,
     show_default=True,
-    help="Of the JPEGs, 1 to 100; not used with --size original.",
+    help="Of the JPEGs, 1 to 100; with --size original only of those that EXIF says to turn.",
 )
 @click.option(
     "--part",

@@ -10,13 +10,15 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.transforms import ColorJitter
 from torchvision.transforms import functional as F
 
 from portrait_dist.data.source.pairs import Pair
+from portrait_dist.data.source.pictures import orientation_of, upright
 from portrait_dist.data.source.split import MANIFEST, SPLITS, pair_paths, read_split
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.preprocessing import MEAN, STD
@@ -70,12 +72,18 @@ class AISegmentDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """Return image (RGB) and mask (L) of a pair at their own size."""
         pair = self.pairs[index]
         image, matte = _decode(pair.image), _decode(pair.matte)
-        if image.size != matte.size:
+        mask = matte.getchannel(matte.getbands()[-1])
+        if (orientation := orientation_of(image)) != 1:  # as ``pack`` does
+            shown = ImageOps.exif_transpose(image)
+            if mask.size == image.size != shown.size:
+                mask = Image.fromarray(upright(np.asarray(mask), orientation))
+            image = shown
+        if image.size != mask.size:
             raise InputError(
-                f"{pair.matte}: {matte.size}, but its image {pair.image} has {image.size}; "
+                f"{pair.matte}: {mask.size}, but its image {pair.image} has {image.size}; "
                 "bring both to one size"
             )
-        return image.convert("RGB"), matte.getchannel(matte.getbands()[-1])
+        return image.convert("RGB"), mask
 
     def augment(self, image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
         """Flip both and jitter the image.

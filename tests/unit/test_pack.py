@@ -18,11 +18,14 @@ import numpy as np
 import pytest
 import simplejpeg
 import webdataset
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
+from portrait_dist.data import AISegmentDataset
+from portrait_dist.data.shards.decode import decode_stored
 from portrait_dist.data.shards.encode import resize_image
 from portrait_dist.data.shards.reader import ShardSet
 from portrait_dist.data.shards.writer import pack
+from portrait_dist.data.source.pairs import check_pairs
 from portrait_dist.data.source.split import SPLITS, read_split
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.system.threads import map_in_order
@@ -123,6 +126,40 @@ def test_original_size_keeps_the_jpeg_files_as_they_are(tree: Path, tmp_path: Pa
     assert shards.size is None
     for number, pair in enumerate(read_split(tree).pairs("train")):
         assert bytes(shards.read(number).image) == pair.image.read_bytes()
+
+
+@pytest.mark.parametrize("size", [None, (24, 16)])
+@pytest.mark.parametrize("matte", ["as shown", "as stored"])
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_an_image_that_exif_turns_is_stored_upright_with_its_matte(
+    orientation: int, matte: str, size: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    data = write_tree(tmp_path / "data", {"train": ["turned", "upright"]}, size=(16, 24))
+    pair = read_split(data).pairs("train")[0]
+    ramp = np.add.outer(np.arange(16) * 9, np.arange(24) * 3).astype(np.uint8)
+    stored = Image.fromarray(np.repeat(ramp[..., None], 3, axis=2))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored.save(pair.image, quality=100, exif=exif)
+    with Image.open(pair.image) as opened:
+        shown = ImageOps.exif_transpose(opened)
+    assert shown.size == (16, 24)
+    alpha = (shown if matte == "as shown" else stored).getchannel(0)
+    Image.merge("LA", (alpha, alpha)).save(pair.matte)
+    assert not check_pairs([pair])
+    pack(data, tmp_path / "out", size=size)
+    encoded = ShardSet(tmp_path / "out", "train").read(0)
+    image, mask = decode_stored(encoded.image, encoded.alpha, "jpeg")
+    assert image.shape[:2] == mask.shape == (24, 16)
+    assert np.abs(image.astype(int) - np.asarray(shown)).max() < 12
+    assert np.abs(mask.astype(int) - np.asarray(shown)[..., 0]).max() < 12
+    tutorial_image, tutorial_mask = AISegmentDataset(data, "train").read(0)
+    assert tutorial_image.size == tutorial_mask.size == (16, 24)
+    assert np.array_equal(np.asarray(tutorial_image), np.asarray(shown))
+    assert np.array_equal(np.asarray(tutorial_mask), np.asarray(shown)[..., 0])
+    if size is None:
+        other = read_split(data).pairs("train")[1]
+        assert bytes(ShardSet(tmp_path / "out", "train").read(1).image) == other.image.read_bytes()
 
 
 def test_the_same_pairs_give_the_same_bytes(tree: Path, tmp_path: Path) -> None:

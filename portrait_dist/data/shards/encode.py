@@ -12,7 +12,13 @@ import simplejpeg
 from portrait_dist.data.shards.decode import jpeg_size, npy_header, resize_alpha
 from portrait_dist.data.shards.format import SUFFIXES
 from portrait_dist.data.shards.png import Pixels, decode_matte, encode_grey
-from portrait_dist.data.source.pictures import REMEDY, check_pixels, read_picture
+from portrait_dist.data.source.pictures import (
+    REMEDY,
+    check_pixels,
+    exif_orientation,
+    read_picture,
+    upright,
+)
 from portrait_dist.errors import DamagedDataError, InputError
 
 SIDES = range(8, 16384 + 1)
@@ -79,6 +85,11 @@ class EncodedPair:
 def encode_pair(source: tuple[str, Path, Path], settings: Settings) -> EncodedPair:
     """Read a pair and encode it.
 
+    At original size the bytes of the JPEG file are stored as they are, unless its EXIF orientation
+    says that it is shown otherwise than it is stored; those images are brought upright and encoded
+    again, because no decoder of shards looks at EXIF. The matte is as the image is shown, or, where
+    only that fits its size, as it is stored.
+
     Args:
         source: key, image file and matte file.
         settings: how it is stored.
@@ -97,16 +108,21 @@ def encode_pair(source: tuple[str, Path, Path], settings: Settings) -> EncodedPa
     stored = _decoded(image_path, lambda: jpeg_size(jpeg))
     check_pixels(image_path, *stored)
     alpha = _decoded(matte_path, lambda: decode_matte(png))
-    if stored != alpha.shape:
+    orientation = exif_orientation(jpeg)
+    shown = stored[::-1] if orientation >= 5 else stored
+    if alpha.shape == stored != shown:  # the matte's maker did not look at EXIF
+        alpha = upright(alpha, orientation)
+    if alpha.shape != shown:
         raise InputError(
             f"{matte_path}: {alpha.shape[1]}x{alpha.shape[0]} pixels, "
-            f"but its image {image_path} has {stored[1]}x{stored[0]}; "
+            f"but its image {image_path} has {shown[1]}x{shown[0]}; "
             "bring both to one size, or remove the pair"
         )
-    image = _decoded(image_path, lambda: simplejpeg.decode_jpeg(jpeg, "RGB"))
-    if settings.size is None:
+    # Decoded at original size too: a file that is damaged behind its header is found here.
+    image = upright(_decoded(image_path, lambda: simplejpeg.decode_jpeg(jpeg, "RGB")), orientation)
+    if settings.size is None and orientation == 1:
         return EncodedPair(key, jpeg, encode_grey(alpha))
-    return EncodedPair(key, *encode_pixels(image, alpha, settings.size, settings))
+    return EncodedPair(key, *encode_pixels(image, alpha, settings.size or shown, settings))
 
 
 def encode_pixels(

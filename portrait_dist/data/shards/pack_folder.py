@@ -121,7 +121,7 @@ class PackFolder:
                 )
 
     def begin(self, parts: int = 1) -> None:
-        """Mark the folder before shards are written, and see that they get the same bytes.
+        """Mark the folder as unfinished, before shards are written.
 
         Args:
             parts: number of parts, for messages.
@@ -130,21 +130,25 @@ class PackFolder:
             InputError: another machine began the folder and encodes otherwise, or a process with
                 other settings was faster.
         """
-        ours = encoder_fingerprint(self.settings)
+        self._mark(parts)
+        self.manifest.unlink(missing_ok=True)
+
+    def _mark(self, parts: int) -> None:
+        """Write the marker, or compare with the one that is there."""
         content = {
             **self.settings.to_dict(),
             "source": self.split.source,
             "keys_sha256": self._keys,
             "parts": parts,
-            "encoder": asdict(ours),
+            "encoder": asdict(self._encoder),
         }
-        if not create_text(self.out / UNFINISHED, json.dumps(content)):
-            before = read_marker(self.out, UNFINISHED, "pack") or {}
-            self._compare(before)
-            theirs = parse_fingerprint(before.get("encoder"))
-            if theirs and not ours.same_bytes(theirs):
-                raise InputError(_other_encoder(self.out, theirs, ours))
-        self.manifest.unlink(missing_ok=True)
+        if create_text(self.out / UNFINISHED, json.dumps(content)):
+            return
+        before = read_marker(self.out, UNFINISHED, "pack") or {}
+        self._compare(before)
+        theirs = parse_fingerprint(before.get("encoder"))
+        if theirs and not self._encoder.same_bytes(theirs):
+            raise InputError(_other_encoder(self.out, theirs, self._encoder))
 
     def begun_parts(self) -> int:
         """Return the number of parts that the first process named; 1 where it is not known."""
@@ -197,9 +201,12 @@ class PackFolder:
             return f"{self.out}: part {part} is being packed by {holder} already; wait for it"
 
         path = self.out / part.lock_name
+        _ = self._encoder  # takes seconds with torch's import: not while others wait for the lock
         # Under the folder's lock, so that no process that packs all of it can begin meanwhile.
         with self._lock(SECONDS_TO_START):
             self.check()
+            if not self.manifest.exists():
+                self._mark(part.count)
             lock = ExclusiveLock(path, held)
         with lock:
             try:
@@ -229,6 +236,10 @@ class PackFolder:
             if found and (holder := lock_holder(self.out / name)):
                 return Part(int(found[1]), int(found[2])), holder
         return None
+
+    @functools.cached_property
+    def _encoder(self) -> Fingerprint:
+        return encoder_fingerprint(self.settings)
 
     @functools.cached_property
     def _keys(self) -> dict[str, str]:

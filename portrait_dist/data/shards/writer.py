@@ -128,8 +128,8 @@ def pack(
     """Pack the three splits of a prepared tree, or a part of their shards.
 
     At a size, the image is resized bilinearly with antialiasing and stored as JPEG (4:2:0), the
-    alpha resized to the nearest pixel. At original size the JPEG files go in as they are. The alpha
-    is the last channel of the matte, an 8-bit grey PNG.
+    alpha resized to the nearest pixel. At original size the JPEG files go in as they are, but for
+    those that EXIF says to turn. The alpha is the last channel of the matte, an 8-bit grey PNG.
 
     Args:
         data: folder that ``portrait-dist prepare`` wrote.

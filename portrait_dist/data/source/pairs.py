@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from portrait_dist.data.source.pictures import check_picture
+from portrait_dist.data.source.pictures import check_picture, exif_orientation
 from portrait_dist.errors import InputError, PortraitDistError
+from portrait_dist.files import open_regular
 from portrait_dist.system.progress import track
 
 IMAGES, MATTES = "clip_img", "matting"
@@ -225,13 +226,20 @@ def check_pairs(pairs: Sequence[Pair], threads: int = 4) -> None:
     raise type(first)(f"{first}{more}")
 
 
+def _turned(image: Path, size: tuple[int, int]) -> tuple[int, int] | None:
+    """(width, height) of an image as it is shown, where its EXIF orientation swaps them."""
+    with open(open_regular(image), "rb") as file:
+        orientation = exif_orientation(file.read(65536))
+    return size[::-1] if orientation >= 5 else None
+
+
 def _problem(pair: Pair) -> PortraitDistError | None:
     try:
         image_size = check_picture(pair.image, ("JPEG", "MPO"), ("RGB", "L"))
         matte_size = check_picture(pair.matte, ("PNG",), ("RGBA", "LA"))
     except PortraitDistError as error:
         return error
-    if image_size == matte_size:
+    if image_size == matte_size or _turned(pair.image, image_size) == matte_size:
         return None
     return InputError(
         f"{pair.matte}: {matte_size[0]}x{matte_size[1]} pixels, "

@@ -6,16 +6,23 @@ decodes them. Every refusal is one line that names the file.
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.files import open_regular, read_regular
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_PIXELS = 178_956_970
 """The most that Pillow decodes (twice its ``MAX_IMAGE_PIXELS``): more is taken for an attack."""
@@ -52,6 +59,40 @@ def read_picture(path: Path, kind: str, magic: bytes) -> bytes:
     if not data.startswith(magic):
         raise InputError(f"{path}: is not a {kind} file; convert it, or remove it and its partner")
     return data
+
+
+def exif_orientation(jpeg: bytes) -> int:
+    """Return how a JPEG is to be shown, 1 to 8 as EXIF 2.3 has it; 1 is as it is stored."""
+    if b"Exif\0\0" not in jpeg[:65536]:  # 1 µs, where Pillow takes 60 µs
+        return 1
+    from PIL import Image
+
+    try:
+        return orientation_of(Image.open(io.BytesIO(jpeg)))
+    except DAMAGED:
+        return 1
+
+
+def orientation_of(picture: Image.Image) -> int:
+    """Return how an opened picture is to be shown, 1 to 8; 1 where EXIF does not say."""
+    from PIL import ExifTags
+
+    found = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in range(1, 9) else 1
+
+
+def upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Turn an image, uint8 [h, w, 3], or an alpha, [h, w], as its EXIF orientation says."""
+    if orientation == 1:
+        return pixels
+    from PIL import Image
+
+    method = Image.Transpose(_TRANSPOSITIONS[orientation])
+    return np.ascontiguousarray(Image.fromarray(pixels).transpose(method))
+
+
+_TRANSPOSITIONS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+"""EXIF orientation to Pillow's ``Image.Transpose`` that undoes it."""
 
 
 def check_pixels(path: Path, height: int, width: int) -> None:
