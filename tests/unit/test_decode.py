@@ -148,9 +148,9 @@ def test_only_the_alpha_channel_of_a_matte_is_taken() -> None:
         buffer = io.BytesIO()
         Image.fromarray(pixels, mode).save(buffer, "PNG")
         assert (decode_matte(buffer.getvalue()) == pixels[..., -1]).all()
-        for place in range(8, len(buffer.getvalue()), 5):
+        for offset in range(8, len(buffer.getvalue()), 5):
             flipped = bytearray(buffer.getvalue())
-            flipped[place] ^= 4
+            flipped[offset] ^= 4
             with pytest.raises(ValueError):
                 decode_matte(bytes(flipped))
         with pytest.raises(ValueError, match="cut off"):

@@ -171,8 +171,8 @@ def test_a_flipped_bit_anywhere_never_becomes_a_wrong_sample(shards: Path) -> No
     read = [ShardSet(shards, "train").read(sample) for sample in range(10)]
     whole = [(one.key, bytes(one.image), bytes(one.alpha)) for one in read]
     rng = np.random.default_rng(0)
-    for place in rng.integers(0, path.stat().st_size - 1024, 40).tolist():
-        flip_bit(path, place, bit=place % 8)
+    for offset in rng.integers(0, path.stat().st_size - 1024, 40).tolist():
+        flip_bit(path, offset, bit=offset % 8)
         opened, damaged = ShardSet(shards, "train"), 0
         for sample in range(10):
             try:
@@ -181,16 +181,16 @@ def test_a_flipped_bit_anywhere_never_becomes_a_wrong_sample(shards: Path) -> No
             except DamagedSampleError:
                 damaged += 1
         assert damaged == 1
-        flip_bit(path, place, bit=place % 8)
+        flip_bit(path, offset, bit=offset % 8)
 
 
 def test_a_flipped_bit_in_an_index_is_found_before_anything_is_read(shards: Path) -> None:
     length = (shards / "train-00000.index").stat().st_size
-    for place in range(0, length, 37):
-        flip_bit(shards / "train-00000.index", place)
+    for offset in range(0, length, 37):
+        flip_bit(shards / "train-00000.index", offset)
         with pytest.raises(DamagedSampleError, match="not the index of this shard"):
             ShardSet(shards, "train").read(3)
-        flip_bit(shards / "train-00000.index", place)
+        flip_bit(shards / "train-00000.index", offset)
 
 
 def test_a_shard_cut_off_while_it_is_read_is_named(shards: Path) -> None:
@@ -225,13 +225,13 @@ def test_a_damaged_manifest_is_named(shards: Path) -> None:
 def test_what_is_no_folder_of_shards_is_told_from_it(
     raw_tree: Path, split_dir: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    for folder, words in (
+    for folder, message in (
         (raw_tree, "raw tree"),
         (split_dir, "not packed yet"),
         (tmp_path, "no manifest"),
         (tmp_path / "x", "no such"),
     ):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=message):
             ShardSet(folder, "train")
     with pytest.raises(InputError, match=r"no split 'tain' in it\. Did you mean 'train'"):
         ShardSet(tiny_shards, "tain")

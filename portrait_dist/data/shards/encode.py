@@ -10,7 +10,7 @@ from typing import Any
 import simplejpeg
 
 from portrait_dist.data.shards.decode import jpeg_size, npy_header, resize_alpha
-from portrait_dist.data.shards.format import SUFFIXES
+from portrait_dist.data.shards.format import MAX_SIDE, SUFFIXES
 from portrait_dist.data.shards.png import Pixels, decode_matte, encode_grey
 from portrait_dist.data.source.pictures import (
     REMEDY,
@@ -21,7 +21,7 @@ from portrait_dist.data.source.pictures import (
 )
 from portrait_dist.errors import DamagedDataError, InputError
 
-SIDES = range(8, 16384 + 1)
+SIDES = range(8, MAX_SIDE + 1)
 """Height and width of stored samples, in pixels."""
 
 

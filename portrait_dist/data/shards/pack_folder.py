@@ -24,7 +24,13 @@ from portrait_dist.data.shards.fingerprint import (
     encoder_fingerprint,
     parse_fingerprint,
 )
-from portrait_dist.data.shards.format import MANIFEST, Manifest, keys_sha256, parse_manifest
+from portrait_dist.data.shards.format import (
+    MANIFEST,
+    MANIFEST_LIMIT,
+    Manifest,
+    keys_sha256,
+    parse_manifest,
+)
 from portrait_dist.data.source.split import SPLITS, Split
 from portrait_dist.errors import InputError
 from portrait_dist.files import (
@@ -39,7 +45,6 @@ from portrait_dist.files import (
 UNFINISHED = ".pack.json"
 """Marks a folder whose packing is under way; gone when the manifest is there."""
 PART_LOCK = re.compile(r"\.pack-([0-9]+)-of-([0-9]+)\.lock")
-MOST_MANIFEST_BYTES = 1 << 30
 SECONDS_TO_START = 60.0
 """How long a part waits while others start, or while one finishes the folder."""
 
@@ -166,7 +171,7 @@ class PackFolder:
             DamagedDataError: it is damaged.
         """
         try:
-            data = read_regular(self.manifest, MOST_MANIFEST_BYTES)
+            data = read_regular(self.manifest, MANIFEST_LIMIT)
         except OSError as error:
             raise InputError(f"{self.manifest}: cannot be read ({error.strerror})") from error
         return parse_manifest(data, str(self.manifest))

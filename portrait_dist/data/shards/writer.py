@@ -183,7 +183,7 @@ class _Packing:
     ) -> None:
         self.folder, self.plans, self.workers, self.check = folder, plans, workers, check
         self.packed = 0
-        self.begin = time.perf_counter()
+        self.started = time.perf_counter()
 
     def pack_all(self) -> PackResult:
         """Pack what is missing of all shards; on an error leave no folder without a whole one."""
@@ -298,7 +298,7 @@ class _Packing:
             samples=sum(splits.values()),
             shards=len(plans),
             bytes=sum(entry.bytes for entry in entries.values()),
-            pairs_per_second=self.packed / (time.perf_counter() - self.begin),
+            pairs_per_second=self.packed / (time.perf_counter() - self.started),
             packed=self.packed,
             splits=splits,
             out=str(self.folder.out),
@@ -384,7 +384,7 @@ def recorded_entry(plan: ShardPlan, out: Path, *, check: bool = False) -> ShardE
 def write_missing(
     plans: list[ShardPlan], split: Split, out: Path, settings: Settings, workers: int
 ) -> dict[str, ShardEntry]:
-    """Write shards one after another; the pairs of all of them are encoded on threads ahead."""
+    """Write shards one after another; the pairs of all of them are encoded on threads."""
     encode = functools.partial(encode_pair, settings=settings)
     sources = (
         (key, *pair_paths(split.data, plan.split, key)) for plan in plans for key in plan.keys

@@ -94,7 +94,7 @@ def generate(out: Path, pairs: int, seed: int = 0, workers: int | None = None) -
         raise InputError(
             f"--pairs {pairs} --seed {seed}: --pairs is at least 1 and --seed at least 0"
         )
-    begin = time.monotonic()
+    start = time.monotonic()
     _claim(out, pairs, seed)
     with lock_output(out, "synth", out):
         missing = [
@@ -103,7 +103,7 @@ def generate(out: Path, pairs: int, seed: int = 0, workers: int | None = None) -
         _remove_leftovers(out, missing)
         for _ in track(_make(out, missing, seed, workers), total=len(missing), what="pairs"):
             pass
-    seconds = time.monotonic() - begin
+    seconds = time.monotonic() - start
     return SynthResult(
         pairs=pairs,
         bytes=sum(path.stat().st_size for index in range(pairs) for path in paths(out, index)),
