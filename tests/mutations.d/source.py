@@ -74,8 +74,8 @@ MUTATIONS = [
     ),
     Mutation(
         file="portrait_dist/data/shards/pack_folder.py",
-        old="            if theirs and not ours.same_bytes(theirs):",
-        new="            if False:",
+        old="        if theirs and not self._encoder.same_bytes(theirs):",
+        new="        if False:",
         test=f"{PARTS}::test_a_machine_that_encodes_otherwise_is_refused_and_both_are_named",
         why="a part that would write other bytes refuses",
     ),

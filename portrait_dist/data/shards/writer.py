@@ -368,9 +368,9 @@ def recorded_entry(plan: ShardPlan, out: Path, *, check: bool = False) -> ShardE
             status = os.fstat(file.fileno())
             if (header.samples, header.bytes) != (len(plan.keys), status.st_size):
                 return None
-            if check or status.st_mtime_ns > index_time:
-                if hashlib.file_digest(file, "sha256").hexdigest() != header.sha256:
-                    return None
+            changed = check or status.st_mtime_ns > index_time
+            if changed and hashlib.file_digest(file, "sha256").hexdigest() != header.sha256:
+                return None
         index_sha256 = hashlib.sha256(data).hexdigest()
         return ShardEntry(plan.name, header.samples, header.bytes, header.sha256, index_sha256)
     except (FileNotFoundError, DamagedDataError):
