@@ -122,7 +122,8 @@ def pack(
     writes the manifest. The bytes are those of one process.
 
     Interrupted and run again it finishes: whole shards are kept, and the bytes are the same as
-    without the interruption. At original size the JPEG files are stored as they are.
+    without the interruption. At original size the JPEG files are stored as they are, but for those
+    that EXIF says to turn: they are stored upright.
     """
     from portrait_dist.data.shards import writer
 
