@@ -198,8 +198,8 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
             if state.get(name, here) != here:
                 raise InputError(
                     f"{self.shards.shown}: the saved position is for {name}={state[name]}, here "
-                    f"it is {here}; resume with the shards and seed that it was saved with, or start a "
-                    "new run"
+                    f"it is {here}; resume with the shards and seed that it was saved with, or "
+                    "start a new run"
                 )
         if not {"epoch", "samples_seen"} <= state.keys():
             raise InputError(
