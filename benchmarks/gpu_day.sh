@@ -10,10 +10,10 @@
 # Python 3.11 or newer with torch 2.11 or newer, torchvision and pytest, and PYTHONPATH naming a folder
 # with the other packages (wheels unpacked by "pip install --no-index --no-deps --target"). Without
 # pytest the step "tests" fails and the others run. Portraits are generated and packed where --shards
-# names none. The exit code is the number of failed steps.
+# names none. PYTHON names another interpreter. The exit code is the number of failed steps.
 set -u
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[ $# -ge 1 ] || { sed -n '2,15p' "${BASH_SOURCE[0]}" | cut -c3-; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2; }
 mkdir -p "$1" || exit 2
 OUT=$(cd "$1" && pwd); shift
 DEVICE=cuda SHARDS="" SECONDS_LEFT=1700 ONLY=""
@@ -27,8 +27,10 @@ while [ $# -gt 0 ]; do
   esac
 done
 case $DEVICE in cuda|cpu) ;; *) echo "gpu_day.sh: --device is cuda or cpu" >&2; exit 2 ;; esac
-PYTHON=${PYTHON:-python3}
-[ -x "$HERE/.venv/bin/python" ] && PYTHON=${PYTHON_OF_VENV:-$HERE/.venv/bin/python}
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python3
+  [ -x "$HERE/.venv/bin/python" ] && PYTHON=$HERE/.venv/bin/python
+fi
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 cd "$HERE" || exit 2
 FAILED=0
