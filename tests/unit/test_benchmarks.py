@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -285,3 +286,27 @@ def test_files_are_written_beside_the_next_epoch(tmp_path: Path) -> None:
     by = {row["name"]: row for row in found["rows"]}
     assert set(by) == {"no files", "at once", "background"}
     assert by["no files"]["megabytes_written"] < by["background"]["megabytes_written"]
+
+
+def test_a_gpu_day_names_every_step_and_ends_those_that_hang(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *doctor*) exit 3;; *unet*) sleep 60;; esac\n')
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    steps = ("doctor", "tests", "unet", "train")
+    options = ("--device", "cpu", "--shards", str(tmp_path), "--seconds", "6", "--only", *steps)
+    done = subprocess.run(
+        [str(BENCHMARKS / "gpu_day.sh"), str(out), *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": str(python)},
+    )
+    assert done.returncode == 3, "three steps have failed"
+    summary = (out / "summary.txt").read_text().splitlines()
+    assert [line.partition(",")[0] for line in summary] == [
+        "doctor: exit code 3",
+        "tests: done",
+        "unet: ended after its 6 s",
+        "train: not begun",
+    ]
+    assert all((out / f"{name}.log").exists() for name in steps[:3])
