@@ -91,7 +91,7 @@ MUTATIONS = [
         file="portrait_dist/inference/journal.py",
         old='        self._append({"settings": self.settings, "name": photo.name})\n',
         new="",
-        test=PREDICT + "killed_at_any_moment_the_same_command_continues_and_gives_the_same_files",
+        test=PREDICT + "killed_within_a_photo_the_same_command_continues_and_gives_the_same_files",
         why="a killed predict continues without --force",
     ),
     Mutation(
