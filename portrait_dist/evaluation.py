@@ -393,8 +393,8 @@ def size_of_shards(
     if packed is not None and tuple(packed) != size:
         raise InputError(
             f"{checkpoint}: the checkpoint was trained at {size[0]}x{size[1]}, but "
-            f"{opened.shown} was packed at {packed[0]}x{packed[1]}; pack again with --size {size[0]}x{size[1]}, or "
-            "with --size original for any size"
+            f"{opened.shown} was packed at {packed[0]}x{packed[1]}; pack again with "
+            f"--size {size[0]}x{size[1]}, or with --size original for any size"
         )
     return size
 
