@@ -92,7 +92,7 @@ def rank_process(rank: int, ranks: int, interval: int, steps: int, folder: str) 
 
 
 def _seconds_of_an_exchange(agreement: Agreement, count: int) -> float:
-    """The fastest of many exchanges with nothing between submission and result."""
+    """Return the fastest of many exchanges with nothing between submission and result."""
     times = []
     for _ in range(count):
         begin = time.perf_counter()

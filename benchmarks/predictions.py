@@ -42,7 +42,7 @@ REFINEMENTS = [
 
 
 def window(image: np.ndarray, alpha: np.ndarray, aspect: float | None) -> Pair:
-    """The largest window of that width / height, around the middle of the person's upper half."""
+    """Return the largest window of that width / height around the person's upper half."""
     if aspect is None:
         return image, alpha
     height, width = alpha.shape

@@ -50,7 +50,7 @@ def _summary(result: QuickstartResult) -> str:
     help="Training ranks: a number, or auto: one for each GPU, or 2 without.",
 )
 def quickstart(raw: str | None, out: str, nproc: str) -> QuickstartResult:
-    """Data, shards, distributed training, test score and cut-outs, in one go."""
+    """Go the whole way: data, shards, distributed training, test score, cut-outs."""
     from portrait_dist import quickstart as steps
 
     return steps.quickstart(raw, out, nproc)

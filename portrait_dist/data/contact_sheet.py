@@ -167,7 +167,7 @@ def _open_shards(
 
 
 def _fit(sample: Sample, size: tuple[int, int]) -> tuple[int, int]:
-    """The largest (H, W) within ``size`` with the aspect ratio of a sample."""
+    """Return the largest (H, W) within ``size`` with the aspect ratio of a sample."""
     height, width = sample.alpha.shape
     scale = min(size[0] / height, size[1] / width)
     return max(1, round(height * scale)), max(1, round(width * scale))

@@ -104,7 +104,7 @@ class DeviceBatches:
             self._iterator.close()
 
     def _fetch(self) -> Any:
-        """The next batch on the device, or None."""
+        """Return the next batch on the device, or None."""
         begin = time.perf_counter()
         batch = next(self._iterator, None)
         self.wait_seconds += time.perf_counter() - begin

@@ -107,7 +107,7 @@ class EpochFiles:
             average.discard_others(self.members)
 
     def snapshot(self) -> dict[str, Any]:
-        """The model as it is validated, with the entries that the average's file takes over."""
+        """Return the model as it is validated, with the entries that the average's file takes."""
         names = ("acc", "epoch", "metrics", "packages", "processing_params")
         kept = {name: self.state[name] for name in names if name in self.state}
         kept["net"] = self.state.get("ema_net") or self.state["net"]

@@ -453,7 +453,7 @@ class AdaptedTrainer(Trainer):
         return [] if metrics is None else list(_sg_trainer.get_metrics_titles(metrics))
 
     def in_field_names(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The values under their names in the field."""
+        """Return the values under their names in the field."""
         names = self.field_names
         return {names.get(name, name): float(value) for name, value in values.items()}
 
@@ -524,7 +524,7 @@ class AdaptedTrainer(Trainer):
             )
 
     def _choose_folder(self) -> tuple[Path, Path | None]:
-        """The folder to train into, and the checkpoint to continue from."""
+        """Choose the folder to train into, and the checkpoint to continue from."""
         params = self.training_params
         root = Path(self.ckpt_root_dir) / self.experiment_name
         run_id = getattr(params, "run_id", None)
@@ -676,7 +676,7 @@ class AdaptedTrainer(Trainer):
         self.save_epoch(epoch, train_metrics_dict or {}, validation_results_dict, context)
 
     def processing_params(self) -> dict[str, Any]:
-        """The ``processing_params`` entry of checkpoints, for networks with ``predict``."""
+        """Return the ``processing_params`` entry of checkpoints, for networks with ``predict``."""
         found = self._get_preprocessing_from_valid_loader()
         return {} if found is None else {"processing_params": found}
 
@@ -828,7 +828,7 @@ def _sg_trainer_flatten(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _current(monitored: Mapping[str, Any]) -> dict[str, float]:
-    """Current values of SuperGradients' monitored values, as far as there are some."""
+    """Return current values of SuperGradients' monitored values, as far as there are some."""
     return {name: one.current for name, one in monitored.items() if one.current is not None}
 
 

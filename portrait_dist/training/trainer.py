@@ -377,7 +377,7 @@ class PortraitTrainer(AdaptedTrainer):
             self._save_within_epoch(context, position)
 
     def _request(self) -> int:
-        """What this rank wants to happen."""
+        """Return what this rank wants to happen."""
         if self.losses.bad is not None:
             return FAIL
         if self.signals.received:
@@ -634,7 +634,7 @@ class PortraitTrainer(AdaptedTrainer):
         self._last_save = time.monotonic()
 
     def make_average(self) -> AverageOfBest | None:
-        """The average of the best models; its ``cleanup()`` removes the snapshots."""
+        """Return the average of the best models; its ``cleanup()`` removes the snapshots."""
         return self.average
 
     def finish_writing(self) -> None:

@@ -37,7 +37,8 @@ MUTATIONS = [
     ),
     Mutation(
         file="portrait_dist/data/source/split.py",
-        old="    with atomic_path(target) as temporary:\n        shutil.copyfile(source, temporary)",
+        old="    with atomic_path(target) as temporary:\n"
+        "        shutil.copyfile(source, temporary)",
         new='    part = target.with_name(f".{target.name}.part")\n'
         "    shutil.copyfile(source, part)\n    part.replace(target)",
         test=f"{PREPARE}::test_names_of_255_bytes_work",

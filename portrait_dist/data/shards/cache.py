@@ -318,7 +318,7 @@ def _read_marker(path: Path) -> str:
 
 
 def _state(found: os.stat_result) -> str:
-    """What changes whenever the content does: file, owner, size, times of content and metadata."""
+    """Return what changes whenever the content does: file, owner, size and times."""
     return (
         f"{found.st_dev} {found.st_ino} {found.st_uid} {found.st_size} "
         f"{found.st_mtime_ns} {found.st_ctime_ns}"

@@ -259,7 +259,7 @@ def _other_encoder(out: Path, theirs: Fingerprint, ours: Fingerprint) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of the settings as the command line has it."""
+    """Format a value of the settings as the command line has it."""
     if value is None:
         return "original"
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -151,7 +151,7 @@ def _read(png: bytes | memoryview) -> tuple[Header, bytes | memoryview]:
 
 
 def _inflate(data: bytes | memoryview, header: Header) -> Pixels:
-    """Filtered rows, uint8 [H, 1 + W·bytes per pixel], each behind its filter's number."""
+    """Return filtered rows, uint8 [H, 1 + W·bytes per pixel], each behind its filter's number."""
     stride = 1 + header.width * header.bytes_per_pixel
     try:
         raw = isal_zlib.decompress(data, bufsize=header.height * stride)
@@ -177,7 +177,7 @@ def _unfilter(rows: Pixels) -> Pixels:
 
 
 def _assemble(rows: Pixels, compressed: bytes) -> bytes:
-    """An 8-bit grey PNG of filtered rows, uint8 [H, 1 + W], and of their zlib stream."""
+    """Return an 8-bit grey PNG of filtered rows, uint8 [H, 1 + W], and of their zlib stream."""
     header = struct.pack(">IIBBBBB", rows.shape[1] - 1, rows.shape[0], 8, GREY, 0, 0, 0)
     parts = [_SIGNATURE]
     for kind, data in ((b"IHDR", header), (b"IDAT", compressed), (b"IEND", b"")):
@@ -187,7 +187,7 @@ def _assemble(rows: Pixels, compressed: bytes) -> bytes:
 
 
 def _store(rows: Pixels) -> bytes:
-    """A zlib stream (RFC 1950) of stored, not compressed blocks (RFC 1951, 3.2.4)."""
+    """Return a zlib stream (RFC 1950) of stored, not compressed blocks (RFC 1951, 3.2.4)."""
     data, most = rows.reshape(-1).data, _LARGEST_STORED_BLOCK
     parts: list[bytes | memoryview] = [b"\x78\x01"]
     for start in range(0, len(data), most):

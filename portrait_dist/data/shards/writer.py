@@ -439,7 +439,7 @@ def _members(pair: EncodedPair, codec: str) -> bytes:
 
 
 def _tar_header(name: str, length: int) -> bytes:
-    """A ustar header without anything that changes from run to run: no time, no owner."""
+    """Return a ustar header without anything that changes from run to run: no time, no owner."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = length, 0o644
     return info.tobuf(tarfile.USTAR_FORMAT)

@@ -149,7 +149,7 @@ def _noise(rng: Generator, cells: int, octaves: int = 3, stretch: float = 1.0) -
 
 
 def _planes(colour: Array) -> Array:
-    """An image of one colour, [3, H, W]."""
+    """Return an image of one colour, [3, H, W]."""
     return np.broadcast_to(np.asarray(colour, np.float32)[:, None, None], (3, HEIGHT, WIDTH)).copy()
 
 
@@ -164,7 +164,7 @@ def _fixed(points: Array) -> NDArray[np.int32]:
 
 
 def _polygon(points: list[Array] | Array, roundness: float, edge: float = 1.6) -> Array:
-    """Filled polygon as a mask [H, W].
+    """Draw a filled polygon as a mask [H, W].
 
     Its corners are rounded by ``roundness`` pixels, its edge is ``edge`` pixels soft. Drawn at half
     size, blurred, and made steep again: the 0.5 level of a blurred corner is a round one.
@@ -175,7 +175,7 @@ def _polygon(points: list[Array] | Array, roundness: float, edge: float = 1.6) -
 
 
 def _limb(points: list[Array], thickness: float, edge: float = 1.6) -> Array:
-    """A thick bent line as a mask [H, W]."""
+    """Draw a thick bent line as a mask [H, W]."""
     mask = np.zeros((HEIGHT // 2, WIDTH // 2), np.uint8)
     line = _fixed(np.asarray(points, np.float32) / 2)
     cv2.polylines(mask, [line], False, 255, max(1, round(thickness / 2)), cv2.LINE_AA, SUBPIXEL)
@@ -208,7 +208,7 @@ def _ellipse(
     half_height: float,
     edge: float = 1.6,
 ) -> Array:
-    """An ellipse in the head's own coordinates (see ``Figure.at``) as a mask [H, W]."""
+    """Draw an ellipse in the head's own coordinates (see ``Figure.at``) as a mask [H, W]."""
     angles = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     ring = [
         figure.at(across + half_width * np.cos(a), down + half_height * np.sin(a)) for a in angles
@@ -509,7 +509,7 @@ def _hair_style(rng: Generator) -> HairStyle:
 
 
 def _paint_hair_behind(rng: Generator, canvas: Canvas, figure: Figure, style: HairStyle) -> None:
-    """The hair behind the head and neck, with single strands at its edge."""
+    """Draw the hair behind the head and neck, with single strands at its edge."""
     if style.length == 0:
         return
     fall = min(style.length, 2.4) if style.length > 0.6 else 0.1
@@ -527,7 +527,7 @@ def _paint_hair_behind(rng: Generator, canvas: Canvas, figure: Figure, style: Ha
 
 
 def _paint_fringe(rng: Generator, canvas: Canvas, figure: Figure, style: HairStyle) -> None:
-    """The cap over the forehead: an ellipse without the bare face, cut off below the temples."""
+    """Draw the cap over the forehead: an ellipse without the face, cut off below the temples."""
     if style.length == 0:
         return
     width, height = 1.06 + style.volume * 0.4, 1.0 + style.volume * 0.35
@@ -549,7 +549,7 @@ def _paint_strands(
     count: int,
     length: float,
 ) -> None:
-    """A solid mass of hair, [H, W] in 0..1, and single strands that stand off from it."""
+    """Draw a solid mass of hair, [H, W] in 0..1, and single strands that stand off from it."""
     mask, shade = _draw_strands(rng, _strands(rng, figure, style, count, length))
     canvas.paint(np.maximum(solid, mask), figure.hair, shade)
 

@@ -149,7 +149,7 @@ def _folders(parent: Path, prefix: str) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, sorted by name, without hidden entries."""
+    """List what a folder holds, sorted by name, without hidden entries."""
     with _readable(folder), os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
     return sorted(visible, key=lambda entry: entry.name)

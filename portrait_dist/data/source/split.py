@@ -331,7 +331,7 @@ def prepare(
 
 
 def _is_there(split: Split) -> bool:
-    """True where the tree was made with these settings, False where there is nothing yet.
+    """Return True where the tree was made with these settings, False where there is nothing yet.
 
     Raises:
         InputError: something else is there.
@@ -379,7 +379,7 @@ def _build(pairs: Sequence[Pair], split: Split, mode: str) -> None:
 
 
 def _hidden_folder(out: Path) -> Path:
-    """The folder where ``out`` is built: the same each time, so that a second process meets it."""
+    """Return the folder where ``out`` is built, always the same: a second process meets it."""
     name = f".{out.name}.part"
     if len(os.fsencode(name)) > LONGEST_FILE_NAME:
         name = f".{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:32]}.part"
