@@ -127,7 +127,7 @@ def _frozen(bench: Bench, options: dict[str, Any]) -> fused.Network:
 
 
 def _reading(network: fused.Network, dtype: torch.dtype) -> fused.Network:
-    """Return the network; bringing its input to channels-last and ``dtype`` is part of the price."""
+    """Return the network; bringing its input to channels-last is part of the price."""
     return lambda x: network(x.to(dtype, memory_format=CHANNELS_LAST))
 
 

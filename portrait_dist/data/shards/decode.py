@@ -143,7 +143,7 @@ def _pixels(npy: bytes | memoryview, shape: tuple[int, ...]) -> Pixels:
 
 
 def _parse_npy(npy: bytes | memoryview) -> Pixels:
-    """Parse a .npy of uint8 of any shape; unlike np.load it allocates nothing that a header claims."""
+    """Parse a .npy of uint8; unlike np.load it allocates nothing that a header claims."""
     file = io.BytesIO(npy)
     np.lib.format.read_magic(file)
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
