@@ -71,6 +71,25 @@ def test_other_shards_are_refused_and_the_run_is_as_before(
     assert call("status", finished / "run", "--json").json["state"] == "finished"
 
 
+def test_other_shards_are_refused_in_the_middle_of_an_epoch_too(
+    finished: Path, tiny_shards: Path, other_shards: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    shutil.copytree(finished / "run", tmp_path / "run")
+    state = checkpoint(tmp_path / "run")
+    position = {"batches": 1, "loader": {"epoch": 0, "samples_seen": 19}}
+    state["epoch"], state["portrait_dist"]["position"] = 0, position
+    torch.save(state, tmp_path / "run" / "ckpt_latest.pth")
+    before = state_of(tmp_path / "run")
+    for keys in ([], ["run.accept_changes=true"]):
+        refused = train_into(tmp_path, other_shards, "train.max_epochs=1", *keys)
+        assert_one_line(refused, 2, "train split", str(other_shards))
+    refused = train_into(tmp_path, tiny_shards, "train.max_epochs=1", "train.accumulate=2")
+    assert_one_line(refused, 2, "global batch of 19, now it is 38", "train.global_batch=19")
+    assert state_of(tmp_path / "run") == before
+
+
 @pytest.mark.parametrize(
     ("keys", "parts"),
     [
