@@ -84,7 +84,7 @@ def test_a_value_out_of_bounds_is_one_short_line_with_exit_code_2(
 def test_every_number_is_bounded_on_both_sides() -> None:
     for name, setting in config.settings().items():
         if setting.kind in (int, float):
-            for text in ("-1", "1e40" if setting.kind is float else "9" * 30):
+            for text in ("-2", "1e40" if setting.kind is float else "9" * 30):
                 with pytest.raises(InputError, match=name.replace(".", r"\.")):
                     config.load(None, [f"{name}={text}"])
 
