@@ -60,7 +60,7 @@ def test_quickstart_goes_from_photos_to_cut_outs_and_writes_nowhere_else(
     assert run >= {"ckpt_best", "ckpt_latest", "average_model", "config", "metrics", "events"}
     events = EventAccumulator(result["run_dir"])
     events.Reload()
-    images, scores = events.Images("examples/validation"), events.Scalars("val/iou")
+    images, scores = events.Images("examples/validation"), events.Scalars("iou/val")
     assert len(images) == len(scores) > 0, "an image grid for each epoch"
     assert tree(here) == set()
     assert not [
