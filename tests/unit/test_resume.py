@@ -191,7 +191,9 @@ def test_a_small_folder_trains_without_a_setting(tmp_path: Path) -> None:
 def test_numbers_are_the_same_in_result_events_and_submit(
     finished: Path, tiny_shards: Path
 ) -> None:
-    again = train_into(finished, tiny_shards, "train.max_epochs=1")
+    before = state_of(finished / "run")
+    again = train_into(finished, tiny_shards, "train.max_epochs=1", "train.lr=0.5")
+    assert state_of(finished / "run") == before, "there was nothing to do, so nothing was written"
     last = lines(finished / "run", "epoch")[-1]
     result = again.json
     assert result["steps"] == result["steps_per_epoch"] == last["step"] == 3
