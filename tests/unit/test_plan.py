@@ -74,6 +74,8 @@ def test_a_fixed_global_batch_is_the_same_on_any_number_of_ranks_that_divides_it
     small = plan_of(57, 2, "train.global_batch=12", "train.batch_size=2")
     assert (small.batch_size, small.accumulate, small.batches_per_epoch) == (2, 3, 12)
     assert small.steps_per_epoch == 4
+    uneven = plan_of(57, 1, "train.global_batch=10", "train.batch_size=3")
+    assert (uneven.batch_size, uneven.accumulate, uneven.global_batch) == (2, 5, 10)
 
 
 def test_a_fixed_global_batch_that_does_not_divide_is_refused_with_what_would() -> None:
