@@ -205,6 +205,10 @@ def test_a_run_without_checkpoint_or_shards_still_gets_its_curves(
     shutil.copytree(finished, folder)
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(re.sub(r"shards: .*", f"shards: {tmp_path}/gone", text))
+    events = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(
+        re.sub(r'"shards": "[^"]*"', f'"shards": "{tmp_path}/gone"', events)
+    )
     result = write_report(folder, samples=2)
     assert (result.samples, result.val_iou) == (0, None)
     page = (folder / "report.html").read_text()
