@@ -42,7 +42,7 @@ LAST_WEIGHT = "conv.weight"
 def host_copy(value: Any) -> Any:
     """Copy a state to the CPU as contiguous tensors and plain Python values.
 
-    No tensor of the copy shares memory with the live network, so training may go on while it is
+    No tensor of the copy shares memory with the live network, so training may run while it is
     written. From a GPU the tensors travel through page-locked memory, all at once, and the host
     waits for them once.
     """
@@ -400,7 +400,7 @@ def _checkpoint(state: Any, path: str | Path) -> dict[str, Any]:
 
 
 def check_resumable(state: Mapping[str, Any], path: str | Path) -> None:
-    """Check the entries that training goes on from.
+    """Check the entries that training resumes from.
 
     Args:
         state: a checkpoint from :func:`read`.

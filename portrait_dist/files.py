@@ -320,7 +320,7 @@ class ExclusiveLock:
 
     A folder is locked by ``flock`` and gets no file; a path that is no folder is opened, locked by
     ``lockf`` (which NFS carries to other nodes) and holds who has it. Where the file system has no
-    locks a warning says so and the work goes on.
+    locks a warning says so and the work continues.
 
     Args:
         path: an existing folder, or a lock file to open or make.

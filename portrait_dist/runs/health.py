@@ -109,7 +109,7 @@ class Stall:
 def find_stall(
     folder: Path, now: float | None = None, least_seconds: float = STALLED_SECONDS
 ) -> Stall | None:
-    """Find the ranks that the others wait for; None where all go on, or nobody says anything.
+    """Find the ranks that the others wait for; None where all continue, or nobody says anything.
 
     Args:
         folder: ``health`` in the run's folder.

@@ -42,7 +42,7 @@ class EvaluationHooks(Protocol):
 
     def batch_start(self, index: int, batch: Any) -> tuple[Any, Any]: ...
     def batch_end(self, batch: Any, outputs: Any, targets: Any, predictions: Any) -> bool:
-        """Return whether to go on."""
+        """Return whether to continue."""
         ...
 
 

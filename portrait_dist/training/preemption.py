@@ -135,7 +135,7 @@ class Agreement:
             return NOTHING
         agreed = self.finish()
         self.submit()
-        # A rank that waits for a save goes on requesting it until it happens. What was submitted
+        # A rank that waits for a save keeps requesting it until it happens. What was submitted
         # just now was requested before the save that follows, and must not lead to a second one.
         self._ignore_save = agreed == SAVE
         return agreed

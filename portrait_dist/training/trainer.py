@@ -699,7 +699,7 @@ class PortraitTrainer(AdaptedTrainer):
         return bool(self.training_params.save_model and position.loader)
 
 
-# What SuperGradients is told around a batch -------------------------------------------------------
+# What SuperGradients gets to know around a batch --------------------------------------------------
 
 
 class _TrainingHooks:
