@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from portrait_dist.data.shards.reader import ShardSet
+
 STALL = 16384
 """Bytes of a shard after which an answer waits while ``go_on`` is cleared."""
 PIECE = 4096
@@ -129,3 +131,9 @@ def serving(folder: Path) -> Iterator[ShardServer]:
         finally:
             server.go_on.set()
             server.shutdown()
+
+
+def content(shards: ShardSet) -> list[tuple[str, bytes, bytes]]:
+    """All samples of a split."""
+    found = [shards.read(sample) for sample in range(shards.samples)]
+    return [(one.key, bytes(one.image), bytes(one.alpha)) for one in found]

@@ -24,7 +24,7 @@ from portrait_dist.data.stream import pipeline
 from portrait_dist.data.stream.loader import StreamLoader, build_loader
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError, UnreachableError
 from tests import cli
-from tests.shard_server import Handler, ShardServer, serving
+from tests.shard_server import Handler, ShardServer, content, serving
 from tests.waiting import wait_for
 
 PATIENT = DownloadOptions(wait_for_server_seconds=60, first_delay_seconds=0.01)
@@ -54,11 +54,6 @@ def cache(tmp_path: Path) -> Cache:
 @pytest.fixture
 def impatient(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache", downloads=IMPATIENT)
-
-
-def content(shards: ShardSet) -> list[tuple[str, bytes, bytes]]:
-    found = [shards.read(sample) for sample in range(shards.samples)]
-    return [(one.key, bytes(one.image), bytes(one.alpha)) for one in found]
 
 
 def for_shards(answer: Callable[[Handler, bytes], None]) -> Callable[[Handler, str], bool]:

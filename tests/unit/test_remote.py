@@ -23,7 +23,7 @@ from portrait_dist.data.shards.verify import verify
 from portrait_dist.data.stream.loader import StreamLoader, build_loader
 from portrait_dist.errors import InputError
 from portrait_dist.system.address import join
-from tests.shard_server import ShardServer, serving
+from tests.shard_server import ShardServer, content, serving
 from tests.waiting import wait_for
 
 # A server that is away is waited for 20 s at most, and asked again after 10 ms.
@@ -45,12 +45,6 @@ def server(folder: Path) -> Iterator[ShardServer]:
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache", downloads=DOWNLOADS)
-
-
-def content(shards: ShardSet) -> list[tuple[str, bytes, bytes]]:
-    """All samples of a split."""
-    found = [shards.read(sample) for sample in range(shards.samples)]
-    return [(one.key, bytes(one.image), bytes(one.alpha)) for one in found]
 
 
 def cached(cache: Cache) -> int:
