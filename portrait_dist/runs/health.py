@@ -131,16 +131,23 @@ def find_stall(
     # Validation and saving take long and are no hang; nor is a shard server that all wait for.
     if not late and all(beat.activity in (Activity.OUTSIDE, Activity.DATA) for beat in waiting):
         return None
-    outside = any(rank in beats and beats[rank].activity == Activity.OUTSIDE for rank in late)
+    newest = max(beat.written for beat in waiting)
+    outside = any(
+        beats[rank].activity == Activity.OUTSIDE and not _is_silent(beats[rank], newest)
+        for rank in late
+        if rank in beats
+    )
     slowest = max(beat.slowest_seconds for beat in beats.values())
     if seconds < max(least_seconds * (4 if outside else 1), 5 * slowest if least_seconds else 0):
         return None
     operations = read_operations(folder)
-    missing = tuple(
-        _missing_rank(rank, beats.get(rank), operations, max(b.written for b in waiting))
-        for rank in late
-    )
+    missing = tuple(_missing_rank(rank, beats.get(rank), operations, newest) for rank in late)
     return Stall(seconds, missing, _message(missing, front, operations, seconds))
+
+
+def _is_silent(beat: Heartbeat, newest: float) -> bool:
+    """Say whether a rank has stopped to write while others still did; what it said last is old."""
+    return newest - beat.written > MISSED_BEATS * beat.interval_seconds
 
 
 def _missing_rank(
@@ -149,10 +156,9 @@ def _missing_rank(
     if beat is None:
         return MissingRank(rank, "", f"rank {rank} never reported")
     operation = operations.get(beat.collectives + 1, "collective")
-    silent = newest - beat.written
     doing = beat.activity
-    if silent > MISSED_BEATS * beat.interval_seconds:
-        doing = f"its process does not run, silent for {silent:.0f} s"
+    if _is_silent(beat, newest):
+        doing = f"its process does not run, silent for {newest - beat.written:.0f} s"
     message = (
         f"rank {rank} on {beat.host} did not reach {operation} {beat.collectives + 1:,} ({doing})"
     )

@@ -176,3 +176,19 @@ def test_torchs_own_record_of_collectives_is_understood(tmp_path: Path) -> None:
         (tmp_path / name).rename(only / name)
         assert read_operations(only) == {1: "all_reduce", 2: "all_reduce"}, name
     assert operations_of("nonsense") == {}
+
+
+def test_a_rank_that_stopped_outside_a_step_is_named_as_soon_as_one_that_stopped_in_it(
+    tmp_path: Path,
+) -> None:
+    """What it said last is old: it may have been suspended before it could say more."""
+    folder, now = tmp_path / "health", time.time()
+    for rank, written in ((0, now), (1, now - 20), (2, now)):
+        late = {"collectives": 1203, "activity": "is not in a training step"} if rank == 1 else {}
+        beat(folder, rank, written=written, idle_seconds=20.0, **late)
+    stall = find_stall(folder, now=now)
+    assert stall is not None
+    assert [one.rank for one in stall.missing] == [1]
+    assert "its process does not run, silent for 20 s" in stall.message
+    beat(folder, 1, written=now, collectives=1203, activity="is not in a training step")
+    assert find_stall(folder, now=now) is None, "it validates, and says so"
