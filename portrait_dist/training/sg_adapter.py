@@ -39,7 +39,7 @@ from torch import nn
 from portrait_dist import checkpoints, distributed
 from portrait_dist.errors import InputError
 from portrait_dist.runs.folder import RunFolder
-from portrait_dist.training import console
+from portrait_dist.training import console, sg_losses
 from portrait_dist.training.lean_import import lean_import
 from portrait_dist.training.sg_metrics import AccuracyMetric, ConfusionMatrixMetric
 
@@ -181,9 +181,15 @@ from super_gradients.common.environment.checkpoints_dir_utils import (  # noqa: 
     is_run_dir,
 )
 from super_gradients.common.environment.device_utils import device_config  # noqa: E402
+from super_gradients.common.registry.registry import LOSSES as _LOSSES  # noqa: E402
 from super_gradients.common.sg_loggers import base_sg_logger as _base_sg_logger  # noqa: E402
 from super_gradients.common.sg_loggers.base_sg_logger import BaseSGLogger  # noqa: E402
 from super_gradients.training import Trainer  # noqa: E402
+from super_gradients.training.losses import bce_loss as _bce_loss  # noqa: E402
+from super_gradients.training.losses import dice_loss as _dice_loss  # noqa: E402
+from super_gradients.training.losses import iou_loss as _iou_loss  # noqa: E402
+from super_gradients.training.losses import structure_loss as _structure_loss  # noqa: E402
+from super_gradients.training.losses.bce_dice_loss import BCEDiceLoss as _BCEDiceLoss  # noqa: E402
 from super_gradients.training.metrics import (  # noqa: E402
     classification_metrics as _classification_metrics,
 )
@@ -242,6 +248,20 @@ def _compute_dice_from_a_copy(self: Any) -> torch.Tensor:
 
 
 _segmentation_metrics.Dice.compute = _compute_dice_from_a_copy
+# Of its losses of masks, only BCE-Dice had a name for ``training_params["loss"]``.
+_structure_loss.AbstarctSegmentationStructureLoss.forward = sg_losses.structure_loss
+_bce_loss.BCE.forward = sg_losses.binary_cross_entropy
+_BCEDiceLoss.forward = sg_losses.bce_dice_loss
+for _loss in (
+    _bce_loss.BCE,
+    _dice_loss.BinaryDiceLoss,
+    _dice_loss.DiceLoss,
+    _dice_loss.GeneralizedDiceLoss,
+    _iou_loss.BinaryIoULoss,
+    _iou_loss.GeneralizedIoULoss,
+    _iou_loss.IoULoss,
+):
+    _LOSSES.setdefault(_loss.__name__, _loss)
 # SuperGradients seeds with the local rank: two nodes would draw the same numbers.
 _sg_trainer.random_seed = lambda is_ddp, device, seed: distributed.seed_everything(seed)
 # It wraps sys.excepthook at each train(): every error would be printed twice.
