@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -21,6 +23,7 @@ from portrait_dist.data.shards.fingerprint import encoder_fingerprint, synthetic
 from portrait_dist.data.shards.plan import part_of, plan_shards
 from portrait_dist.data.shards.writer import pack
 from portrait_dist.data.source.split import Split, read_split
+from portrait_dist.errors import InputError
 from portrait_dist.files import create_text, remove_abandoned_files, temporary_path
 from tests.cli import PORTRAIT_DIST, assert_one_line, call
 from tests.damage import cut, flip_bit
@@ -119,6 +122,65 @@ def test_parts_in_any_order_write_the_bytes_of_one_process(
     again = pack_tiny(tree, out, part=(0, count))
     assert (again.packed, again.finished) == (0, True)
     assert hashes(out) == whole
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", __name__])
+"""Processes that have torch already: a part of tiny pairs is then packed in milliseconds."""
+FILE_OPERATIONS = ("open", "os.link", "os.remove", "os.rename")
+"""Names of Python's audit events."""
+
+
+def pack_and_die(tree: Path, out: Path, part: tuple[int, int], dies_at: int) -> None:
+    """Pack a part; SIGKILL itself at the file operation of that number, 0 for none.
+
+    Exit code 2 where another process packs the part.
+    """
+    numbers = itertools.count(1)
+
+    def die(event: str, arguments: tuple[Any, ...]) -> None:
+        ours = event in FILE_OPERATIONS and str(arguments[0]).startswith((str(tree), str(out)))
+        if ours and next(numbers) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if dies_at:
+        sys.addaudithook(die)
+    try:
+        pack_tiny(tree, out, part=part)
+    except InputError as error:
+        sys.exit(2 if "is being packed by" in str(error) else str(error))
+
+
+def pack_in_processes(jobs: list[tuple[Any, ...]]) -> list[int]:
+    """Exit codes of processes that run :func:`pack_and_die` at the same time."""
+    processes = [PROCESSES.Process(target=pack_and_die, args=job) for job in jobs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode or 0 for process in processes]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_killed_at_any_file_operation_and_started_twice_parts_write_the_bytes_of_one_process(
+    tree: Path, whole: dict[str, str], tmp_path: Path, count: int
+) -> None:
+    rng = random.Random(count)
+    for attempt in range(2):
+        out = tmp_path / f"out{attempt}"
+        order = rng.sample(range(count), count)
+        # Two parts (the only one twice) die somewhere between their first file and the manifest.
+        victims = [order[0], order[-1]]
+        for part in victims:
+            assert pack_in_processes([(tree, out, (part, count), rng.randrange(1, 30))]) == [
+                -signal.SIGKILL
+            ]
+        twice = rng.choice(order)
+        jobs = [(tree, out, (part, count), 0) for part in [*order, twice]]
+        codes = pack_in_processes(jobs)
+        assert set(codes) <= {0, 2}
+        assert codes.count(2) <= 1, "only of the part that was started twice"
+        assert hashes(out) == whole
 
 
 def test_processes_at_once_two_of_them_killed_write_the_bytes_of_one(
