@@ -89,6 +89,14 @@ MUTATIONS = [
     ),
     Mutation(
         file="portrait_dist/data/shards/writer.py",
+        old="    remove_abandoned_files(out)\n    write_text(out / MANIFEST",
+        new="    write_text(out / MANIFEST",
+        test=f"{PARTS}::test_killed_at_any_file_operation_and_started_twice_parts_write_the_bytes_of_"
+        "one_process[2]",
+        why="killed at any file operation, parts write the bytes of one process",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/writer.py",
         old="(header.samples, header.bytes) != (len(plan.keys), status.st_size)",
         new="header.samples != len(plan.keys)",
         test=f"{PARTS}::test_finish_finds_a_shard_that_was_cut_or_changed",
