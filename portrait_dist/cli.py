@@ -30,6 +30,7 @@ COMMANDS = {
     "train": "portrait_dist.commands.train:train",
     "evaluate": "portrait_dist.commands.evaluate:evaluate",
     "predict": "portrait_dist.commands.predict:predict",
+    "serve": "portrait_dist.commands.serve:serve",
     "export": "portrait_dist.commands.export:export",
     "submit": "portrait_dist.commands.submit:submit",
     "status": "portrait_dist.commands.status:status",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.browser import Browser
 
 REPOSITORY = Path(__file__).parent.parent
 REAL_SAMPLE = REPOSITORY.parent / "shared" / "data" / "aisegment-sample"
@@ -65,3 +68,17 @@ def real_sample() -> Path:
     if not REAL_SAMPLE.is_dir():
         pytest.skip("the real sample is not on this machine; generated data covers the same path")
     return REAL_SAMPLE
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    """A browser with an empty page."""
+    started = Browser(tmp_path / "profile")
+    target = started.call("Target.createTarget", url="about:blank")["targetId"]
+    started.session = started.call("Target.attachToTarget", targetId=target, flatten=True)[
+        "sessionId"
+    ]
+    for domain in ("Page", "Network", "Log", "Runtime"):
+        started.call(f"{domain}.enable")
+    yield started
+    started.end()

@@ -114,18 +114,30 @@ def parse_background(text: str) -> Background:
         return lambda photo, alpha: None
     if text == "blur":
         return blurred
-    try:
-        colour = np.asarray(ImageColor.getrgb(text)[:3], np.float32) / 255
-    except ValueError:
+    colour = _parse_colour(text)
+    if colour is None:
         if not Path(text).is_file():
             known = ["transparent", "blur", *ImageColor.colormap]
             raise InputError(
                 f"--background '{text}': neither a colour nor an image.{nearest(text, known)} "
                 "Give transparent, blur, a colour such as white or #1e90ff, or the path of an image"
-            ) from None
+            )
         scene = read_photo(text)
         return lambda photo, alpha: _covering(scene, *alpha.shape)
     return lambda photo, alpha: np.broadcast_to(colour, photo.shape)
+
+
+def needs_no_file(text: str) -> bool:
+    """Say whether :func:`parse_background` takes this text without opening a file."""
+    return text in ("transparent", "blur") or _parse_colour(text) is not None
+
+
+def _parse_colour(text: str) -> Array | None:
+    """Parse a colour as float32 RGB [3] in [0, 1]; None for any other text."""
+    try:
+        return np.asarray(ImageColor.getrgb(text)[:3], np.float32) / 255
+    except ValueError:
+        return None
 
 
 def blurred(photo: ImageArray, alpha: Alpha) -> Array:

@@ -251,11 +251,30 @@ def read_photo(source: PhotoSource) -> ImageArray:
     if isinstance(source, Image.Image):
         return _upright(source)
     path = Path(source)
+    if path == STDIN:
+        return _decode(io.BytesIO(sys.stdin.buffer.read()), path)
+    _check_regular(path)
+    return _decode(path, path)
+
+
+def read_photo_bytes(data: bytes, name: str, max_pixels: int | None = None) -> ImageArray:
+    """Read a photo from memory, as :func:`read_photo` does from a file.
+
+    Args:
+        data: the photo's file.
+        name: what errors call it.
+        max_pixels: photos with more are refused before they are decoded; None for Pillow's limit.
+    """
+    return _decode(io.BytesIO(data), Path(name), max_pixels)
+
+
+def _decode(file: Path | io.BytesIO, path: Path, max_pixels: int | None = None) -> ImageArray:
     reads_heic()
-    if path != STDIN:
-        _check_regular(path)
     try:
-        with Image.open(_standard_input() if path == STDIN else path) as image:
+        with Image.open(file) as image:
+            pixels = image.width * image.height
+            if max_pixels is not None and pixels > max_pixels:
+                raise Image.DecompressionBombError(f"{pixels:,}, at most {max_pixels:,} are taken")
             return _upright(image)
     except UnidentifiedImageError as error:
         raise DamagedDataError(f"{path}: {_why_not_a_photo(path)}") from error
@@ -274,10 +293,6 @@ def read_photo(source: PhotoSource) -> ImageArray:
 
 def _upright(image: Image.Image) -> ImageArray:
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-def _standard_input() -> io.BytesIO:
-    return io.BytesIO(sys.stdin.buffer.read())
 
 
 def _check_regular(path: Path) -> None:
