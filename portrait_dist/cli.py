@@ -119,9 +119,8 @@ def _report(error: BaseException, arguments: list[str]) -> int:
     if "--json" in arguments and not getattr(error, "secondary", False) and not _comes_back():
         from portrait_dist.commands import to_json
 
-        result = getattr(error, "result", None) or {}
-        plain = message.removeprefix("portrait-dist: ")
-        click.echo(to_json({**result, "error": one_line(plain), "exit_code": code}))
+        plain = one_line(message.removeprefix("portrait-dist: "))
+        click.echo(to_json(getattr(error, "result", None) or {}, error=plain, exit_code=code))
     if expected is None:
         raise error
     if getattr(error, "quiet", False):

@@ -31,6 +31,7 @@ from typing_extensions import Doc
 
 from portrait_dist import recipes
 from portrait_dist.errors import InputError, nearest, shorten
+from portrait_dist.recipes import reading
 from portrait_dist.system.address import check_address, is_address, redact
 
 __all__ = ["Config", "InputError", "OnResume", "Setting", "load", "settings"]
@@ -473,7 +474,7 @@ def load(recipe: str | None = None, overrides: Sequence[str] = ()) -> Config:
         path = recipes.find(recipe)
         # The name of a file of yours may be one that no run can have.
         config.recipe = "" if _wrong_run_name(path.stem) else path.stem
-        leaves = recipes.read(path)
+        leaves = reading.read(path)
         for leaf in leaves:
             _set(config, leaf.key, leaf.text, where=f"{path}, line {leaf.line}: ")
         if recipe not in recipes.names():

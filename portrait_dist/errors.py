@@ -6,7 +6,6 @@ Every message is one line that says where (file or option), what is wrong, and w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 LONGEST_VALUE = 100
 """Characters of a user's value that a message repeats."""
@@ -17,8 +16,8 @@ class PortraitDistError(Exception):
 
     Args:
         message: one line.
-        result: what the command has to report all the same (what was done, what was not); printed
-            with ``--json``.
+        result: what the command has to report all the same (what was done, what was not), a
+            dataclass or a mapping; printed with ``--json``.
     """
 
     exit_code = 1
@@ -26,7 +25,7 @@ class PortraitDistError(Exception):
     requeue = True
     """Whether another attempt of a SLURM job can help."""
 
-    def __init__(self, message: str = "", result: dict[str, Any] | None = None) -> None:
+    def __init__(self, message: str = "", result: object = None) -> None:
         super().__init__(message)
         self.result = result
 

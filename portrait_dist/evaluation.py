@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import cv2
 import numpy as np
@@ -27,8 +27,9 @@ from portrait_dist.preprocessing import Alpha, ImageArray, normalise
 from portrait_dist.system.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
+    from portrait_dist.checkpoints import CheckpointInfo
     from portrait_dist.data.stream.dataset import AISegmentIterableDataset
-    from portrait_dist.data.stream.loader import Batch
+    from portrait_dist.data.stream.loader import Batch, StreamLoader
     from portrait_dist.models import UNet
 
 EXAMPLES = 4
@@ -167,6 +168,35 @@ class Evaluation:
     rows: list[SampleRow]
     curve: list[CurvePoint]
     errors: ErrorGroups | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateResult(SplitScores):
+    """What ``portrait-dist evaluate`` prints.
+
+    Attributes:
+        errors: wrong pixels by group, and ``wrong``, their number; None where not asked for.
+        pictures: files of example images; None where not asked for.
+    """
+
+    errors: dict[str, int] | None = None
+    pictures: list[str] | None = None
+
+    @classmethod
+    def of(cls, found: Evaluation, pictures: list[str] | None) -> EvaluateResult:
+        """Take what is printed out of an evaluation."""
+        groups = found.errors
+        errors = asdict(groups) | {"wrong": groups.wrong} if groups else None
+        return cls(**asdict(found.scores), errors=errors, pictures=pictures)
+
+
+class ScoringOptions(TypedDict, total=False):
+    """Options of :func:`evaluate`, which documents them."""
+
+    batch_size: int
+    workers: int
+    device: str
+    size: tuple[int, int] | None
 
 
 class Scorer:
@@ -316,22 +346,34 @@ def evaluate(
     chosen = distributed.pick_device(device)
     distributed.start(chosen)
     model, info = distributed.on_every_rank(lambda: load_model(checkpoint))
-    trained = distributed.on_every_rank(lambda: input_geometry(info, size))
     loader = distributed.on_every_rank(
-        lambda: build_loader(
-            shards,
-            split,
-            batch_size,
-            workers=workers,
-            pin_memory=chosen.type == "cuda",
-            shuffle=False,
-            size=size_of_shards(shards, split, trained.size, checkpoint),
-            drop_last=False,
-        )
+        lambda: _open_split(shards, split, batch_size, workers, chosen, checkpoint, info, size)
     )
     scorer = Scorer(model, chosen, group_errors=group_errors)
-    rows = [sample.row() for sample in scorer.score(loader)]
-    return _gathered(scorer, split, rows)
+    return _gathered(scorer, split, [sample.row() for sample in scorer.score(loader)])
+
+
+def _open_split(
+    shards: str,
+    split: str,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    checkpoint: str | Path,
+    info: CheckpointInfo,
+    size: tuple[int, int] | None,
+) -> StreamLoader:
+    """Open this rank's part of a split, every sample once, at the size of training."""
+    return build_loader(
+        shards,
+        split,
+        batch_size,
+        workers=workers,
+        pin_memory=device.type == "cuda",
+        shuffle=False,
+        size=size_of_shards(shards, split, input_geometry(info, size).size, checkpoint),
+        drop_last=False,
+    )
 
 
 def _gathered(scorer: Scorer, split: str, rows: list[SampleRow]) -> Evaluation | None:
@@ -421,31 +463,36 @@ def write_examples(
     Returns:
         The written files; none without samples.
     """
-    from portrait_dist.visualize import picture_grid
-
     split = found.scores.split
     ranked = sorted(found.rows, key=lambda row: row.scores.iou)
     middle = max(0, (len(ranked) - EXAMPLES) // 2)
     groups = {"worst": ranked[:EXAMPLES], "median": ranked[middle : middle + EXAMPLES]}
     paths = []
     for name, rows in groups.items():
-        if not rows:
-            continue
-        positions = [row.position for row in rows]
-        samples = score_positions(checkpoint, shards, split, positions, device=device, size=size)
-        grid = picture_grid(
-            [sample.image for sample in samples],
-            [sample.alpha for sample in samples],
-            [sample.prediction for sample in samples],
-            [sample.scores.iou for sample in samples],
-        )
-        path = folder / f"{split}-{name}.png"
-        with files.explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        with files.atomic_path(path, suffix=".png") as temporary:
-            grid.save(temporary)
-        paths.append(str(path))
-    return paths
+        if rows:
+            positions = [row.position for row in rows]
+            samples = score_positions(
+                checkpoint, shards, split, positions, device=device, size=size
+            )
+            paths.append(folder / f"{split}-{name}.png")
+            _draw(samples, paths[-1])
+    return [str(path) for path in paths]
+
+
+def _draw(samples: Sequence[ScoredSample], path: Path) -> None:
+    """Draw samples below each other into one picture."""
+    from portrait_dist.visualize import picture_grid
+
+    grid = picture_grid(
+        [sample.image for sample in samples],
+        [sample.alpha for sample in samples],
+        [sample.prediction for sample in samples],
+        [sample.scores.iou for sample in samples],
+    )
+    with files.explained(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with files.atomic_path(path, suffix=".png") as temporary:
+        grid.save(temporary)
 
 
 def score_positions(
@@ -470,7 +517,7 @@ def score_positions(
     model, info = load_model(checkpoint)
     size = size_of_shards(shards, split, input_geometry(info, size).size, checkpoint)
     loader = build_loader(
-        shards, split, 1, shuffle=False, size=size, drop_last=False, rank=0, world_size=1
+        shards, split, 1, rank=0, world_size=1, shuffle=False, size=size, drop_last=False
     )
     scorer = Scorer(model, distributed.pick_device(device))
     return list(scorer.score(read_positions(loader.dataset, positions)))
@@ -515,7 +562,7 @@ def baseline_iou(shards: str, size: tuple[int, int], split: str = "test") -> flo
 
     def batches(name: str) -> Iterable[Batch]:
         return build_loader(
-            shards, name, 16, shuffle=False, size=size, drop_last=False, rank=0, world_size=1
+            shards, name, 16, rank=0, world_size=1, shuffle=False, size=size, drop_last=False
         )
 
     total, count = torch.zeros(size, dtype=torch.float64), 0

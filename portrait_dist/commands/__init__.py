@@ -3,9 +3,9 @@
 They import only the standard library and click at the top, so that ``portrait-dist --help`` answers
 at once; heavy imports stand inside the functions.
 
-A command is a function that takes its options and returns its result, a dataclass or a dict:
-printed as one JSON object with ``--json``, else handed to ``summary``. Everything it prints on the
-way goes to stderr.
+A command is a function that takes its options and returns its result, a dataclass: printed as one
+JSON object with ``--json``, else handed to ``summary``. Everything it prints on the way goes to
+stderr.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ import click
 
 
 def command(
-    name: str, *, summary: Callable[[Any], str], **attributes: Any
+    name: str, *, summary: Callable[[Any], str], epilog: str | None = None
 ) -> Callable[[Callable[..., object]], click.Command]:
     """Make a click command with ``--json`` and ``--debug`` out of a function.
 
-    The function returns its result, a dataclass or a dict, or None where another rank prints it.
+    The function returns its result, a dataclass, or None where another rank prints it.
     ``portrait_dist.cli`` prints errors, as JSON too.
 
     Args:
         name: the command's name on the command line.
         summary: makes the lines that a person reads on stdout out of the result.
-        attributes: passed to ``click.command`` (``epilog``, ``short_help``, …).
+        epilog: examples and exit codes, below the help text.
     """
 
     def decorate(function: Callable[..., object]) -> click.Command:
         @functools.wraps(function)
-        def run(*, as_json: bool, debug: bool, **options: Any) -> None:
+        def run(*, as_json: bool, debug: bool, **options: object) -> None:
             with _StdoutForJson(as_json) as write_json:
                 result = function(**options)
                 if result is None:
@@ -55,24 +55,29 @@ def command(
         decorated = click.option(
             "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else."
         )(decorated)
-        return click.command(name, **attributes)(decorated)
+        return click.command(name, epilog=epilog)(decorated)
 
     return decorate
 
 
-def to_json(result: object) -> str:
+def to_json(result: object, **more: object) -> str:
     """Make one line of JSON out of a result.
 
     Args:
-        result: a dataclass or a dict of plain values; paths become strings, and numbers that JSON
-            does not know (NaN, infinities) become null.
+        result: a dataclass or a mapping of plain values; paths become strings, and numbers that
+            JSON does not know (NaN, infinities) become null.
+        more: values to add.
     """
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        result = dataclasses.asdict(result)
-    return json.dumps(_plain(result), allow_nan=False)
+    plain = _plain(result)
+    if more and isinstance(plain, dict):
+        plain |= more
+    return json.dumps(plain, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
+    """Turn a result into what JSON knows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -5,7 +5,7 @@ It is click's own completion; what is ours are the settings after ``train``.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
@@ -13,6 +13,14 @@ from click.shell_completion import CompletionItem, get_completion_class
 from portrait_dist.commands import command
 
 SHELLS = ("bash", "zsh", "fish")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The script for one shell."""
+
+    shell: str
+    script: str
 
 
 def script(shell: str, program: click.Command) -> str:
@@ -74,9 +82,9 @@ def _values(key: str) -> list[str]:
     return ["true", "false"] if setting.kind is bool else list(setting.choices)
 
 
-@command("completion", summary=lambda result: result["script"])
+@command("completion", summary=lambda result: result.script)
 @click.argument("shell", type=click.Choice(SHELLS))
-def completion(shell: str) -> dict[str, Any]:
+def completion(shell: str) -> Completion:
     r"""Print the script that lets a shell complete commands, options and key=value arguments.
 
     \b
@@ -84,7 +92,4 @@ def completion(shell: str) -> dict[str, Any]:
         zsh:  echo 'eval "$(portrait-dist completion zsh)"' >> ~/.zshrc      (after compinit)
         fish: portrait-dist completion fish > ~/.config/fish/completions/portrait-dist.fish
     """
-    return {
-        "shell": shell,
-        "script": script(shell, click.get_current_context().find_root().command),
-    }
+    return Completion(shell, script(shell, click.get_current_context().find_root().command))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from portrait_dist.commands import command
+
+if TYPE_CHECKING:
+    from portrait_dist.system.doctor import Check
 
 EXAMPLES = """\b
 Examples:
@@ -20,13 +24,21 @@ Exit code: 0 nothing fails (warnings do not count), 1 something fails.
 """
 
 
-def _line(check: dict[str, str]) -> str:
-    advice = f"\n{'':21s}-> {check['advice']}" if check["advice"] else ""
-    return f"{check['status']:5s} {check['name']:14s} {check['found']}{advice}"
+@dataclass(frozen=True)
+class Diagnosis:
+    """What all checks found; ``ok`` where none failed."""
+
+    ok: bool
+    checks: list[Check]
 
 
-def _summary(result: dict[str, Any]) -> str:
-    warnings = sum(check["status"] == "warn" for check in result["checks"])
+def _line(check: Check) -> str:
+    advice = f"\n{'':21s}-> {check.advice}" if check.advice else ""
+    return f"{check.status:5s} {check.name:14s} {check.found}{advice}"
+
+
+def _summary(result: Diagnosis) -> str:
+    warnings = sum(check.status == "warn" for check in result.checks)
     return "everything works" + (
         f", {warnings} thing{'s' * (warnings > 1)} could be better" if warnings else ""
     )
@@ -44,24 +56,22 @@ def _summary(result: dict[str, Any]) -> str:
     "--shards", metavar="SHARDS", help="Packed shards to look at: a folder or an address."
 )
 @click.option("--gpu", is_flag=True, help="No usable GPU is a failure.")
-def doctor(path: Path, shards: str | None, gpu: bool) -> dict[str, Any]:
+def doctor(path: Path, shards: str | None, gpu: bool) -> Diagnosis:
     """Say what this machine can run, what is missing or slow, and what to do about it.
 
     Looks at Python and packages, GPU and driver, NCCL, compiler, cores, memory, file handles, disk,
     locks, decoders and SLURM. It takes some seconds and writes one file of 64 MB for a moment.
     --json gives ok and checks: name, status (ok, warn or fail), found, advice.
     """
-    import dataclasses
-
     from portrait_dist.errors import PortraitDistError
     from portrait_dist.system.doctor import FAIL, diagnose
 
     checks = []
     for finding in diagnose(path, shards, gpu_required=gpu):
-        checks.append(dataclasses.asdict(finding))
-        click.echo(_line(checks[-1]))  # goes to stderr with --json
-    failed = [check["name"] for check in checks if check["status"] == FAIL]
-    result = {"ok": not failed, "checks": checks}
+        checks.append(finding)
+        click.echo(_line(finding))  # goes to stderr with --json
+    failed = [check.name for check in checks if check.status == FAIL]
+    result = Diagnosis(not failed, checks)
     if failed:
         raise PortraitDistError(
             f"doctor: {', '.join(failed)} failed; do what the arrows above say", result=result

@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from portrait_dist.commands import Size, command
+from portrait_dist.commands import command
+from portrait_dist.commands import options as shared
 
 if TYPE_CHECKING:
-    from portrait_dist.evaluation import Evaluation, SampleRow
+    from portrait_dist.evaluation import (
+        EvaluateResult,
+        Evaluation,
+        SampleRow,
+        ScoringOptions,
+    )
+
+Cell = str | int | float
+"""What a column of a CSV file holds."""
 
 EXAMPLES = """\b
 Examples:
@@ -24,20 +33,19 @@ Examples:
 """
 
 
-def _summary(result: dict[str, Any]) -> str:
+def _summary(result: EvaluateResult) -> str:
     return (
-        f"{result['split']}: {result['samples']} samples\n"
-        f"IoU {result['iou']:.4f} (all pixels), {result['mean_iou']:.4f} (mean over images)\n"
-        f"precision {result['precision']:.4f}, recall {result['recall']:.4f}; "
-        f"IoU is largest above {result['best_threshold']:g}\n"
-        f"boundary IoU {result['boundary_iou']:.4f}, "
-        f"gradient error {result['gradient_error']:.3f}\n"
-        f"MAE {result['mae']:.5f}, MSE {result['mse']:.5f}, loss {result['loss']:.4f}"
-        f"{_errors_line(result.get('errors'))}"
+        f"{result.split}: {result.samples} samples\n"
+        f"IoU {result.iou:.4f} (all pixels), {result.mean_iou:.4f} (mean over images)\n"
+        f"precision {result.precision:.4f}, recall {result.recall:.4f}; "
+        f"IoU is largest above {result.best_threshold:g}\n"
+        f"boundary IoU {result.boundary_iou:.4f}, gradient error {result.gradient_error:.3f}\n"
+        f"MAE {result.mae:.5f}, MSE {result.mse:.5f}, loss {result.loss:.4f}"
+        f"{_errors_line(result.errors)}"
     )
 
 
-def _errors_line(errors: dict[str, Any] | None) -> str:
+def _errors_line(errors: dict[str, int] | None) -> str:
     """Describe the error groups, where they were asked for."""
     if not errors:
         return ""
@@ -55,18 +63,12 @@ def _errors_line(errors: dict[str, Any] | None) -> str:
 
 
 @command("evaluate", summary=_summary, epilog=EXAMPLES)
-@click.option("--checkpoint", required=True, help="A .pth file of a run.")
+@shared.checkpoint
 @click.option("--data", "shards", required=True, help="Folder or address of the shards.")
 @click.option(
     "--split", default="test", show_default=True, type=click.Choice(["train", "val", "test"])
 )
-@click.option(
-    "--batch-size",
-    default=16,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Samples per rank and batch.",
-)
+@shared.batch_size(16, "Samples per rank and batch.")
 @click.option(
     "--workers",
     default=0,
@@ -74,14 +76,8 @@ def _errors_line(errors: dict[str, Any] | None) -> str:
     type=click.IntRange(-1),
     help="Decoding threads; 0 chooses by cores and ranks, -1 decodes without threads.",
 )
-@click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])
-)
-@click.option(
-    "--size",
-    type=Size(),
-    help="Size of training, for an old checkpoint that does not say it.  [default: 256x256]",
-)
+@shared.device
+@shared.trained_size
 @click.option(
     "--per-sample",
     "table",
@@ -108,44 +104,31 @@ def evaluate(
     checkpoint: str,
     shards: str,
     split: str,
-    batch_size: int,
-    workers: int,
-    device: str,
-    size: tuple[int, int] | None,
     table: Path | None,
     curve: Path | None,
     errors: bool,
     pictures: Path | None,
-) -> dict[str, Any] | None:
+    **options: Unpack[ScoringOptions],
+) -> EvaluateResult | None:
     """Score a checkpoint on a split, alone or under torchrun; every sample counts exactly once."""
     from portrait_dist import distributed, evaluation
 
     try:
-        distributed.start(distributed.pick_device(device))
+        distributed.start(distributed.pick_device(options["device"]))
         distributed.on_every_rank(lambda: _check_outputs(table, curve, pictures))
-        found = evaluation.evaluate(
-            checkpoint,
-            shards,
-            split,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            size=size,
-            group_errors=errors,
-        )
+        found = evaluation.evaluate(checkpoint, shards, split, group_errors=errors, **options)
     finally:
         distributed.stop()
     if found is None:
         return None
     _write_tables(found, table, curve)
-    result = dataclasses.asdict(found.scores)
-    if found.errors:
-        result["errors"] = dataclasses.asdict(found.errors) | {"wrong": found.errors.wrong}
+    drawn = None
     if pictures:
-        result["pictures"] = evaluation.write_examples(
+        device, size = options["device"], options["size"]
+        drawn = evaluation.write_examples(
             found, checkpoint, shards, pictures, device=device, size=size
         )
-    return result
+    return evaluation.EvaluateResult.of(found, drawn)
 
 
 def _check_outputs(table: Path | None, curve: Path | None, pictures: Path | None) -> None:
@@ -169,7 +152,7 @@ def _write_tables(found: Evaluation, table: Path | None, curve: Path | None) -> 
         _write_csv(curve, map(dataclasses.asdict, found.curve))
 
 
-def _columns(row: SampleRow) -> dict[str, Any]:
+def _columns(row: SampleRow) -> dict[str, Cell]:
     errors = {
         f"{name}_errors": count
         for name, count in (dataclasses.asdict(row.errors) if row.errors else {}).items()
@@ -178,7 +161,7 @@ def _columns(row: SampleRow) -> dict[str, Any]:
     return {"key": row.key, **dataclasses.asdict(row.scores), **errors}
 
 
-def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def _write_csv(path: Path, rows: Iterable[dict[str, Cell]]) -> None:
     """Write a table, numbers with six significant digits: more are noise of float32."""
     import csv
     import io

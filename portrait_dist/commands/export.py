@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from portrait_dist.commands import Size, command
+from portrait_dist.commands import command, options
 
 if TYPE_CHECKING:
     from portrait_dist.inference.export import ExportFormat, ExportResult
@@ -27,7 +27,7 @@ def _summary(result: ExportResult) -> str:
 
 
 @command("export", summary=_summary, epilog=EXAMPLES)
-@click.option("--checkpoint", required=True, help="A .pth file of a run.")
+@options.checkpoint
 @click.option(
     "--format",
     "kind",
@@ -37,11 +37,7 @@ def _summary(result: ExportResult) -> str:
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
-@click.option(
-    "--size",
-    type=Size(),
-    help="Size of training, for an old checkpoint that does not say it.  [default: 256x256]",
-)
+@options.trained_size
 def export(
     checkpoint: str, kind: ExportFormat, out: Path, force: bool, size: tuple[int, int] | None
 ) -> ExportResult:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from portrait_dist.commands import Part, Size, command
-from portrait_dist.commands.numbers import MOST_WORKERS, Integer
+from portrait_dist.commands import Size, command, options
+from portrait_dist.commands.numbers import Integer
 
 if TYPE_CHECKING:
     from portrait_dist.data.shards.writer import PackResult
@@ -29,7 +29,7 @@ def _summary(result: PackResult) -> str:
         f"in {result.out}{speed}\n"
     )
     if result.finished:
-        return done + f"next: portrait-dist train --recipe aisegment_unet data.shards={result.out}"
+        return done + f"next: portrait-dist train data.shards={result.out}"
     return (
         done + f"{result.shards_missing} shards of other parts are missing; the last part finishes"
     )
@@ -42,12 +42,7 @@ def _summary(result: PackResult) -> str:
     type=click.Path(path_type=Path),
     help="Folder that 'portrait-dist prepare' wrote.",
 )
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder to write; new, or one to finish.",
-)
+@options.folder_to_fill
 @click.option(
     "--size",
     type=Size(original=True),
@@ -62,11 +57,7 @@ def _summary(result: PackResult) -> str:
     show_default=True,
     help="Samples in each tar.",
 )
-@click.option(
-    "--workers",
-    type=Integer(1, MOST_WORKERS),
-    help="Threads.  [default: the CPUs there are]",
-)
+@options.workers("Threads")
 @click.option(
     "--codec",
     type=click.Choice(["jpeg", "raw"]),
@@ -81,12 +72,7 @@ def _summary(result: PackResult) -> str:
     show_default=True,
     help="Of the JPEGs, 1 to 100; with --size original only of those that EXIF says to turn.",
 )
-@click.option(
-    "--part",
-    type=Part(),
-    help="Pack the shards of one part, I from 0 to N - 1; auto: as SLURM's array, srun or torchrun "
-    "say.  [default: all shards]",
-)
+@options.part("Pack the shards", "all shards")
 @click.option(
     "--finish",
     is_flag=True,
@@ -116,14 +102,12 @@ def pack(
         portrait-dist pack --data data --out shards-original --size original
         portrait-dist pack --data data --out shards-raw --codec raw --workers 16
         sbatch --array=0-15 --wrap "portrait-dist pack --data data --out shards --part auto"
-        portrait-dist pack --data data --out shards --part 3/16
 
     Parts run on any machines that share both folders, at any time and in any order; the last one
     writes the manifest. The bytes are those of one process.
 
-    Interrupted and run again it finishes: whole shards are kept, and the bytes are the same as
-    without the interruption. At original size the JPEG files are stored as they are, but for those
-    that EXIF says to turn: they are stored upright.
+    Interrupted and run again it finishes with the bytes of an uninterrupted run. At original size
+    the JPEG files are stored as they are; those that EXIF says to turn, upright.
     """
     from portrait_dist.data.shards import writer
 

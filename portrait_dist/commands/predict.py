@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from portrait_dist.commands import Part, Size, command
+from portrait_dist.commands import command, options
 
 if TYPE_CHECKING:
     from portrait_dist.inference.batch import PredictResult
     from portrait_dist.inference.outputs import ImageFormat
-    from portrait_dist.inference.placement import Fit
     from portrait_dist.inference.segmenter import SegmenterOptions
 
 EXAMPLES = """\b
@@ -49,7 +48,7 @@ def _kinds(
 
 
 @command("predict", summary=_summary, epilog=EXAMPLES)
-@click.option("--checkpoint", required=True, help="A .pth file of a run.")
+@options.checkpoint
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option(
     "--out", required=True, help="Folder for the images; - writes one image to standard output."
@@ -106,16 +105,8 @@ def _kinds(
     help="The network's alpha at which the mask is 0 and 1; 0.3 0.7 removes haze.",
 )
 @click.option("--largest", is_flag=True, help="Keep the largest person only; drop islands.")
-@click.option(
-    "--batch-size",
-    default=8,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Photos that go through the network together.",
-)
-@click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])
-)
+@options.batch_size(8, "Photos that go through the network together.")
+@options.device
 @click.option(
     "--precision",
     default="auto",
@@ -125,35 +116,20 @@ def _kinds(
     "int8, for hundreds of photos on a CPU: calibrated with 64 of them, used where masks keep IoU "
     "0.999 with fp32's.",
 )
-@click.option(
-    "--part",
-    type=Part(),
-    help="Do the photos of one part, I from 0 to N - 1; auto: as SLURM's array, srun or torchrun "
-    "say.  [default: all; under torchrun, auto]",
-)
-@click.option(
-    "--size",
-    type=Size(),
-    help="Size of training, for an old checkpoint that does not say it.  [default: 256x256]",
-)
+@options.part("Do the photos", "all; under torchrun, auto")
+@options.trained_size
 def predict(
     checkpoint: str,
     paths: tuple[str, ...],
     out: str,
+    part: tuple[int, int] | None,
+    force: bool,
+    batch_size: int,
     background: str,
     kinds: tuple[str, ...],
     image_format: ImageFormat,
-    force: bool,
-    refine: bool,
-    mirror: bool,
-    fit: Fit,
-    levels: tuple[float, float],
-    largest: bool,
-    batch_size: int,
-    device: str,
-    precision: str,
-    part: tuple[int, int] | None,
     size: tuple[int, int] | None,
+    **network: Unpack[SegmenterOptions],
 ) -> PredictResult | None:
     """Write mask, cut-out and side-by-side image of photos, at their own resolution.
 
@@ -166,53 +142,22 @@ def predict(
     from portrait_dist import distributed
     from portrait_dist.inference import batch
 
-    options: SegmenterOptions = {
-        "device": device,
-        "precision": precision,
-        "fit": fit,
-        "refine": refine,
-        "mirror": mirror,
-        "largest": largest,
-        "levels": levels,
-    }
+    images = batch.ImageOptions(background, kinds, image_format, size, network)
     if out == "-":
-        photo, kind = _only_photo_and_kind(paths, kinds)
-        image = batch.predict_to_bytes(
-            checkpoint,
-            photo,
-            kind=kind,
-            background=background,
-            image_format=image_format,
-            size=size,
-            **options,
-        )
-        sys.stdout.buffer.write(image)
+        photo = _only_photo(paths, kinds)
+        sys.stdout.buffer.write(batch.predict_to_bytes(checkpoint, photo, images))
         return None
-
     predict_part = functools.partial(
-        batch.predict_files,
-        checkpoint,
-        paths,
-        out,
-        background=background,
-        kinds=kinds,
-        image_format=image_format,
-        force=force,
-        batch_size=batch_size,
-        size=size,
-        **options,
+        batch.predict_files, checkpoint, paths, out, images, force=force, batch_size=batch_size
     )
     if part is None and distributed.world_size() > 1:
-        try:
-            return batch.predict_on_every_rank(predict_part)
-        finally:
-            distributed.stop()
+        return batch.predict_on_every_rank(predict_part)
     number, parts = part or (0, 1)
     return predict_part(part=number, parts=parts)
 
 
-def _only_photo_and_kind(paths: tuple[str, ...], kinds: tuple[str, ...]) -> tuple[str, str]:
-    """Check that standard output gets exactly one image, and nothing else."""
+def _only_photo(paths: tuple[str, ...], kinds: tuple[str, ...]) -> str:
+    """Check that standard output gets exactly one image, and nothing else; return its photo."""
     from portrait_dist.errors import InputError
 
     if click.get_current_context().params.get("as_json"):
@@ -222,4 +167,4 @@ def _only_photo_and_kind(paths: tuple[str, ...], kinds: tuple[str, ...]) -> tupl
             "--out -: standard output holds one image; give one PATH, and --only mask, cutout or "
             "side-by-side"
         )
-    return paths[0], kinds[0]
+    return paths[0]

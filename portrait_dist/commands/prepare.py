@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from portrait_dist.commands import command
 from portrait_dist.commands.numbers import LARGEST_SEED, Fraction, Integer
+
+if TYPE_CHECKING:
+    from portrait_dist.data.source.pairs import PairReport
 
 MOST_NAMES = 10
 """File names of a kind that are listed on stderr."""
@@ -117,8 +121,7 @@ def prepare(
         portrait-dist prepare --raw raw --out data
         portrait-dist prepare --raw raw --out data --split-by group --seed 7
 
-    Checks that every matte has an alpha channel and the size of its image, and that no file is cut
-    off.
+    Checks that every matte has alpha and its image's size, and that no file is cut off.
     """
     from portrait_dist.data.source import split
 
@@ -131,13 +134,7 @@ def prepare(
         split_by=split_by,
         mode=mode,
     )
-    _name("image without a matte", report.images_without_matte)
-    _name("matte without an image", report.mattes_without_image)
-    _name(
-        "not used, the same as a file of its name that is used",
-        [other for _, other in report.identical],
-    )
-    _name("not used, no JPEG by its name", report.other_pictures)
+    _name_unused(report)
     return PrepareResult(
         pairs=len(report.pairs),
         train=len(made.keys("train")),
@@ -149,6 +146,17 @@ def prepare(
         other_pictures=len(report.other_pictures),
         out=str(out),
     )
+
+
+def _name_unused(report: PairReport) -> None:
+    """Print on stderr what was found and not used."""
+    _name("image without a matte", report.images_without_matte)
+    _name("matte without an image", report.mattes_without_image)
+    _name(
+        "not used, the same as a file of its name that is used",
+        [other for _, other in report.identical],
+    )
+    _name("not used, no JPEG by its name", report.other_pictures)
 
 
 def _name(what: str, paths: list[Path]) -> None:

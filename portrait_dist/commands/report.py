@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from portrait_dist.commands import command
+from portrait_dist.commands import command, options
 
 if TYPE_CHECKING:
     from portrait_dist.runs.report import Report
@@ -53,9 +53,7 @@ def _summary(result: Report) -> str:
     type=click.IntRange(0),
     help="Score only so many validation samples.  [default: all]",
 )
-@click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])
-)
+@options.device
 def report(
     run: Path, out: Path | None, shards: str | None, samples: int, at_most: int, device: str
 ) -> Report:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from portrait_dist.commands import Size, command
+from portrait_dist.commands import Size, command, options
 from portrait_dist.commands.numbers import LARGEST_SEED, Integer
 
 if TYPE_CHECKING:
@@ -52,13 +52,7 @@ if TYPE_CHECKING:
     type=Size(),
     help="Each picture is drawn as large as fits into it.  [default: the shards' own, or 256x256]",
 )
-@click.option(
-    "--recipe",
-    metavar="NAME|FILE",
-    default="aisegment_unet",
-    show_default=True,
-    help="Take the augmentation from this recipe.",
-)
+@options.recipe("Take the augmentation from this recipe")
 @click.option(
     "--seed",
     type=Integer(0, LARGEST_SEED),

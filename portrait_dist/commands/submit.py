@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from portrait_dist.commands import command
+from portrait_dist.commands import command, options
 
 if TYPE_CHECKING:
     from portrait_dist.slurm.submit import Submission
@@ -34,12 +34,7 @@ def _summary(result: Submission) -> str:
 
 
 @command("submit", summary=_summary, epilog=EXAMPLES)
-@click.option(
-    "--recipe",
-    default="aisegment_unet",
-    show_default=True,
-    help="Name of a recipe of the package, or a YAML file.",
-)
+@options.recipe("Recipe")
 @click.option("--nodes", default=1, show_default=True, type=click.IntRange(1), help="Nodes.")
 @click.option(
     "--gpus-per-node",

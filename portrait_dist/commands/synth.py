@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from portrait_dist.commands import command
-from portrait_dist.commands.numbers import LARGEST_SEED, MOST_WORKERS, Integer
+from portrait_dist.commands import command, options
+from portrait_dist.commands.numbers import LARGEST_SEED, Integer
 
 if TYPE_CHECKING:
     from portrait_dist.data.source.synthetic import SynthResult
@@ -26,12 +26,7 @@ def _summary(result: SynthResult) -> str:
 
 
 @command("synth", summary=_summary)
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder to write; new, or one to finish.",
-)
+@options.folder_to_fill
 @click.option(
     "--pairs",
     required=True,
@@ -45,11 +40,7 @@ def _summary(result: SynthResult) -> str:
     show_default=True,
     help="Pair i is a pure function of (seed, i).",
 )
-@click.option(
-    "--workers",
-    type=Integer(1, MOST_WORKERS),
-    help="Processes.  [default: the CPUs there are]",
-)
+@options.workers("Processes")
 def synth(out: Path, pairs: int, seed: int, workers: int | None) -> SynthResult:
     """Make a raw AISegment tree of synthetic portraits, 600x800.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from portrait_dist.commands import command
+from portrait_dist.commands import command, options
 from portrait_dist.commands.completion import complete_setting
 
 if TYPE_CHECKING:
@@ -99,11 +99,7 @@ def _keys(recipe: str) -> Keys:
 
 
 @command("train", summary=_train_summary, epilog=TRAIN_EXAMPLES)
-@click.option(
-    "--recipe",
-    metavar="NAME|FILE",
-    help="Recipe that comes with the package, or a YAML file; aisegment_unet when not given.",
-)
+@options.recipe("Recipe")
 @click.option(
     "--nproc",
     metavar="N|auto|gpu",
@@ -115,12 +111,11 @@ def _keys(recipe: str) -> Keys:
 )
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_setting)
 def train(
-    recipe: str | None, nproc: str | None, keys: bool, settings: tuple[str, ...]
+    recipe: str, nproc: str | None, keys: bool, settings: tuple[str, ...]
 ) -> Keys | TrainResult | None:
     """Train; resume a run of that name where it stopped."""
-    from portrait_dist import config, recipes
+    from portrait_dist import config
 
-    recipe = recipe if recipe is not None else recipes.DEFAULT
     if keys:
         return _keys(recipe)
     from portrait_dist.slurm.launch_checks import check_launch

@@ -5,13 +5,11 @@ portrait-dist verify shards
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from portrait_dist.commands import command
-from portrait_dist.commands.numbers import MOST_WORKERS, Integer
+from portrait_dist.commands import command, options
 
 if TYPE_CHECKING:
     from portrait_dist.data.shards.verify import VerifyResult
@@ -23,11 +21,7 @@ def _summary(result: VerifyResult) -> str:
 
 @command("verify", summary=_summary)
 @click.argument("shards")
-@click.option(
-    "--workers",
-    type=Integer(1, MOST_WORKERS),
-    help="Threads.  [default: the CPUs there are]",
-)
+@options.workers("Threads")
 def verify(shards: str, workers: int | None) -> VerifyResult:
     """Check counts and hashes of SHARDS (a folder or an address), and that every sample decodes.
 
@@ -49,4 +43,4 @@ def verify(shards: str, workers: int | None) -> VerifyResult:
     number = len(result.errors)
     more = f" (and {number - 1} more, above)" if number > 1 else ""
     remedy = "copy the shards again from where they are whole, or pack them again"
-    raise DamagedDataError(f"{result.errors[0]}{more}; {remedy}", result=asdict(result))
+    raise DamagedDataError(f"{result.errors[0]}{more}; {remedy}", result=result)

@@ -8,7 +8,6 @@ is noted and never stops the others.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 import time
 from collections import deque
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, Unpack
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -27,6 +26,7 @@ from portrait_dist.inference.outputs import ImageFormat, OutputPlan, plan_output
 from portrait_dist.inference.photos import (
     KINDS,
     FailedPhoto,
+    Found,
     Photo,
     find_photos,
     keep_part,
@@ -53,6 +53,55 @@ FAILURES_NAMED = 20
 
 
 @dataclass(frozen=True)
+class ImageOptions:
+    """What decides the bytes of an output, beside checkpoint and photo.
+
+    Attributes:
+        background: see :func:`portrait_dist.inference.compositing.parse_background`.
+        kinds: which of ``mask``, ``cutout`` and ``side-by-side`` to write.
+        image_format: see :func:`portrait_dist.inference.outputs.plan_outputs`.
+        size: (H, W) of training, for a checkpoint that does not say it.
+        network: options of :class:`portrait_dist.inference.segmenter.PortraitSegmenter`;
+            ``precision`` may also be ``int8``.
+    """
+
+    background: str = "transparent"
+    kinds: Sequence[str] = KINDS
+    image_format: ImageFormat = "png"
+    size: tuple[int, int] | None = None
+    network: SegmenterOptions = field(default_factory=SegmenterOptions)
+
+    @property
+    def int8(self) -> bool:
+        """Whether to compute in 8-bit integers, where that keeps the masks."""
+        return self.network.get("precision") == "int8"
+
+    def plan(self, folder: Path) -> OutputPlan:
+        """Plan the files of each photo."""
+        return plan_outputs(
+            folder, kinds=self.kinds, image_format=self.image_format, background=self.background
+        )
+
+    def segmenter(self, checkpoint: str | Path) -> PortraitSegmenter:
+        """Load the network; one for ``int8`` starts in ``auto`` and needs photos to calibrate."""
+        network = self.network.copy()
+        if self.int8:
+            network["precision"] = "auto"
+        return PortraitSegmenter.from_checkpoint(checkpoint, size=self.size, **network)
+
+    def fingerprint(self, segmenter: PortraitSegmenter, checkpoint: str | Path) -> str:
+        """Hash everything that decides the outputs' bytes; the device is not meant to."""
+        options = {name: value for name, value in self.network.items() if name != "device"}
+        settings = {
+            "plan": [tuple(self.kinds), self.image_format, self.background],
+            "size": segmenter.size,
+            "aspect": segmenter.aspect,
+            "options": options,
+        }
+        return fingerprint(settings, checkpoint)
+
+
+@dataclass(frozen=True)
 class PredictResult:
     """What ``predict`` did.
 
@@ -73,20 +122,19 @@ class PredictResult:
     skipped: dict[str, int] = field(default_factory=dict)
 
 
+DEFAULTS = ImageOptions()
+
+
 def predict_files(
     checkpoint: str | Path,
     paths: Sequence[str],
     out: str | Path,
+    images: ImageOptions = DEFAULTS,
     *,
-    background: str = "transparent",
-    kinds: Sequence[str] = KINDS,
-    image_format: ImageFormat = "png",
     force: bool = False,
     batch_size: int = 8,
     part: int = 0,
     parts: int = 1,
-    size: tuple[int, int] | None = None,
-    **options: Unpack[SegmenterOptions],
 ) -> PredictResult:
     """Write mask, cut-out and side-by-side image of every photo.
 
@@ -94,88 +142,66 @@ def predict_files(
         checkpoint: a .pth file of a run.
         paths: photos, folders and patterns.
         out: folder for the outputs; made where it does not exist.
-        background: see :func:`portrait_dist.inference.compositing.parse_background`.
-        kinds: which of the three to write.
-        image_format: see :func:`portrait_dist.inference.outputs.plan_outputs`.
+        images: what the outputs are; ``int8`` is calibrated with up to 64 of the photos.
         force: overwrite outputs that exist, and do every photo again.
         batch_size: photos that go through the network together.
-        part: number of this part, from 0.
-        parts: do only every ``parts``-th photo, from number ``part`` on; names are those of one
-            process.
-        size: (H, W) of training, for a checkpoint that does not say it.
-        options: of :class:`portrait_dist.inference.segmenter.PortraitSegmenter`; ``precision`` may
-            also be ``int8``, calibrated with up to 64 of the photos and used where the masks stay
-            what they were.
+        part: number of the first photo, from 0.
+        parts: do every ``parts``-th photo from there on; names are those of one process.
 
     Raises:
-        InputError: nothing to do, an output exists, ``out`` cannot be written, or the options are
-            wrong; nothing was written.
-        DamagedDataError: some photos could not be done. The others are done; its ``result`` is what
-            is returned otherwise.
-        PortraitDistError: the disk is full or failed; what is done stays, and the same command
-            continues.
+        InputError: nothing to do, an output exists, or wrong options; nothing was written.
+        DamagedDataError: some photos could not be done; its ``result`` is that of the others.
+        PortraitDistError: the disk is full or failed; the same command continues.
     """
-    out = Path(out)
-    plan = plan_outputs(out, kinds=kinds, image_format=image_format, background=background)
-    files.check_folder_writable(out)
-    found = find_photos(paths, out)
+    plan = images.plan(Path(out))
+    files.check_folder_writable(plan.folder)
+    found = find_photos(paths, plan.folder)
     if part == 0 and (skipped := found.describe_skipped()):
         print(skipped, file=sys.stderr)
-    segmenter = PortraitSegmenter.from_checkpoint(checkpoint, size=size, **_without_int8(options))
-    settings = {
-        "plan": [plan.kinds, plan.image_format, background],
-        "size": segmenter.size,
-        "aspect": segmenter.aspect,
-        "options": {name: value for name, value in options.items() if name != "device"},
-    }
-    photos = keep_part(found.photos, part, parts)
-    journal = Journal(out, fingerprint(settings, checkpoint), part, parts)
-    todo = photos if force else _still_to_do(photos, plan, journal)
-    if options.get("precision") == "int8" and todo:
-        _calibrate(segmenter, found.photos)
-    work = _Work(segmenter, todo, plan, journal, batch_size)
-    if part == 0:
+    segmenter = images.segmenter(checkpoint)
+    journal = Journal(plan.folder, images.fingerprint(segmenter, checkpoint), part, parts)
+    return _predict_found(found, images, _Work(segmenter, plan, journal, batch_size), force=force)
+
+
+def _predict_found(
+    found: Found, images: ImageOptions, work: _Work, *, force: bool
+) -> PredictResult:
+    """Predict this part of the photos that were found, but for those that are done already."""
+    journal = work.journal
+    photos = keep_part(found.photos, journal.part, journal.parts)
+    todo = photos if force else _still_to_do(photos, work.plan, journal)
+    if images.int8 and todo:
+        _calibrate(work.segmenter, found.photos)
+    if journal.part == 0:
         work.failed += found.unusable
     with journal:
-        result = work.carry_out(len(photos) - len(todo), dict(found.skipped))
-    if parts == 1:
+        result = work.carry_out(todo, len(photos) - len(todo), dict(found.skipped))
+    if journal.parts == 1:
         journal.remove()  # nothing is left to continue; a part's journal is read by the others
     return result
 
 
-def predict_to_bytes(
-    checkpoint: str | Path,
-    path: str,
-    *,
-    kind: str,
-    background: str = "transparent",
-    image_format: ImageFormat = "png",
-    size: tuple[int, int] | None = None,
-    **options: Unpack[SegmenterOptions],
-) -> bytes:
+def predict_to_bytes(checkpoint: str | Path, path: str, images: ImageOptions = DEFAULTS) -> bytes:
     """Predict one photo and return one encoded image; nothing is written.
 
     Args:
         checkpoint: a .pth file of a run.
         path: of the photo; ``-`` is standard input.
-        kind: ``mask``, ``cutout`` or ``side-by-side``.
-        background: see :func:`portrait_dist.inference.compositing.parse_background`.
-        image_format: see :func:`portrait_dist.inference.outputs.plan_outputs`.
-        size: (H, W) of training, for a checkpoint that does not say it.
-        options: of :class:`portrait_dist.inference.segmenter.PortraitSegmenter`.
+        images: what the output is, with exactly one kind.
 
     Raises:
         InputError: not exactly one photo, or the options are wrong.
         DamagedDataError: the photo cannot be read.
     """
-    plan = plan_outputs(Path(), kinds=(kind,), image_format=image_format, background=background)
+    plan = images.plan(Path())
     photos = find_photos([path], Path()).photos
     if len(photos) != 1:
         raise InputError(f"{path}: {len(photos)} photos; standard output holds one image")
-    segmenter = PortraitSegmenter.from_checkpoint(checkpoint, size=size, **options)
+    segmenter = images.segmenter(checkpoint)
     prepared = segmenter.prepare(read_photo(photos[0].path))
     ((_, small),) = segmenter.predict_prepared([prepared])
-    return plan.render(prepared.photo, segmenter.finish(prepared, small))[kind]
+    (image,) = plan.render(prepared.photo, segmenter.finish(prepared, small)).values()
+    return image
 
 
 def predict_on_every_rank(predict: Callable[..., PredictResult]) -> PredictResult | None:
@@ -191,24 +217,26 @@ def predict_on_every_rank(predict: Callable[..., PredictResult]) -> PredictResul
         PortraitDistError: on rank 0, what a rank raised; what stopped a rank goes before photos
             that were left out.
     """
-    distributed.start(torch.device("cpu"), LONGEST_WAIT)
     result: PredictResult | None = None
     failed: PortraitDistError | None = None
     try:
-        result = predict(part=distributed.rank(), parts=distributed.world_size())
-    except PortraitDistError as error:
-        failed = error
-        if error.result is not None:
-            failures = [FailedPhoto(**failure) for failure in error.result["failed"]]
-            result = PredictResult(**{**error.result, "failed": failures})
-    everyone = distributed.gather_objects((result, failed and (type(failed), str(failed))))
+        distributed.start(torch.device("cpu"), LONGEST_WAIT)
+        try:
+            result = predict(part=distributed.rank(), parts=distributed.world_size())
+        except PortraitDistError as error:
+            failed = error
+            if isinstance(error.result, PredictResult):
+                result = error.result
+        everyone = distributed.gather_objects((result, failed and (type(failed), str(failed))))
+    finally:
+        distributed.stop()
     if distributed.rank() != 0:
         return None
     results = [found for found, _ in everyone if found]
     errors = [error for _, error in everyone if error]
     for kind, message in errors:
         if kind is not DamagedDataError or not results:
-            raise kind(message, dataclasses.asdict(merge(results)) if results else None)
+            raise kind(message, merge(results) if results else None)
     merged = merge(results)
     if merged.failed:
         raise _failure(merged)
@@ -227,13 +255,6 @@ def merge(results: Sequence[PredictResult]) -> PredictResult:
         done_before=sum(result.done_before for result in results),
         skipped=results[0].skipped,
     )
-
-
-def _without_int8(options: SegmenterOptions) -> SegmenterOptions:
-    """Replace the precision ``int8``, which needs photos to calibrate with, by ``auto``."""
-    if options.get("precision") != "int8":
-        return options
-    return {**options, "precision": "auto"}
 
 
 def _calibrate(segmenter: PortraitSegmenter, photos: Sequence[Photo]) -> None:
@@ -289,16 +310,17 @@ class _Work:
     def __init__(
         self,
         segmenter: PortraitSegmenter,
-        photos: Sequence[Photo],
         plan: OutputPlan,
         journal: Journal,
         batch_size: int,
     ) -> None:
-        self.segmenter, self.photos, self.plan = segmenter, photos, plan
+        self.segmenter, self.plan = segmenter, plan
         self.journal, self.batch_size = journal, batch_size
         self.failed: list[FailedPhoto] = []
 
-    def carry_out(self, done_before: int, skipped: dict[str, int]) -> PredictResult:
+    def carry_out(
+        self, photos: Sequence[Photo], done_before: int, skipped: dict[str, int]
+    ) -> PredictResult:
         """Do all photos.
 
         Raises:
@@ -309,7 +331,7 @@ class _Work:
         written: list[list[str]] = []
         stopped: PortraitDistError | None = None
         try:
-            for files_of_photo in track(self._run(), total=len(self.photos), what="photos"):
+            for files_of_photo in track(self._run(photos), total=len(photos), what="photos"):
                 written.append(files_of_photo)
         except PortraitDistError as error:
             stopped = error
@@ -321,16 +343,16 @@ class _Work:
             done_before=done_before,
             skipped=skipped,
         )
-        done, total = done_before + len(written), done_before + len(self.photos)
+        done, total = done_before + len(written), done_before + len(photos)
         if stopped:
             raise type(stopped)(
-                f"{stopped}; {done} of {total} photos are done and stay", dataclasses.asdict(result)
+                f"{stopped}; {done} of {total} photos are done and stay", result
             ) from stopped
         if result.failed:
             raise _failure(result)
         return result
 
-    def _run(self) -> Iterator[list[str]]:
+    def _run(self, photos: Sequence[Photo]) -> Iterator[list[str]]:
         """Yield the written files of each photo that could be done, in order.
 
         Raises:
@@ -338,7 +360,7 @@ class _Work:
         """
         readers, writers = ThreadPoolExecutor(cores()), ThreadPoolExecutor(cores())
         try:
-            reads = submit_in_order(readers, self._read, self.photos, limit=2 * self.batch_size)
+            reads = submit_in_order(readers, self._read, photos, limit=2 * self.batch_size)
             predicted = self._predicted(reads)
             for item, writing in submit_in_order(writers, self._write, predicted, limit=cores()):
                 if (written := self._outcome(item[0], writing)) is not None:
@@ -405,5 +427,5 @@ def _failure(result: PredictResult) -> DamagedDataError:
     return DamagedDataError(
         f"{len(result.failed)} of {done + len(result.failed)} photos were left out{others}: "
         f"{'; '.join(named)}",
-        dataclasses.asdict(result),
+        result,
     )

@@ -45,7 +45,8 @@ class Journal:
     """
 
     def __init__(self, folder: Path, settings: str, part: int = 0, parts: int = 1) -> None:
-        self.path, self.settings = folder / journal_name(part, parts), settings
+        self.part, self.parts, self.settings = part, parts, settings
+        self.path = folder / journal_name(part, parts)
         self._done: dict[str, str] = {}
         self._begun: set[str] = set()
         self._descriptor = -1

@@ -4,14 +4,14 @@ from tests.mutation import Mutation
 
 MUTATIONS = [
     Mutation(
-        file="portrait_dist/recipes/__init__.py",
+        file="portrait_dist/recipes/reading.py",
         old="        if depth > MOST_DEPTH:",
         new="        if depth > 10**9:",
         test="tests/unit/test_config.py::test_a_recipe_of_any_bytes_is_refused_in_one_line_with_file_and_line",
         why="a hostile recipe is one line",
     ),
     Mutation(
-        file="portrait_dist/recipes/__init__.py",
+        file="portrait_dist/recipes/reading.py",
         old="        if key in lines:",
         new="        if False:",
         test="tests/unit/test_config.py::test_a_recipe_of_any_bytes_is_refused_in_one_line_with_file_and_line",

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
@@ -32,6 +32,19 @@ log = logging.getLogger("portrait_dist.data")
 
 POSITIONS_PLANNED_AT_ONCE = 4096
 """Positions mapped to samples by one call, whose fixed cost is that of a thousand of them."""
+
+
+class StreamKeywords(TypedDict, total=False):
+    """The fields of :class:`StreamOptions`, which documents them, as keyword arguments."""
+
+    shuffle: bool | None
+    size: tuple[int, int] | None
+    exact: bool | None
+    order: str
+    block_samples: int
+    on_damage: str
+    drop_last: bool | None
+    cache: Cache | None
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,20 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Unpack
 
 import torch
 
 from portrait_dist import distributed
-from portrait_dist.data.stream.dataset import AISegmentIterableDataset, StreamOptions
+from portrait_dist.data.stream.dataset import (
+    AISegmentIterableDataset,
+    StreamKeywords,
+    StreamOptions,
+)
 from portrait_dist.data.stream.order import BatchPlan, whole_number
 from portrait_dist.data.stream.pipeline import Batch, DecodePipeline
 from portrait_dist.errors import InputError
 from portrait_dist.system import info
-
-if TYPE_CHECKING:
-    from portrait_dist.data.shards.cache import Cache
 
 __all__ = ["Batch", "StreamLoader", "build_loader", "decoding_threads"]
 
@@ -50,14 +51,7 @@ def build_loader(
     *,
     prefetch: int = 4,
     pin_memory: bool = False,
-    shuffle: bool | None = None,
-    size: tuple[int, int] | None = None,
-    exact: bool | None = None,
-    order: str = "full",
-    block_samples: int = 16384,
-    on_damage: str = "stop",
-    drop_last: bool | None = None,
-    cache: Cache | None = None,
+    **stream: Unpack[StreamKeywords],
 ) -> StreamLoader:
     """Build the loader of one split of packed shards for this rank.
 
@@ -72,23 +66,15 @@ def build_loader(
         rank: this process's rank; the process group's by default, else torchrun's, else 0.
         world_size: number of ranks; give both or none.
         prefetch: batches decoded ahead of the consumer; bounds the memory.
-        pin_memory: batches in page-locked memory, for copies that run beside a GPU's work. For runs
-            on a GPU only: it makes this process a client of the first one. Without a GPU it does
-            nothing.
-        shuffle: see :class:`portrait_dist.data.stream.dataset.StreamOptions`, as for all that
-            follow.
-        size: (H, W) in pixels of the batches.
-        exact: decode exactly as the tutorial does.
-        order: ``full`` or ``block``.
-        block_samples: samples in a block.
-        on_damage: ``stop`` or ``skip``.
-        drop_last: drop what does not fill a global batch.
-        cache: where remote shards are kept.
+        pin_memory: batches in page-locked memory, for copies beside a GPU's work; without a GPU it
+            does nothing.
+        stream: ``shuffle``, ``size`` and the other fields of
+            :class:`portrait_dist.data.stream.dataset.StreamOptions`.
 
     Raises:
         InputError: no shards there, no such split, or an option is wrong.
     """
-    options = StreamOptions(shuffle, size, exact, order, block_samples, on_damage, drop_last, cache)
+    options = StreamOptions(**stream)
     dataset = AISegmentIterableDataset(
         shards, split, batch_size, seed, rank=rank, world_size=world_size, options=options
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from portrait_dist import config, files, recipes
 from portrait_dist.errors import InputError
+from portrait_dist.recipes import reading
 
 NOT_REPEATED = ("recipe", "run.name", "run.resume")
 """Settings that name a run and do not change what it computes."""
@@ -84,8 +85,8 @@ def read_settings(path: Path) -> RunSettings:
     if not path.exists():
         return RunSettings(path, problem="The run's folder has no config.yaml.")
     try:
-        leaves = recipes.read(path)
-        text = files.read_regular(path, recipes.MOST_BYTES).decode("utf-8-sig")
+        leaves = reading.read(path)
+        text = files.read_regular(path, reading.MOST_BYTES).decode("utf-8-sig")
     except InputError as error:
         return RunSettings(path, problem=str(error))
     except (OSError, UnicodeDecodeError) as error:
