@@ -13,6 +13,7 @@ together.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import measure
@@ -29,6 +30,7 @@ from portrait_dist.inference.refine import refine_alpha
 from portrait_dist.inference.segmenter import PortraitSegmenter
 
 Pair = tuple[np.ndarray, np.ndarray]
+Row = dict[str, str | float]
 SHAPES = {
     "upright 3:4": None,
     "landscape 4:3": 4 / 3,
@@ -110,6 +112,54 @@ def score(pairs: Iterator[Pair]) -> dict[str, float]:
     }
 
 
+class Rows:
+    """Score predictions and collect one row each."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def add(self, name: str, results: Iterator[Pair]) -> None:
+        """Score (alpha, matte) pairs and print the row."""
+        scores = score(results)
+        self.rows.append({"name": name, **scores})
+        shown = " ".join(
+            f"{key} {scores[key]:.4f}"
+            for key in ("iou", "mean_iou", "boundary_iou", "gradient_error", "mae")
+        )
+        print(f"{name:36s} {shown}", flush=True)
+
+
+def add_fits(rows: Rows, segmenter: PortraitSegmenter, loaded: list[Pair]) -> None:
+    """Score every fit on every shape."""
+    shapes = {shape: [window(*pair, aspect) for pair in loaded] for shape, aspect in SHAPES.items()}
+    shapes |= {
+        f"frame {name}": frames(loaded, aspect)
+        for name, aspect in (("4:3", 4 / 3), ("16:9", 16 / 9))
+    }
+    for shape, windows in shapes.items():
+        for fit in FITS if windows else ():
+            segmenter.fit = fit
+            pairs = ((segmenter.predict(image), matte) for image, matte in windows)
+            rows.add(f"{shape}, {fit}", pairs)
+
+
+def add_refinements(rows: Rows, segmenter: PortraitSegmenter, loaded: list[Pair]) -> None:
+    """Score masks without the mirrored average, then refined ones."""
+    segmenter.fit, segmenter.mirror = "letterbox", False
+    pairs = ((segmenter.predict(image), matte) for image, matte in loaded)
+    rows.add("upright 3:4, letterbox, not mirrored", pairs)
+    segmenter.mirror = True
+    # Predicted once: the refinements differ only in what follows.
+    alphas = [segmenter.predict(image) for image, _ in loaded]
+    for radius, smoothness in REFINEMENTS:
+        refine = functools.partial(refine_alpha, radius=radius, smoothness=smoothness)
+        refined = (
+            (refine(image, alpha, image.shape[0] / segmenter.size[0]), matte)
+            for (image, matte), alpha in zip(loaded, alphas, strict=True)
+        )
+        rows.add(f"refined, radius {radius:g}, epsilon {smoothness:g}", refined)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Score every fit on every shape, and the refinements."""
     parser = measure.arguments(__doc__)
@@ -124,53 +174,11 @@ def main(arguments: list[str] | None = None) -> None:
         (read_photo(pair.image), np.asarray(Image.open(pair.matte).split()[-1])) for pair in pairs
     ]
     segmenter = PortraitSegmenter.from_checkpoint(options.checkpoint, refine=False)
-    rows = []
-
-    def add(name: str, results: Iterator[Pair]) -> None:
-        rows.append({"name": name, **score(results)})
-        shown = " ".join(
-            f"{key} {rows[-1][key]:.4f}"
-            for key in ("iou", "mean_iou", "boundary_iou", "gradient_error", "mae")
-        )
-        print(f"{name:36s} {shown}", flush=True)
-
-    shapes = {shape: [window(*pair, aspect) for pair in loaded] for shape, aspect in SHAPES.items()}
-    shapes |= {
-        f"frame {name}": frames(loaded, aspect)
-        for name, aspect in (("4:3", 4 / 3), ("16:9", 16 / 9))
-    }
-    for shape, windows in shapes.items():
-        for fit in FITS if windows else ():
-            segmenter.fit = fit
-            add(
-                f"{shape}, {fit}",
-                ((segmenter.predict(image), matte) for image, matte in windows),
-            )
-    segmenter.fit, segmenter.mirror = "letterbox", False
-    add(
-        "upright 3:4, letterbox, not mirrored",
-        ((segmenter.predict(image), matte) for image, matte in loaded),
-    )
-    segmenter.mirror = True
-    alphas = [segmenter.predict(image) for image, _ in loaded]
-    for radius, smoothness in REFINEMENTS:
-        refined = (
-            (
-                refine_alpha(
-                    image,
-                    alpha,
-                    image.shape[0] / segmenter.size[0],
-                    radius=radius,
-                    smoothness=smoothness,
-                ),
-                matte,
-            )
-            for (image, matte), alpha in zip(loaded, alphas, strict=True)
-        )
-        add(f"refined, radius {radius:g}, epsilon {smoothness:g}", refined)
-    measure.publish(
-        measure.result("predictions at full resolution", rows, splits=options.split), options.json
-    )
+    rows = Rows()
+    add_fits(rows, segmenter, loaded)
+    add_refinements(rows, segmenter, loaded)
+    found = measure.result("predictions at full resolution", rows.rows, splits=options.split)
+    measure.publish(found, options.json)
 
 
 if __name__ == "__main__":

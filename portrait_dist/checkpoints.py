@@ -593,17 +593,8 @@ def input_geometry(
     Raises:
         InputError: ``size`` differs from what the checkpoint says, or is not a multiple of 16.
     """
-    from portrait_dist.models.unet import STRIDE
-
-    if size and info.size and size != info.size:
-        raise InputError(
-            f"{info.path}: was trained at {info.size[0]}x{info.size[1]}, not at "
-            f"{size[0]}x{size[1]}; leave --size out"
-        )
-    if size and any(side < STRIDE or side % STRIDE or side > MAX_SIDE for side in size):
-        raise InputError(
-            f"--size {size[0]}x{size[1]}: each side is a multiple of {STRIDE}, up to {MAX_SIDE}"
-        )
+    if size:
+        _check_given_size(size, info)
     found = InputGeometry(info.size or size or DEFAULT_SIZE, info.aspect or DEFAULT_ASPECT)
     assumed = []
     if not info.size and not size:
@@ -619,3 +610,17 @@ def input_geometry(
             " and ".join(assumed),
         )
     return found
+
+
+def _check_given_size(size: tuple[int, int], info: CheckpointInfo) -> None:
+    from portrait_dist.models.unet import STRIDE
+
+    if info.size and size != info.size:
+        raise InputError(
+            f"{info.path}: was trained at {info.size[0]}x{info.size[1]}, not at "
+            f"{size[0]}x{size[1]}; leave --size out"
+        )
+    if any(side < STRIDE or side % STRIDE or side > MAX_SIDE for side in size):
+        raise InputError(
+            f"--size {size[0]}x{size[1]}: each side is a multiple of {STRIDE}, up to {MAX_SIDE}"
+        )

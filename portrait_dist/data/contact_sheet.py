@@ -71,38 +71,42 @@ def write(
         augmentation: settings of a training run.
         samples: rows, evenly spread over the split in key order.
         augmented: augmented versions of each, as epochs 0, 1, … of the training run see them.
-        size: (H, W) that samples are trained at; each is drawn as large as fits into it with the
-            aspect ratio it is stored in. That of the shards, or the default size, when None.
+        size: (H, W) that each is fitted into; None: that of the shards, or the default.
         seed: of the augmentation.
 
     Raises:
         InputError: no such data or split, a wrong size, or ``out`` cannot be written.
         DamagedDataError: a sample cannot be decoded.
-        PortraitDistError: the disk is full.
     """
     from portrait_dist.visualize import contact_sheet
 
+    _check_options(out, size)
+    stored_size, reading = _open(data, split, samples)
+    check_folder_writable(out.parent)
+    found = list(reading)
+    size = size or stored_size or DEFAULT_SIZE
+    keys = [sample.key for sample in found]
+    columns = _augmented(found, size, augmentation, seed, augmented) if augmented else ()
+    images = [_resize(sample.image, _fit(sample, size)) for sample in found]
+    alphas = [_resize(sample.alpha, _fit(sample, size)) for sample in found]
+    _save(contact_sheet(images, alphas, captions=keys, augmented=columns), out)
+    return Sheet(str(out), split, len(found), keys)
+
+
+def _check_options(out: Path, size: tuple[int, int] | None) -> None:
     if out.suffix.lower() not in SUFFIXES:
         raise InputError(f"--out {out}: give a name that ends in .png or .jpg")
     if size is not None and not all(side in SIDES for side in size):
         raise InputError(
             f"--size {size[0]}x{size[1]}: each side is from {SIDES[0]} to {SIDES[-1]} pixels"
         )
-    stored_size, reading = _open(data, split, samples)
-    check_folder_writable(out.parent)
-    found = list(reading)
-    size = size or stored_size or DEFAULT_SIZE
-    sheet = contact_sheet(
-        [_resize(sample.image, _fit(sample, size)) for sample in found],
-        [_resize(sample.alpha, _fit(sample, size)) for sample in found],
-        captions=[sample.key for sample in found],
-        augmented=_augmented(found, size, augmentation, seed, augmented) if augmented else (),
-    )
+
+
+def _save(sheet: Image.Image, out: Path) -> None:
     with explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(out, suffix=out.suffix.lower()) as temporary:
         sheet.save(temporary)
-    return Sheet(str(out), split, len(found), [sample.key for sample in found])
 
 
 def _open(data: str, split: str, count: int) -> tuple[tuple[int, int] | None, Iterator[Sample]]:

@@ -119,6 +119,30 @@ def export(
     from portrait_dist.checkpoints import input_geometry, load_model
 
     out = Path(out)
+    _check_options(out, format, force)
+    network, info = load_model(checkpoint)
+    trained = input_geometry(info, size)
+    model, metadata = Normalised(network).eval(), describe(trained.size)
+    make, read = (_make_onnx, _read_onnx) if format == "onnx" else (_make_pt2, _read_pt2)
+    # In memory first: torch.export.save aborts the process where a disk refuses to take more.
+    data = make(model, torch.rand(2, 3, *trained.size), metadata)
+    difference = largest_difference(model, read(data), trained.size)
+    # The way round that NaN fails too.
+    if not difference <= TOLERANCE:
+        raise PortraitDistError(
+            f"{out}: not written, the {format} file differs from the network by {difference:.2g}"
+        )
+    _write(out, data)
+    return ExportResult(str(out), format, len(data), difference, **metadata)
+
+
+def _write(out: Path, data: bytes) -> None:
+    with files.explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(out, data)
+
+
+def _check_options(out: Path, format: str, force: bool) -> None:
     if format not in FORMATS:
         raise InputError(f"--format is one of {', '.join(FORMATS)}, not '{format}'")
     if out.is_dir():
@@ -126,23 +150,8 @@ def export(
     files.check_folder_writable(out.parent)
     if out.exists() and not force:
         raise InputError(f"{out}: exists; add --force to overwrite it, or choose another --out")
-    network, info = load_model(checkpoint)
-    trained = input_geometry(info, size)
-    model, metadata = Normalised(network).eval(), describe(trained.size)
     if format == "onnx":
         check_onnx_installed()
-    make, read = (_make_onnx, _read_onnx) if format == "onnx" else (_make_pt2, _read_pt2)
-    # In memory first: torch.export.save aborts the process where a disk refuses to take more.
-    data = make(model, torch.rand(2, 3, *trained.size), metadata)
-    difference = largest_difference(model, read(data), trained.size)
-    if not difference <= TOLERANCE:
-        raise PortraitDistError(
-            f"{out}: not written, the {format} file differs from the network by {difference:.2g}"
-        )
-    with files.explained(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(out, data)
-    return ExportResult(str(out), format, len(data), difference, **metadata)
 
 
 def largest_difference(

@@ -298,10 +298,9 @@ class PortraitSegmenter:
     def calibrate(self, photos: Iterable[PhotoSource]) -> float:
         """Compute in 8-bit integers from now on, where this keeps the masks.
 
-        For CPUs, see :mod:`portrait_dist.models.int8`.
-
-        Every second photo shows the ranges of the network's activations; masks of the others are
-        compared with float32's. It takes four times as long as to predict them in bfloat16.
+        For CPUs, see :mod:`portrait_dist.models.int8`. Every second photo shows the ranges of the
+        network's activations; masks of the others are compared with float32's. It takes four times
+        as long as to predict them in bfloat16.
 
         Args:
             photos: at least 2, better 64 or more, as different as those to come. What they do not
@@ -316,16 +315,7 @@ class PortraitSegmenter:
                 with group norms.
             DamagedDataError: a photo cannot be read.
         """
-        if self.device.type != "cpu" or not int8.is_supported():
-            raise InputError(
-                "8-bit integers are for CPUs with VNNI or AMX instructions; "
-                "this segmenter stays as it is without them"
-            )
-        if self.model.norm != "batch":
-            raise InputError(
-                "only a network with batch norms can compute in 8-bit integers; "
-                "this one has group norms"
-            )
+        self._check_int8()
         fit: Fit = "letterbox" if self.fit == "cover" else self.fit  # all of one size
         read = map(read_photo, photos)
         small = [
@@ -345,6 +335,18 @@ class PortraitSegmenter:
         if agreement >= fused.MIN_MASK_IOU:
             self.network, self.precision = network, "int8"
         return agreement
+
+    def _check_int8(self) -> None:
+        if self.device.type != "cpu" or not int8.is_supported():
+            raise InputError(
+                "8-bit integers are for CPUs with VNNI or AMX instructions; "
+                "this segmenter stays as it is without them"
+            )
+        if self.model.norm != "batch":
+            raise InputError(
+                "only a network with batch norms can compute in 8-bit integers; "
+                "this one has group norms"
+            )
 
 
 class _OnTheWay:

@@ -209,10 +209,8 @@ def for_inference(
         model: in any mode.
         device: where it runs.
         precision: see :func:`pick_precision`. bf16 keeps the masks of fp32 within ``MIN_MASK_IOU``.
-        compile: use torch.compile with frozen weights. It costs 20 to 60 seconds at the first batch
-            and gains about a tenth on a CPU, so that it pays from several thousand photos on; on a
-            GPU (max-autotune, CUDA graphs) it pays sooner. ``auto`` means no, so that the first
-            mask comes at once.
+        compile: use torch.compile with frozen weights: 20 to 60 seconds at the first batch for
+            about a tenth on a CPU, more on a GPU. ``auto`` means no: the first mask comes at once.
         batch_shape: (B, 3, H, W): compile for it now instead of at the first batch. Other shapes
             compile again.
 

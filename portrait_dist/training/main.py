@@ -321,14 +321,6 @@ def _training_params(config: Config, plan: Plan, trainer: Any, *, resuming: bool
     train = config.train
     params: dict[str, Any] = {
         "max_epochs": train.max_epochs,
-        "initial_lr": plan.lr,
-        "lr_mode": "CosineLRScheduler",
-        "cosine_final_lr_ratio": train.lr_final_ratio,
-        "lr_warmup_steps": plan.warmup_batches,
-        # Without warm-up the one by epochs, which does nothing.
-        "warmup_mode": "LinearBatchLRWarmup" if plan.warmup_batches else "LinearEpochLRWarmup",
-        "warmup_initial_lr": plan.lr / (plan.warmup_batches + 1) if plan.warmup_batches else None,
-        "lr_warmup_epochs": 0,
         "loss": _make_loss(config),
         "train_metrics_list": [SoftIoU()],
         "valid_metrics_list": [SoftIoU()],
@@ -353,7 +345,21 @@ def _training_params(config: Config, plan: Plan, trainer: Any, *, resuming: bool
         "kill_ddp_pgroup_on_end": False,
         "log_installed_packages": False,
     }
-    return params | _optimizer(config)
+    return params | _learning_rate(config, plan) | _optimizer(config)
+
+
+def _learning_rate(config: Config, plan: Plan) -> dict[str, Any]:
+    """Return the parameters of the learning rate's way over the run."""
+    return {
+        "initial_lr": plan.lr,
+        "lr_mode": "CosineLRScheduler",
+        "cosine_final_lr_ratio": config.train.lr_final_ratio,
+        "lr_warmup_steps": plan.warmup_batches,
+        # Without warm-up the one by epochs, which does nothing.
+        "warmup_mode": "LinearBatchLRWarmup" if plan.warmup_batches else "LinearEpochLRWarmup",
+        "warmup_initial_lr": plan.lr / (plan.warmup_batches + 1) if plan.warmup_batches else None,
+        "lr_warmup_epochs": 0,
+    }
 
 
 def _location(shards: str) -> str:

@@ -51,16 +51,25 @@ def decode_pair(
         out_image[:] = _pixels(image, (*size, 3))
         out_alpha[:] = _pixels(alpha, size)
         return
-    height, width = jpeg_size(image)
-    if (height, width) == size:
-        simplejpeg.decode_jpeg(image, "RGB", buffer=out_image)
-    elif exact:
-        out_image[:] = decode_resized(image, size)
-    else:
-        _decode_scaled(image, size, out_image)
+    stored = _decode_image(image, size, out_image, exact)
     grey = decode_grey(alpha)
-    _check_same_size((height, width), grey.shape)
+    _check_same_size(stored, grey.shape)
     out_alpha[:] = grey if grey.shape == size else resize_alpha(grey, size)
+
+
+def _decode_image(
+    image: bytes | memoryview, size: tuple[int, int], out: Pixels, exact: bool
+) -> tuple[int, int]:
+    """Decode a JPEG at a size; return the (H, W) it is stored in."""
+    stored = jpeg_size(image)
+    if stored == size:
+        # In place: the codec writes into the rows of the batch, and no image is copied.
+        simplejpeg.decode_jpeg(image, "RGB", buffer=out)
+    elif exact:
+        out[:] = decode_resized(image, size)
+    else:
+        _decode_scaled(image, size, out)
+    return stored
 
 
 def decode_stored(

@@ -264,17 +264,25 @@ def retry(
             failures, furthest = 1, length
         left = pace.seconds_left(length)
         if left <= 0:
-            raise UnreachableError(
-                f"{redact(address)}: the server was away, or too slow, for "
-                f"{options.wait_for_server_seconds:g} s ({reason}); run the same command again "
-                "when it is back, or raise data.wait_for_server_seconds"
-            )
+            raise _unreachable(address, reason, options)
         _report(address, reason, left, options)
-        delay = options.first_delay_seconds * 2 ** min(failures - 1, 30)
-        # Shortened by up to a half at random, so that thousands of ranks do not come back at once.
-        delay = min(delay, options.longest_delay_seconds, left) * random.uniform(0.5, 1.0)
-        cancelled.wait(delay)
+        cancelled.wait(_delay(failures, left, options))
     raise CancelledDownloadError
+
+
+def _unreachable(address: str, reason: str, options: DownloadOptions) -> UnreachableError:
+    return UnreachableError(
+        f"{redact(address)}: the server was away, or too slow, for "
+        f"{options.wait_for_server_seconds:g} s ({reason}); run the same command again "
+        "when it is back, or raise data.wait_for_server_seconds"
+    )
+
+
+def _delay(failures: int, left: float, options: DownloadOptions) -> float:
+    """Seconds before the next attempt: doubled by each failure, at most ``left``."""
+    delay = options.first_delay_seconds * 2 ** min(failures - 1, 30)
+    # Shortened by up to a half at random, so that thousands of ranks do not come back at once.
+    return min(delay, options.longest_delay_seconds, left) * random.uniform(0.5, 1.0)
 
 
 def _lasting(error: Exception, address: str, failures: int) -> Exception | None:

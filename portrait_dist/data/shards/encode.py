@@ -101,6 +101,7 @@ def encode_pair(source: tuple[str, Path, Path], settings: Settings) -> EncodedPa
     key, image_path, matte_path = source
     jpeg = read_picture(image_path, "JPEG", b"\xff\xd8")
     png = read_picture(matte_path, "PNG", b"\x89PNG")
+    # The byte of the header that says the colour type: grey or RGB, both with alpha.
     if png[25:26] not in (b"\4", b"\6"):
         raise InputError(
             f"{matte_path}: has no alpha channel; convert it to RGBA, or remove it and its partner"
@@ -112,17 +113,23 @@ def encode_pair(source: tuple[str, Path, Path], settings: Settings) -> EncodedPa
     shown = stored[::-1] if orientation >= 5 else stored
     if alpha.shape == stored != shown:  # the matte's maker did not look at EXIF
         alpha = upright(alpha, orientation)
+    _check_same_size(matte_path, alpha, image_path, shown)
+    # Decoded at original size too: a file that is damaged behind its header is found here.
+    image = upright(_decoded(image_path, lambda: simplejpeg.decode_jpeg(jpeg, "RGB")), orientation)
+    if settings.size is None and orientation == 1:
+        return EncodedPair(key, jpeg, encode_grey(alpha))
+    return EncodedPair(key, *encode_pixels(image, alpha, settings.size or shown, settings))
+
+
+def _check_same_size(
+    matte_path: Path, alpha: Pixels, image_path: Path, shown: tuple[int, int]
+) -> None:
     if alpha.shape != shown:
         raise InputError(
             f"{matte_path}: {alpha.shape[1]}x{alpha.shape[0]} pixels, "
             f"but its image {image_path} has {shown[1]}x{shown[0]}; "
             "bring both to one size, or remove the pair"
         )
-    # Decoded at original size too: a file that is damaged behind its header is found here.
-    image = upright(_decoded(image_path, lambda: simplejpeg.decode_jpeg(jpeg, "RGB")), orientation)
-    if settings.size is None and orientation == 1:
-        return EncodedPair(key, jpeg, encode_grey(alpha))
-    return EncodedPair(key, *encode_pixels(image, alpha, settings.size or shown, settings))
 
 
 def encode_pixels(

@@ -8,6 +8,10 @@ Several machines share the work by parts: part I of N writes the shards whose nu
 I modulo N, and nothing else. Whoever finds every shard there, a part or a plain ``pack``, writes
 the manifest. The bytes are those of one process.
 
+At a size, images are resized bilinearly with antialiasing and stored as JPEG (4:2:0), alphas
+resized to the nearest pixel. At original size the JPEG files go in as they are, but for those that
+EXIF says to turn. The alpha is the last channel of the matte, an 8-bit grey PNG.
+
 Threads are enough within a machine: reading, decoding, resizing, encoding and compressing all
 release the interpreter lock.
 """
@@ -127,10 +131,6 @@ def pack(
 ) -> PackResult:
     """Pack the three splits of a prepared tree, or a part of their shards.
 
-    At a size, the image is resized bilinearly with antialiasing and stored as JPEG (4:2:0), the
-    alpha resized to the nearest pixel. At original size the JPEG files go in as they are, but for
-    those that EXIF says to turn. The alpha is the last channel of the matte, an 8-bit grey PNG.
-
     Args:
         data: folder that ``portrait-dist prepare`` wrote.
         out: folder to write: new, empty, or one of the same settings to finish.
@@ -144,23 +144,13 @@ def pack(
         check: hash the tars that are there already, instead of comparing length and time.
 
     Raises:
-        InputError: wrong options, keys that cannot be stored, a pair that cannot be used, shards
-            that are missing with ``finish``, or ``out`` holds something else or cannot be written.
+        InputError: wrong options, keys or pairs; shards missing with ``finish``; another ``out``.
         DamagedDataError: a file that does not decode.
         PortraitDistError: the disk is full or failed.
     """
-    settings = Settings(size, codec, quality, samples_per_shard)
-    settings.check()
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers {workers}: it is at least 1")
-    if part and finish:
-        raise InputError("--part with --finish: a part packs, --finish only writes the manifest")
-    if part and not 0 <= part[0] < part[1]:
-        raise InputError(f"--part {part[0]}/{part[1]}: I is from 0 to N - 1")
-    split = read_split(data)
-    check_keys(split)
-    folder = PackFolder(Path(out).absolute(), split, settings)
-    packing = _Packing(folder, plan_shards(split, samples_per_shard), workers or cores(), check)
+    _check_options(workers, part, finish)
+    folder = _open(data, out, Settings(size, codec, quality, samples_per_shard))
+    packing = _Packing(folder, workers or cores(), check)
     keep_freed_memory()
     with explained(folder.out):
         if finish:
@@ -168,20 +158,34 @@ def pack(
         return packing.pack_part(Part(*part)) if part else packing.pack_all()
 
 
+def _check_options(workers: int | None, part: tuple[int, int] | None, finish: bool) -> None:
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers {workers}: it is at least 1")
+    if part and finish:
+        raise InputError("--part with --finish: a part packs, --finish only writes the manifest")
+    if part and not 0 <= part[0] < part[1]:
+        raise InputError(f"--part {part[0]}/{part[1]}: I is from 0 to N - 1")
+
+
+def _open(data: str | Path, out: str | Path, settings: Settings) -> PackFolder:
+    settings.check()
+    split = read_split(data)
+    check_keys(split)
+    return PackFolder(Path(out).absolute(), split, settings)
+
+
 class _Packing:
     """One run of ``pack``.
 
     Args:
         folder: where to.
-        plans: all shards.
         workers: threads.
         check: hash tars that are there.
     """
 
-    def __init__(
-        self, folder: PackFolder, plans: list[ShardPlan], workers: int, check: bool
-    ) -> None:
-        self.folder, self.plans, self.workers, self.check = folder, plans, workers, check
+    def __init__(self, folder: PackFolder, workers: int, check: bool) -> None:
+        self.folder, self.workers, self.check = folder, workers, check
+        self.plans = plan_shards(folder.split, folder.settings.samples_per_shard)
         self.packed = 0
         self.started = time.perf_counter()
 

@@ -140,20 +140,28 @@ def check_picture(path: Path, formats: Sequence[str], modes: Sequence[str]) -> t
         ) from error
     except DAMAGED as error:
         raise DamagedDataError(f"{path}: {_reason(path, error)}; {REMEDY}") from error
+    _check_kind(path, kind, formats)
+    _check_mode(path, mode, modes)
+    if not whole:
+        raise DamagedDataError(f"{path}: the file is cut off; {REMEDY}")
+    return size
+
+
+def _check_kind(path: Path, kind: str, formats: Sequence[str]) -> None:
     if kind not in formats:
         raise InputError(
             f"{path}: is a {kind} file, {formats[0]} is expected; "
             f"convert it to {formats[0]}, or remove it and its partner"
         )
+
+
+def _check_mode(path: Path, mode: str, modes: Sequence[str]) -> None:
     if mode not in modes:
         lacking = "RGBA" in modes and "L" not in modes
         what = "has no alpha channel" if lacking else "is not an RGB picture"
         raise InputError(
             f"{path}: {what} (mode {mode}); convert it to {modes[0]}, or remove it and its partner"
         )
-    if not whole:
-        raise DamagedDataError(f"{path}: the file is cut off; {REMEDY}")
-    return size
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -121,20 +121,12 @@ def assign(
     Raises:
         InputError: fractions that leave no training pair, or too few groups.
     """
-    if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
-        raise InputError(
-            f"--val-fraction {val_fraction} --test-fraction {test_fraction}: "
-            "each is at least 0, and both together are below 1"
-        )
+    _check_fractions(val_fraction, test_fraction)
     sizes = {"val": int(val_fraction * len(keys)), "test": int(test_fraction * len(keys))}
     if groups is None:
         ranked = _ranked(keys, seed)
-        last = sizes["val"] + sizes["test"]
-        assigned = {
-            "train": ranked[last:],
-            "val": ranked[: sizes["val"]],
-            "test": ranked[sizes["val"] : last],
-        }
+        first, last = sizes["val"], sizes["val"] + sizes["test"]
+        assigned = {"train": ranked[last:], "val": ranked[:first], "test": ranked[first:last]}
     else:
         split_of = _assign_groups(Counter(groups), seed, sizes)
         assigned = {
@@ -142,6 +134,14 @@ def assign(
             for name in SPLITS
         }
     return {name: sorted(assigned[name]) for name in SPLITS}
+
+
+def _check_fractions(val_fraction: float, test_fraction: float) -> None:
+    if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
+        raise InputError(
+            f"--val-fraction {val_fraction} --test-fraction {test_fraction}: "
+            "each is at least 0, and both together are below 1"
+        )
 
 
 def _ranked(names: Sequence[str], seed: int) -> list[str]:
@@ -296,23 +296,19 @@ def prepare(
 ) -> tuple[Split, PairReport]:
     """Find, check, split and arrange the pairs of a raw tree.
 
-    The tree is built in a hidden folder beside ``out`` and renamed, so ``out`` is whole or not
-    there. Run again with the same settings it adds what is missing and changes nothing else.
-
     Args:
         raw: a raw AISegment tree.
-        out: folder to write; new, empty, or written by the same command.
+        out: folder to write, whole or not at all; new, empty, or of the same command, which then
+            adds what is missing.
         val_fraction: of the pairs, rounded down.
         test_fraction: likewise.
         seed: of the split.
-        split_by: ``sample``, or ``group`` to keep a group in one split.
-        mode: ``link`` makes hard links where the file system allows and copies otherwise; ``copy``
-            always copies.
+        split_by: ``sample``, or ``group`` for whole groups.
+        mode: ``link`` for hard links where the file system allows, or ``copy``.
 
     Raises:
         InputError: wrong options, tree, pair, or an ``out`` that holds something else.
         DamagedDataError: a truncated or unreadable file.
-        PortraitDistError: the disk is full or failed.
     """
     report = find_pairs(raw)
     groups = [pair.group for pair in report.pairs] if split_by == "group" else None
@@ -323,10 +319,10 @@ def prepare(
     check_folder_writable(split.data)
     check_pairs(report.pairs)
     with explained(split.data):
-        if again:
-            _arrange(report.pairs, split, split.data, mode)
-        else:
+        if not again:
             _build(report.pairs, split, mode)
+        else:
+            _arrange(report.pairs, split, split.data, mode)
     return split, report
 
 

@@ -61,9 +61,8 @@ def build_loader(
         batch_size: samples per rank and batch.
         seed: of the shuffle.
         workers: decoding threads; 0 chooses by the machine (:func:`decoding_threads`), -1 decodes
-            in the caller. Changes the speed, never the batches. With threads, remote shards are
-            fetched before they are needed.
-        rank: this process's rank; the process group's by default, else torchrun's, else 0.
+            in the caller and prefetches no remote shard. Changes the speed, never the batches.
+        rank: of this process; by default the process group's, else torchrun's, else 0.
         world_size: number of ranks; give both or none.
         prefetch: batches decoded ahead of the consumer; bounds the memory.
         pin_memory: batches in page-locked memory, for copies beside a GPU's work; without a GPU it

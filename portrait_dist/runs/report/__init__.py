@@ -17,7 +17,7 @@ from portrait_dist import files
 from portrait_dist.errors import InputError
 
 if TYPE_CHECKING:
-    from portrait_dist.runs.report.collect import Run, ScoredRun, ShardsLocation
+    from portrait_dist.runs.report.collect import Run, ShardsLocation
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,14 @@ def write_report(
     Raises:
         InputError: no run there; ``shards`` was given and is none; ``out`` cannot be written.
         DamagedDataError: a damaged sample or checkpoint.
-        PortraitDistError: the disk is full.
     """
     from portrait_dist.runs.report import collect, page
 
     run = collect.read_run(folder)
-    out = run.folder.report if out is None else out
+    out = out or run.folder.report
     files.check_writable(out)
     location = collect.find_shards(run, shards)
-    scored: ScoredRun | None = None
-    reason = _why_not(run, location, samples)
+    scored, reason = None, _why_not(run, location, samples)
     if not reason:
         try:
             scored = collect.score_run(run, location.path, samples, at_most, device)
@@ -79,13 +77,8 @@ def write_report(
                 raise
             reason = str(error)
     files.write_text(out, page.render(run, location, scored, reason))
-    return Report(
-        file=str(out),
-        samples=scored.scores.samples if scored else 0,
-        val_iou=scored.scores.iou if scored else None,
-        no_pictures=reason,
-        no_settings=run.settings.problem,
-    )
+    count, iou = (scored.scores.samples, scored.scores.iou) if scored else (0, None)
+    return Report(str(out), count, iou, no_pictures=reason, no_settings=run.settings.problem)
 
 
 def _why_not(run: Run, location: ShardsLocation, samples: int) -> str:

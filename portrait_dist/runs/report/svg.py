@@ -165,12 +165,7 @@ def line_chart(
     drawn = [each for each in drawn if each.points]
     if not drawn:
         return ""
-    xs = [x for each in drawn for x, _ in each.points]
-    ys = [y for each in drawn for _, y in each.points]
-    ys += [bound for bound in (floor, ceiling) if bound is not None]
-    y_ticks = ticks(min(ys), max(ys))
-    y_range = (min(y_ticks[0], *ys), max(y_ticks[-1], *ys))
-    axes = Axes(ticks(min(xs), max(xs)), y_ticks, (min(xs), max(xs)), y_range, x_label)
+    axes = _axes_around(drawn, [bound for bound in (floor, ceiling) if bound is not None], x_label)
     axes.draw_restarts(restarts)
     for number, each in enumerate(drawn, start=1):
         axes.draw_series(number, each.points)
@@ -180,6 +175,15 @@ def line_chart(
         f"{each.name} from {each.points[0][1]:.4g} to {each.points[-1][1]:.4g}" for each in drawn
     )
     return _figure(title, unit, [each.name for each in drawn], axes.body, f"{title}: {ends}")
+
+
+def _axes_around(drawn: Sequence[Series], bounds: Sequence[float], x_label: str) -> Axes:
+    """Make axes that hold every point, and the bounds on the vertical one."""
+    xs = [x for each in drawn for x, _ in each.points]
+    ys = [*(y for each in drawn for _, y in each.points), *bounds]
+    y_ticks = ticks(min(ys), max(ys))
+    y_range = (min(y_ticks[0], *ys), max(y_ticks[-1], *ys))
+    return Axes(ticks(min(xs), max(xs)), y_ticks, (min(xs), max(xs)), y_range, x_label)
 
 
 def histogram(
