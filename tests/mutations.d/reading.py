@@ -49,8 +49,8 @@ MUTATIONS = [
     ),
     Mutation(
         file=DOWNLOAD,
-        old="            raise UnreachableError(",
-        new="            raise FetchError(",
+        old="    return UnreachableError(\n",
+        new="    return FetchError(\n",
         test=f"{HOSTILE}"
         "::test_a_server_that_was_away_too_long_is_no_damage_and_is_asked_again_later",
         why="a server that is away is no damage",

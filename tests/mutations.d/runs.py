@@ -32,8 +32,8 @@ MUTATIONS = [
     ),
     Mutation(
         file="portrait_dist/files.py",
-        old="if error.errno in HELD:",
-        new="if True:",
+        old="if error.errno in HELD:\n                return False",
+        new="if True:\n                return False",
         test="tests/unit/test_run_folder.py::"
         "test_a_file_system_without_locks_is_warned_of_and_the_run_goes_on",
         why="a file system without locks is no lock that another process holds",

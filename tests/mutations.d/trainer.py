@@ -16,8 +16,8 @@ MUTATIONS = [
     ),
     Mutation(
         file="portrait_dist/files.py",
-        old="            os.replace(temporary, path)\n",
-        new="            Path(path).write_bytes(temporary.read_bytes())\n",
+        old="            os.replace(temporary, path)\n            if durable:\n",
+        new="            Path(path).write_bytes(temporary.read_bytes())\n            if durable:\n",
         test=f"{CHECKPOINTS}::"
         "test_kill_9_between_write_and_rename_leaves_the_old_or_the_new_checkpoint",
         why="a checkpoint is renamed into its place",
