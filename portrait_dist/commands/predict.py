@@ -77,45 +77,8 @@ def _kinds(
     "transparency, its masks are nearly exact.",
 )
 @click.option("--force", is_flag=True, help="Overwrite images that exist.")
-@click.option(
-    "--refine/--no-refine",
-    default=True,
-    show_default=True,
-    help="Let alpha follow the photo's edges at full resolution.",
-)
-@click.option(
-    "--mirror/--no-mirror",
-    default=True,
-    show_default=True,
-    help="Average with the mirrored photo's mask.",
-)
-@click.option(
-    "--fit",
-    default="letterbox",
-    show_default=True,
-    type=click.Choice(["letterbox", "cover", "squash"]),
-    help="How photos of other shapes than training's are brought to the network.",
-)
-@click.option(
-    "--levels",
-    default=(0.0, 1.0),
-    show_default=True,
-    type=(float, float),
-    metavar="LOW HIGH",
-    help="The network's alpha at which the mask is 0 and 1; 0.3 0.7 removes haze.",
-)
-@click.option("--largest", is_flag=True, help="Keep the largest person only; drop islands.")
 @options.batch_size(8, "Photos that go through the network together.")
-@options.device
-@click.option(
-    "--precision",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "fp32", "bf16", "int8"]),
-    help="Arithmetic of the network. auto: bf16 where the processor multiplies it, else fp32. "
-    "int8, for hundreds of photos on a CPU: calibrated with 64 of them, used where masks keep IoU "
-    "0.999 with fp32's.",
-)
+@options.segmenter("auto", "fp32", "bf16", "int8")
 @options.part("Do the photos", "all; under torchrun, auto")
 @options.trained_size
 def predict(

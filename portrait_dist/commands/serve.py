@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from portrait_dist.commands import Size, command
+from portrait_dist.commands import command, options
 
 if TYPE_CHECKING:
-    from portrait_dist.inference.placement import Fit
+    from portrait_dist.inference.segmenter import SegmenterOptions
 
 EXAMPLES = """\b
 Examples:
@@ -40,7 +40,7 @@ def _summary(result: ServeResult) -> str:
 
 
 @command("serve", summary=_summary, epilog=EXAMPLES)
-@click.option("--checkpoint", required=True, help="A .pth file of a run.")
+@options.checkpoint
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -55,13 +55,7 @@ def _summary(result: ServeResult) -> str:
     type=click.IntRange(0, 65535),
     help="0 takes a free one, which is printed.",
 )
-@click.option(
-    "--batch-size",
-    default=8,
-    show_default=True,
-    type=click.IntRange(1, 1024),
-    help="Photos that go through the network together, at most.",
-)
+@options.batch_size(8, "Photos that go through the network together, at most.")
 @click.option(
     "--max-requests",
     default=64,
@@ -90,27 +84,8 @@ def _summary(result: ServeResult) -> str:
     type=click.FloatRange(0.1, 3600),
     help="For one request, with its upload.",
 )
-@click.option("--refine/--no-refine", default=True, show_default=True, help="As in predict.")
-@click.option("--mirror/--no-mirror", default=True, show_default=True, help="As in predict.")
-@click.option("--largest", is_flag=True, help="Keep the largest person only; drop islands.")
-@click.option(
-    "--fit",
-    default="letterbox",
-    show_default=True,
-    type=click.Choice(["letterbox", "cover", "squash"]),
-    help="As in predict.",
-)
-@click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])
-)
-@click.option(
-    "--precision", default="auto", show_default=True, type=click.Choice(["auto", "fp32", "bf16"])
-)
-@click.option(
-    "--size",
-    type=Size(),
-    help="Size of training, for an old checkpoint that does not say it.  [default: 256x256]",
-)
+@options.segmenter("auto", "fp32", "bf16")
+@options.trained_size
 def serve(
     checkpoint: str,
     host: str,
@@ -120,13 +95,8 @@ def serve(
     max_megabytes: float,
     max_megapixels: float,
     timeout_seconds: float,
-    refine: bool,
-    mirror: bool,
-    largest: bool,
-    fit: Fit,
-    device: str,
-    precision: str,
     size: tuple[int, int] | None,
+    **network: Unpack[SegmenterOptions],
 ) -> ServeResult:
     """Answer photos with masks and cut-outs over HTTP, and show a page to try it.
 
@@ -147,16 +117,7 @@ def serve(
         timeout_seconds=timeout_seconds,
     )
     with service.listen(host, port) as socket:
-        segmenter = PortraitSegmenter.from_checkpoint(
-            checkpoint,
-            size=size,
-            device=device,
-            precision=precision,
-            fit=fit,
-            refine=refine,
-            mirror=mirror,
-            largest=largest,
-        )
+        segmenter = PortraitSegmenter.from_checkpoint(checkpoint, size=size, **network)
         address = service.address_of(socket)
         click.echo(f"listening at {address}, Ctrl-C ends it", err=True)
         return ServeResult(address, service.run(segmenter, limits, socket))
