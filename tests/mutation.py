@@ -23,7 +23,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LISTS = Path(__file__).parent / "mutations.d"
-COPIED = ("portrait_dist", "tests", "launch", "benchmarks", "pyproject.toml", "README.md")
+COPIED = (
+    *("portrait_dist", "tests", "launch", "benchmarks", "docs", "examples"),
+    *("pyproject.toml", "README.md", "requirements.lock"),
+)
 
 
 @dataclass(frozen=True)

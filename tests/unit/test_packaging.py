@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from portrait_dist.errors import InputError
 from portrait_dist.inference import export
 
-PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def _without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
@@ -46,3 +49,18 @@ def test_onnx_that_is_not_installed_is_named_with_its_extra(
 def test_every_package_of_the_extra_export_is_checked_for() -> None:
     extra = PROJECT["project"]["optional-dependencies"]["export"]
     assert sorted(line.partition(">")[0] for line in extra) == sorted(export.ONNX_PACKAGES)
+
+
+def test_the_lock_fulfils_what_the_package_asks_for_and_names_no_index() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    locked: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        pinned = Requirement(line)
+        locked.setdefault(canonicalize_name(pinned.name), []).append(str(pinned.specifier)[2:])
+    wanted = [*PROJECT["project"]["dependencies"]]
+    wanted += PROJECT["project"]["optional-dependencies"]["export"]
+    for line in [*wanted, *PROJECT["dependency-groups"]["supergradients"]]:
+        one = Requirement(line)
+        versions = locked[canonicalize_name(one.name)]
+        assert all(one.specifier.contains(version) for version in versions), line
+    assert "://" not in text

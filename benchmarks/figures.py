@@ -1,0 +1,259 @@
+"""Fill the measured numbers of README and docs from ``benchmarks/results``.
+
+    python -m benchmarks.figures             # list what differs (exit code 1 if anything does)
+    python -m benchmarks.figures --write     # write the numbers into the pages
+
+A number stands between two comments that no renderer shows: ``<!--=NAME-->62<!--/-->``. ``NAME`` is
+a key of :func:`figures`, which reads it from a file of results and formats it. A test fails when a
+page and the results differ, and when a measured number stands outside of such comments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARKER = re.compile(r"(<!--=([\w.+-]+)-->)(.*?)(<!--/-->)", re.DOTALL)
+AISEGMENT_TRAINING_IMAGES = 27_543
+"""80 % of the 34,427 pairs, as ``prepare`` splits them."""
+OTHER_SHAPES = ("landscape 4:3", "landscape 16:9", "square", "phone 9:16")
+FRAMES = ("frame 4:3", "frame 16:9")
+RECIPE_HEAD = (
+    "| recipe | val IoU | test IoU (lowest to highest) | test boundary IoU | test MAE of alpha |",
+    "|---|---|---|---|---|",
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A number that is not what the results say.
+
+    Args:
+        page: path relative to the repository.
+        name: of the figure.
+        found: what stands in the page.
+        expected: what the results give.
+    """
+
+    page: str
+    name: str
+    found: str
+    expected: str
+
+
+def pages() -> list[Path]:
+    """List the pages that may hold figures."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def figures(results: Path = RESULTS) -> dict[str, str]:
+    """Read and format all figures.
+
+    Args:
+        results: folder with the files of results.
+
+    Returns:
+        Name → text as it stands in the pages.
+    """
+    everything = _read(results, "2026-11-23-amd-epyc-2-cores.json")
+    speed = everything["benchmarks"]
+    return {
+        "all.minutes": f"{everything['seconds'] / 60:.0f}",
+        **_loader(speed["loader"]),
+        **_unet(speed["unet"]),
+        **_training(speed),
+        **_remote(_read(results, "2026-11-23-amd-epyc-2-cores-remote.json")),
+        **_order(_read(results, "2026-11-29-amd-epyc-2-cores-order.json")),
+        **_quickstart(_read(results, "2026-11-29-amd-epyc-2-cores-quickstart.json")),
+        **_recipes(_read(results, "2026-11-23-recipes.json")),
+        **_masks(_read(results, "2026-11-23-predictions.json")),
+    }
+
+
+def _read(results: Path, name: str) -> Any:
+    return json.loads((results / name).read_text())
+
+
+def _row(part: dict[str, Any], **where: Any) -> dict[str, Any]:
+    (row,) = (
+        row for row in part["rows"] if all(row.get(key) == value for key, value in where.items())
+    )
+    return row
+
+
+def _rate(part: dict[str, Any], **where: Any) -> float:
+    return float(_row(part, **where)["images_per_second"])
+
+
+def _loader(part: dict[str, Any]) -> dict[str, str]:
+    def rate(name: str, size: str = "256") -> float:
+        return _rate(part, name=name, size=size)
+
+    peers = max(rate(name) for name in ("webdataset", "litdata", "mosaicml-streaming"))
+    ours, tutorial = rate("portrait_dist-uint8"), rate("tutorial")
+    stored = part["bytes_per_sample"]
+    return {
+        "loader.rate": f"{ours:,.0f}",
+        "loader.times-tutorial": f"{ours / tutorial:.0f}",
+        "loader.times-peers": f"{ours / peers:.1f}",
+        "loader.of-decoders": f"{ours / rate('ceiling'):.2f}",
+        "loader.float.rate": f"{rate('portrait_dist-float'):,.0f}",
+        "loader.float.times-tutorial": f"{rate('portrait_dist-float') / tutorial:.0f}",
+        "loader.raw.rate": f"{rate('portrait_dist-raw'):,.0f}",
+        "loader.raw.times-tutorial": f"{rate('portrait_dist-raw') / tutorial:.0f}",
+        "loader.raw.times-bytes": f"{stored['raw'] / stored['256']:.0f}",
+        "loader.original.rate": f"{rate('portrait_dist-uint8', 'original'):,.0f}",
+        "loader.original.times-tutorial": (
+            f"{rate('portrait_dist-uint8', 'original') / rate('tutorial', 'original'):.0f}"
+        ),
+        "pack.rate": f"{rate('pack'):,.0f}",
+        "pack.of-pillow": f"{rate('pack') / rate('pack-limit-pillow'):.2f}",
+    }
+
+
+def _unet(part: dict[str, Any]) -> dict[str, str]:
+    by_name = {row["name"]: row for row in part["rows"]}
+    bf16, integers = by_name["kept-memory"], by_name["int8"]
+    return {
+        "unet.bf16.rate": f"{bf16['images_per_second']:.1f}",
+        "unet.bf16.times-eager": f"{bf16['times_eager']:.1f}",
+        "unet.bf16.of-roofline": f"{bf16['share_of_roofline']:.0%}".replace("%", " %"),
+        "unet.int8.rate": f"{integers['images_per_second']:.1f}",
+        "unet.int8.times-eager": f"{integers['times_eager']:.1f}",
+        "unet.int8.times-bf16": (
+            f"{integers['images_per_second'] / bf16['images_per_second']:.1f}"
+        ),
+        "unet.int8.iou": f"{integers['iou_with_fp32']:.4f}",
+        "unet.train.times-eager": f"{by_name['train-best']['times_eager']:.1f}",
+    }
+
+
+def _training(speed: dict[str, Any]) -> dict[str, str]:
+    step = speed["train_step"]
+    over = _row(step, name="portrait_dist", network="small")["overhead_ms"]
+    real = _row(step, name="bare", network="real")["ms_per_step"]
+    rate = _rate(speed["train"], name="train")
+    return {
+        "step.overhead-ms": f"{over:.1f}",
+        "step.overhead": f"{over / real:.2%}".replace("%", " %"),
+        "train.rate": f"{rate:.1f}",
+        "train.epoch-hours": f"{AISEGMENT_TRAINING_IMAGES / rate / 3600:.1f}",
+    }
+
+
+def _remote(part: dict[str, Any]) -> dict[str, str]:
+    def times(order: str) -> str:
+        with_it = _rate(part, name="portrait_dist", order=order)
+        return f"{with_it / _rate(part, name='without-fetching-ahead', order=order):.1f}"
+
+    return {
+        "remote.block.times": times("block"),
+        "remote.full.times": times("full"),
+        "remote.connection": f"{part['megabytes_per_second']:.0f} MB/s",
+    }
+
+
+def _order(part: dict[str, Any]) -> dict[str, str]:
+    rows = [row for row in part["rows"] if row["samples"] == 10**9 and row["ranks"] == 4096]
+    seconds = max(row["cpu_seconds_per_sample"] * row["samples"] / row["ranks"] for row in rows)
+    return {
+        "order.cpu-seconds": f"{seconds:.2f} s",
+        "order.megabytes": f"{max(row['megabytes'] for row in rows):.0f} MB",
+    }
+
+
+def _quickstart(part: dict[str, Any]) -> dict[str, str]:
+    return {
+        "quickstart.iou": f"{part['test_iou']:.2f}",
+        "quickstart.baseline": f"{part['baseline_iou']:.2f}",
+        "quickstart.cpu-minutes": f"{part['cpu_seconds'] / 60:.0f}",
+    }
+
+
+def _recipes(parts: list[dict[str, Any]]) -> dict[str, str]:
+    by_steps = {part["rows"][0]["steps"]: part for part in parts if "128x128" in part["pictures"]}
+    short, long = by_steps[1000], by_steps[2500]
+    labels = {
+        "tutorial": "`tutorial`",
+        "+ zoom, turn, shift": "+ zoom, rotation, translation",
+        "aisegment_unet": "+ new backgrounds = `aisegment_unet`",
+    }
+    lines = [_recipe_line(labels.get(row["name"], row["name"]), row) for row in short["rows"]]
+    (row,) = long["rows"]
+    minutes = f"{row['minutes']:.0f} minutes on both cores"
+    lines.append(_recipe_line(f"`aisegment_unet`, 500 epochs ({minutes})", row))
+    best = max(row["runs"], key=lambda run: run["val_iou"])
+    return {
+        # Blank lines around it, or no Markdown renderer takes it for a table.
+        "recipes.table": "\n\n" + "\n".join([*RECIPE_HEAD, *lines]) + "\n\n",
+        "recipes.best-val": f"{best['val_iou']:.3f}",
+        "recipes.best-test": f"{best['test_iou']:.3f}",
+    }
+
+
+def _recipe_line(label: str, row: dict[str, Any]) -> str:
+    test = f"{row['test_iou']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+    scores = f"{row['val_iou']:.3f} | {test} | {row['test_boundary_iou']:.3f}"
+    return f"| {label} | {scores} | {row['test_mae']:.3f} |"
+
+
+def _masks(parts: list[dict[str, Any]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for network, part in enumerate(parts, 1):
+        rows = {row["name"]: row for row in part["rows"]}
+        for fit in ("letterbox", "squash", "cover"):
+            shapes = [rows[f"{shape}, {fit}"]["mean_iou"] for shape in (*OTHER_SHAPES, *FRAMES)]
+            found[f"masks.{fit}.{network}"] = f"{statistics.mean(shapes):.3f}"
+        plain, mirrored = "upright 3:4, letterbox, not mirrored", "upright 3:4, letterbox"
+        refined = rows["refined, radius 4, epsilon 0.0001"]
+        found[f"masks.not-mirrored.{network}"] = f"{rows[plain]['mean_iou']:.3f}"
+        found[f"masks.mirrored.{network}"] = f"{rows[mirrored]['mean_iou']:.3f}"
+        found[f"masks.not-refined.{network}"] = f"{rows[mirrored]['boundary_iou']:.3f}"
+        found[f"masks.refined.{network}"] = f"{refined['boundary_iou']:.3f}"
+    return found
+
+
+def differences(text: str, known: dict[str, str], page: str = "") -> list[Difference]:
+    """Compare the figures of a page with the results.
+
+    Raises:
+        KeyError: a marker names a figure that the results do not have.
+    """
+    return [
+        Difference(page, name, found, known[name])
+        for _, name, found, _ in MARKER.findall(text)
+        if found != known[name]
+    ]
+
+
+def filled(text: str, known: dict[str, str]) -> str:
+    """Return a page with the numbers of the results between its markers."""
+    return MARKER.sub(lambda match: match[1] + known[match[2]] + match[4], text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare or write; return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write the numbers into the pages")
+    options = parser.parse_args(arguments)
+    known, differing = figures(), 0
+    for page in pages():
+        text = page.read_text()
+        for one in differences(text, known, str(page.relative_to(ROOT))):
+            print(f"{one.page}: {one.name}: {one.found!r}, the results say {one.expected!r}")
+            differing += 1
+        if options.write:
+            page.write_text(filled(text, known))
+    return 0 if options.write else int(differing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
