@@ -72,6 +72,7 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
         **_training(speed),
         **_remote(_read(results, "2026-11-23-amd-epyc-2-cores-remote.json")),
         **_order(_read(results, "2026-11-29-amd-epyc-2-cores-order.json")),
+        **_installs(_read(results, "2026-11-29-installs.json")),
         **_quickstart(_read(results, "2026-11-29-amd-epyc-2-cores-quickstart.json")),
         **_recipes(_read(results, "2026-11-23-recipes.json")),
         **_masks(_read(results, "2026-11-23-predictions.json")),
@@ -167,6 +168,14 @@ def _order(part: dict[str, Any]) -> dict[str, str]:
     return {
         "order.cpu-seconds": f"{seconds:.2f} s",
         "order.megabytes": f"{max(row['megabytes'] for row in rows):.0f} MB",
+    }
+
+
+def _installs(part: dict[str, Any]) -> dict[str, str]:
+    stored = part["site_packages_kilobytes"]
+    return {
+        "install.gigabytes": f"{max(row.get('gigabytes', 0) for row in part['rows']):.1f}",
+        "install.cuda-gigabytes": f"{(stored['nvidia'] + stored['triton']) / 2**20:.0f}",
     }
 
 
