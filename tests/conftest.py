@@ -13,6 +13,9 @@ from tests.browser import Browser
 REPOSITORY = Path(__file__).parent.parent
 REAL_SAMPLE = REPOSITORY.parent / "shared" / "data" / "aisegment-sample"
 
+PAIRS, SEED = 71, 7
+"""Of the generated raw tree: 80/10/10 of 71 pairs are 57, 7 and 7."""
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -26,13 +29,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep what shares a fixture in one process of ``pytest -n 2 --dist loadgroup``.
+
+    A file is a group, and so is all of tests/slurm: it has one cluster. The long groups begin
+    first, so that no process is left with one of them at the end.
+    """
+
+    def room(item: pytest.Item) -> str:
+        return item.path.relative_to(REPOSITORY / "tests").parts[0]
+
+    for item in items:
+        group = "slurm" if room(item) == "slurm" else str(item.path.relative_to(REPOSITORY))
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: {"slurm": 0, "ranks": 1}.get(room(item), 2))
+
+
 @pytest.fixture(scope="session")
 def raw_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generated raw AISegment tree of 71 pairs, 600×800 (so that 80/10/10 gives 57, 7 and 7)."""
+    """A generated raw AISegment tree of 71 pairs, 600×800; no test changes it."""
     from portrait_dist.data.source import synthetic
 
+    if given := os.environ.get("PORTRAIT_DIST_TEST_TREE"):  # tests.mutation makes it once for all
+        return Path(given)
     folder = tmp_path_factory.mktemp("raw") / "tree"
-    synthetic.generate(folder, 71, seed=7)
+    synthetic.generate(folder, PAIRS, SEED)
     return folder
 
 

@@ -303,14 +303,6 @@ def create_app(
 
     limits = limits or ServiceLimits()
     service = Service(segmenter, limits)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        try:
-            yield
-        finally:
-            service.close()
-
     app = Starlette(
         routes=[
             Route("/", _page),
@@ -322,10 +314,18 @@ def create_app(
             Middleware(TrustedHostMiddleware, allowed_hosts=list(host_names), www_redirect=False),
             Middleware(_BoundedBody, max_bytes=limits.max_bytes),
         ],
-        lifespan=lifespan,
+        lifespan=_close_service_at_the_end,
     )
     app.state.service = service
     return app
+
+
+@contextlib.asynccontextmanager
+async def _close_service_at_the_end(app: Starlette) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        app.state.service.close()
 
 
 def listen(host: str, port: int) -> socket.socket:
