@@ -146,11 +146,11 @@ def extrapolate(ranks: int, interval: int, hop_microseconds: float, name: str) -
     return Row(f"{name} {ranks}", ranks, interval, 1e3 * wait, 0.0, hop_microseconds, True)
 
 
-def main(words: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, extrapolate, print and write the rows."""
     parser = measure.arguments(__doc__)
     parser.add_argument("--most", type=int, default=64, help="processes of the largest row")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     sizes = (2, 4) if options.quick else tuple(n for n in SIZES if n <= options.most)
     steps = 30 if options.quick else 200
     rows = []

@@ -93,11 +93,11 @@ def train(epochs: int, steps: int, *, saving: bool, at_once: bool, features: int
     return clock
 
 
-def main(words: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure all rows, round after round."""
     parser = measure.arguments(__doc__)
     parser.add_argument("--features", type=int, default=32, help="channels of the first level")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     epochs, steps = (4, 2) if options.quick else (12, 10)
     cases = {
         "no files": {"saving": False, "at_once": False},

@@ -8,7 +8,7 @@ torchrun), and nothing else: no metrics, no callbacks, no shown losses. All thre
 DataLoader over tensors in memory and train the same network with the same loss and Adam.
 
 The cost of a trainer is its own work per step, in milliseconds, whatever the network: it is
-measured with a small network, where it can be told from the noise, and given as a fraction of a
+measured with a small network, where it exceeds the noise, and given as a fraction of a
 real step (``--features 32 --size 256``). Rows: bare, portrait_dist, supergradients for both
 (``network`` small or real). Under torchrun without GPUs stock SuperGradients does not train one
 model, so its row stays empty there.

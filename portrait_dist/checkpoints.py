@@ -407,7 +407,7 @@ def check_resumable(state: Mapping[str, Any], path: str | Path) -> None:
         path: its file, for messages.
 
     Raises:
-        InputError: only weights; a run cannot go on from them.
+        InputError: only weights; a run cannot resume from them.
         DamagedDataError: an entry has the wrong type.
     """
     missing = [name for name in ("epoch", "optimizer_state_dict") if name not in state]

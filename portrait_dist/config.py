@@ -553,7 +553,7 @@ def _wrong_kind(setting: Setting, text: str | None, where: str) -> InputError:
 
 
 def _wrong_value(setting: Setting, text: str, where: str, found: Mapping[str, Any]) -> InputError:
-    """Say in our words what pydantic found."""
+    """Say in one line what pydantic found."""
     bounds = {"ge": "at least", "gt": "above", "le": "at most"}
     for name, words in bounds.items():
         if name in found.get("ctx", {}):

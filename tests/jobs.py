@@ -126,15 +126,15 @@ def train(
         name: run.name.
         recipe: its name or file.
         launcher: torchrun options in place of ``--standalone --nproc-per-node ranks``.
-        prefix: words before the command, such as ``ip netns exec NAME``.
+        prefix: arguments before the command, such as ``ip netns exec NAME``.
         nproc: start so many ranks by ``train --nproc``, without torchrun's command line.
     """
     folder.mkdir(parents=True, exist_ok=True)
     options = launcher or ("--standalone", f"--nproc-per-node={ranks}")
     start = (sys.executable,) if ranks == 0 or nproc else (*TORCHRUN, *options)
-    words = [*prefix, *start, "-m", "portrait_dist", "train", "--json", "--recipe", recipe]
-    words += [f"data.shards={shards}", f"run.root={folder}", f"run.name={name}", *TINY, *keys]
-    words += ["--nproc", str(nproc)] if nproc else []
+    command = [*prefix, *start, "-m", "portrait_dist", "train", "--json", "--recipe", recipe]
+    command += [f"data.shards={shards}", f"run.root={folder}", f"run.name={name}", *TINY, *keys]
+    command += ["--nproc", str(nproc)] if nproc else []
     log = folder / f"{name}-{time.time_ns()}.log"
     environment = {
         key: value
@@ -143,7 +143,7 @@ def train(
     }
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with open(log, "wb") as file:
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=file, env=environment)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, env=environment)
     return Job(process, log)
 
 

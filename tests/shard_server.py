@@ -13,7 +13,7 @@ from pathlib import Path
 from portrait_dist.data.shards.reader import ShardSet
 
 STALL = 16384
-"""Bytes of a shard after which an answer waits while ``go_on`` is cleared."""
+"""Bytes of a shard after which an answer waits while ``may_send`` is cleared."""
 PIECE = 4096
 
 
@@ -28,7 +28,7 @@ class ShardServer(http.server.ThreadingHTTPServer):
         ranges: whether partial requests are understood.
         with_length: whether answers say how long they are.
         delay: seconds between two pieces of 4,096 bytes.
-        go_on: while cleared, an answer with a shard stops after ``STALL`` bytes and waits.
+        may_send: while cleared, an answer with a shard stops after ``STALL`` bytes and waits.
         instead: called with (handler, file name); True where it gave the answer.
         asked: names of the files asked for, in order.
         starts: from which byte on each shard was asked for.
@@ -46,8 +46,8 @@ class ShardServer(http.server.ThreadingHTTPServer):
         self.ranges = True
         self.with_length = True
         self.delay = 0.0
-        self.go_on = threading.Event()
-        self.go_on.set()
+        self.may_send = threading.Event()
+        self.may_send.set()
         self.instead: Callable[[Handler, str], bool] = lambda handler, name: False
         self.asked: list[str] = []
         self.starts: list[int] = []
@@ -105,7 +105,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data[offset : min(offset + PIECE, end)])
             time.sleep(self.server.delay)
             if name.endswith(".tar") and offset >= STALL:
-                self.server.go_on.wait()
+                self.server.may_send.wait()
         return None
 
     def begin(self, length: int | None, status: int = 200, **headers: str) -> None:
@@ -129,7 +129,7 @@ def serving(folder: Path) -> Iterator[ShardServer]:
         try:
             yield server
         finally:
-            server.go_on.set()
+            server.may_send.set()
             server.shutdown()
 
 

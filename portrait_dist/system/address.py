@@ -59,7 +59,7 @@ def check_address(address: str) -> None:
             else ""
         )
         _ = parts.port if parts.scheme in ("http", "https") else None
-    except ValueError:  # its own words may hold a part of a password
+    except ValueError:  # its own message may hold a part of a password
         wrong = "its host or port cannot be read"
     if wrong:
         raise InputError(

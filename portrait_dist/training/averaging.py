@@ -61,7 +61,7 @@ class AverageOfBest:
         missing = [member for member in members if not self.path(member.epoch).exists()]
         for member in missing:
             distributed.print0(
-                f"{self.path(member.epoch)}: missing; the average goes on without it"
+                f"{self.path(member.epoch)}: missing; the average continues without it"
             )
         self.members = tuple(member for member in members if member not in missing)
         if self.members and not self._is_current():

@@ -83,7 +83,7 @@ class StalledError(PortraitDistError):
     """
 
     def __init__(self, stall: Stall) -> None:
-        super().__init__(f"the ranks do not go on together: {stall.message}")
+        super().__init__(f"the ranks do not advance together: {stall.message}")
         self.host = stall.missing[0].host if stall.missing else ""
 
 

@@ -24,7 +24,7 @@ from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
 from portrait_dist.system.info import cores
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
-"""What torchrun hands on to the ranks; without being told it dies of USR2."""
+"""What torchrun hands on to the ranks; by default it dies of USR2."""
 SECONDS_TO_SAVE = 100
 """Seconds between such a signal and the kill; torchrun's own default is 30."""
 TELLING = (InputError.exit_code, DamagedDataError.exit_code, Stopped.exit_code)
@@ -169,7 +169,7 @@ def _failure(outputs: dict[int, dict[str, Any]], failed: Any) -> PortraitDistErr
             else f"killed by {failure.signal_name()}"
         )
         error = PortraitDistError(
-            f"rank {rank} ended without a word ({how}); run the same command again to resume"
+            f"rank {rank} ended without a message ({how}); run the same command again to resume"
         )
     error.exit_code = code
     return error

@@ -582,8 +582,8 @@ class AdaptedTrainer(Trainer):
         net = unwrap_model(self.net)
         if isinstance(strict, str):
             strict = StrictLoad(strict)
-        # The parameter's default is False, which is not told from a wish; a partly loaded run would
-        # go on in silence.
+        # The parameter's default is False, which cannot be distinguished from a user's choice; a
+        # partly loaded run would continue in silence.
         if strict is StrictLoad.OFF:
             missing = net.load_state_dict(state["net"], strict=False)
             distributed.print0(f"resume_strict_load=OFF: {missing}")

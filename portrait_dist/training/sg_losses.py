@@ -1,7 +1,7 @@
 """SuperGradients' IoU, Dice and BCE-Dice losses, for the targets that segmentation loaders give.
 
 SuperGradients' own ones want integer targets without a channel, break at an ignored class that does
-not follow the last one, and take logits where they were told to take probabilities. The functions
+not follow the last one, and take logits where probabilities were asked for. The functions
 here have their definitions; :mod:`portrait_dist.training.sg_adapter` puts them in place of theirs.
 """
 

@@ -164,7 +164,7 @@ def test_a_setting_changes_the_speed_and_not_the_training(
     assert all(not name.startswith(("_orig_mod", "module.")) for name in net)
 
 
-def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(
+def test_a_resumed_training_continues_as_if_it_had_not_stopped(
     device: torch.device, tiny_shards: Path, tmp_path: Path
 ) -> None:
     whole = run(

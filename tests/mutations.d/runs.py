@@ -35,7 +35,7 @@ MUTATIONS = [
         old="if error.errno in HELD:\n                return False",
         new="if True:\n                return False",
         test="tests/unit/test_run_folder.py::"
-        "test_a_file_system_without_locks_is_warned_of_and_the_run_goes_on",
+        "test_a_file_system_without_locks_is_warned_of_and_the_run_continues",
         why="a file system without locks is no lock that another process holds",
     ),
     Mutation(
@@ -80,7 +80,7 @@ MUTATIONS = [
         file="portrait_dist/runs/report/settings.py",
         old="config.load(self.recipe or None)",
         new="config.load(None)",
-        test="tests/unit/test_report.py::test_what_differs_is_told_apart_by_the_recipe_of_the_run",
+        test="tests/unit/test_report.py::test_what_differs_is_decided_by_the_recipe_of_the_run",
         why="the report compares the settings with the run's own recipe",
     ),
     Mutation(
@@ -96,7 +96,7 @@ MUTATIONS = [
         old="raise pickle.UnpicklingError(",
         new="return super().find_class(module, name) or (",
         test="tests/unit/test_health.py::"
-        "test_damaged_files_are_left_out_and_no_pickle_executes_code",
+        "test_damaged_files_are_ignored_and_no_pickle_executes_code",
         why="a record of collectives executes no code",
     ),
     Mutation(
@@ -112,8 +112,8 @@ MUTATIONS = [
         old="own = [t.data + t.other + factor * t.compute for t in times]",
         new="own = [t.step for t in times]",
         test="tests/unit/test_health.py::"
-        "test_a_rank_that_waits_for_data_is_told_from_one_that_computes_slowly_or_is_held_up",
-        why="a slow rank is told from those that wait for it",
+        "test_a_rank_that_waits_for_data_differs_from_one_that_computes_slowly_or_is_held_up",
+        why="a slow rank differs from those that wait for it",
     ),
     Mutation(
         file=JOB,

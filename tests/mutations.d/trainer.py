@@ -11,7 +11,7 @@ MUTATIONS = [
         old='tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)',
         new='tensor.to("cpu").contiguous()',
         test=f"{LOOP}::"
-        "test_a_file_holds_its_epochs_weights_though_training_goes_on_while_it_is_written",
+        "test_a_file_holds_its_epochs_weights_though_training_continues_while_it_is_written",
         why="what is written shares no memory with the network",
     ),
     Mutation(

@@ -124,7 +124,7 @@ def test_a_training_whose_rank_is_stopped_for_good_ends_and_status_names_the_ran
     assert f"rank 1 on {HOST} did not reach" in error["message"]
     assert error["exit_code"] == 1
     assert run_status(run).last_error == error["message"]
-    assert started.text().count("the ranks do not go on together") == 1
+    assert started.text().count("the ranks do not advance together") == 1
     assert "unbound_buffer" not in started.text(), "one line in place of gloo's traceback"
 
 

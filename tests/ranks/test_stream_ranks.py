@@ -118,7 +118,7 @@ def test_ranks_see_the_global_batches_of_one_process(
     assert global_batches(ranks, "epoch 1") == alone["epoch 1"]
 
 
-def test_ranks_go_on_where_one_process_stopped(
+def test_ranks_resume_where_one_process_stopped(
     ranks: list[dict[str, Any]], alone: dict[str, list[list[str]]]
 ) -> None:
     assert global_batches(ranks, "rest") == alone["epoch 2"][2:]

@@ -34,7 +34,7 @@ def one_process(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
-    """Same samples, losses, validation figures and weights, up to rounding."""
+    """Same samples, losses, validation scores and weights, up to rounding."""
     ours, theirs = lines(run, "epoch"), lines(reference, "epoch")
     assert [line["samples_seen"] for line in ours] == [line["samples_seen"] for line in theirs]
     for one, other in zip(ours, theirs, strict=True):

@@ -31,11 +31,11 @@ def keys_by_epoch(run: Path) -> dict[int, Counter[str]]:
 
 
 def assert_equal_to_the_bit(run: Path, reference: Path) -> None:
-    """Weights, optimiser, best metric and every epoch's figures."""
-    figures = ("step", "samples_seen", "loss", "iou", "val_loss", "val_iou", "lr")
-    ended = {line["epoch"]: [line[name] for name in figures] for line in lines(run, "epoch")}
+    """Weights, optimiser, best metric and every epoch's metrics."""
+    names = ("step", "samples_seen", "loss", "iou", "val_loss", "val_iou", "lr")
+    ended = {line["epoch"]: [line[name] for name in names] for line in lines(run, "epoch")}
     assert ended == {
-        line["epoch"]: [line[name] for name in figures] for line in lines(reference, "epoch")
+        line["epoch"]: [line[name] for name in names] for line in lines(reference, "epoch")
     }
     ours, theirs = checkpoint(run), checkpoint(reference)
     assert largest_difference(ours["net"], theirs["net"]) == 0
@@ -105,7 +105,7 @@ def test_interrupted_by_each_signal_and_resumed_equals_uninterrupted_to_the_bit(
         assert keys == keys_by_epoch(uninterrupted)[epoch]
 
 
-def test_one_process_alone_exits_with_75_and_goes_on(tiny_shards: Path, tmp_path: Path) -> None:
+def test_one_process_alone_exits_with_75_and_resumes(tiny_shards: Path, tmp_path: Path) -> None:
     job = train(
         tmp_path, tiny_shards, *KEYS, "train.batch_size=12", "train.max_epochs=400", ranks=0
     )

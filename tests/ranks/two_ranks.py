@@ -88,12 +88,12 @@ def train(
 
 
 def agreed(interval: int, requests: dict[int, dict[int, int]], calls: int) -> list[int]:
-    """What a rank is told in each call, where ``requests[rank][call]`` are the ranks' requests."""
+    """What a rank receives in each call, where ``requests[rank][call]`` are the ranks' requests."""
     agreement = Agreement()
     agreement.interval = interval
     mine = requests.get(distributed.rank(), {})
-    told = [agreement.exchange(mine.get(call, NOTHING)) for call in range(calls)]
-    return [*told, agreement.finish()]
+    received = [agreement.exchange(mine.get(call, NOTHING)) for call in range(calls)]
+    return [*received, agreement.finish()]
 
 
 def check(shards: str, folder: Path) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def check(shards: str, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     rank = distributed.rank()
     found["stop"] = agreed(4, {1: dict.fromkeys(range(5, 20), STOP)}, 20)
-    # A rank that wants a save goes on asking until it has happened.
+    # A rank that wants a save asks until it has happened.
     found["save"] = agreed(1, {0: {2: SAVE, 3: SAVE}}, 8)
     found["intervals"] = [preemption.exchange_interval(2, 100)]
 

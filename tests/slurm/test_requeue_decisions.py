@@ -163,7 +163,7 @@ def test_a_node_is_excluded_when_it_is_sick_or_when_two_attempts_failed_there(
     assert after(failed["n1"]) == ["n1"]
     sick = replace(ended(1, progressed=False), sick=(NodeReport("n3", ("no driver",)),))
     assert after(sick) == ["n3", "n1"]
-    assert record_attempt(path, allocation, sick) == 0, "a job that leaves a sick node goes on"
+    assert record_attempt(path, allocation, sick) == 0, "a job that leaves a sick node continues"
     decision = decide(sick, 4, 0, RunConfig())
     assert (decision.requeue, decision.message) == (True, "node n3: no driver")
 

@@ -113,7 +113,7 @@ def test_a_gpu_that_is_asked_for_and_missing_is_a_failure() -> None:
     assert status in (("ok", "warn") if torch.cuda.is_available() else ("fail",))
 
 
-def test_a_driver_with_gpus_hidden_from_torch_is_told_from_no_driver(tmp_path: Path) -> None:
+def test_a_driver_with_gpus_hidden_from_torch_differs_from_no_driver(tmp_path: Path) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 570.86\n")
     program.chmod(0o755)

@@ -47,7 +47,7 @@ def test_an_onnx_file_computes_the_networks_alpha_and_documents_itself(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "deep" / "portrait.onnx"
-    words = [
+    command = [
         "export",
         "--checkpoint",
         str(checkpoint),
@@ -57,7 +57,7 @@ def test_an_onnx_file_computes_the_networks_alpha_and_documents_itself(
         str(path),
         "--json",
     ]
-    assert run(words) == 0
+    assert run(command) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["largest_difference"] < 1e-4
     assert [file.name for file in path.parent.iterdir()] == [

@@ -17,7 +17,7 @@ from portrait_dist.training.health import RankTimes, StepTimeout, find_straggler
 NORMAL = RankTimes(step=0.070, data=0.0, compute=0.010, other=0.0)
 
 
-def test_a_rank_that_waits_for_data_is_told_from_one_that_computes_slowly_or_is_held_up() -> None:
+def test_a_rank_that_waits_for_data_differs_from_one_that_computes_slowly_or_is_held_up() -> None:
     """All steps take 70 ms. A normal rank needs 40 of them, of which its own backward is 30."""
     slow = {
         "waits for data": RankTimes(0.070, 0.030, 0.010, 0.0),
@@ -92,12 +92,12 @@ def test_a_rank_that_began_fewer_collectives_is_the_one_that_the_others_wait_for
     assert "the others have waited for 4" in stall.message
 
 
-def test_ranks_that_go_on_validate_save_or_are_gone_are_no_stall(tmp_path: Path) -> None:
+def test_ranks_that_step_validate_save_or_have_ended_are_no_stall(tmp_path: Path) -> None:
     folder = tmp_path / "health"
     assert find_stall(folder) is None
     for rank in range(3):
         beat(folder, rank, idle_seconds=1.0)
-    assert find_stall(folder) is None, "they go on"
+    assert find_stall(folder) is None, "they continue"
     for rank in range(3):
         beat(folder, rank, activity="is not in a training step")
     assert find_stall(folder) is None, "they validate"
@@ -130,7 +130,7 @@ def test_a_rank_whose_process_does_not_run_or_never_reported_is_named(tmp_path: 
     assert "rank 2 never reported" in stall.message
 
 
-def test_damaged_files_are_left_out_and_no_pickle_executes_code(tmp_path: Path) -> None:
+def test_damaged_files_are_ignored_and_no_pickle_executes_code(tmp_path: Path) -> None:
     folder = tmp_path / "health"
     beat(folder, 0)
     for rank, content in ((1, b"\xff"), (2, b'{"rank": 2}'), (3, b"[" * 100_000)):

@@ -231,7 +231,7 @@ def test_another_epoch_set_while_iterating_starts_it_at_its_beginning(tiny_shard
     old = iter(loader)
     next(old)
     loader.set_epoch(1)
-    next(old)  # goes on in epoch 0, and no longer counts
+    next(old)  # continues in epoch 0, and no longer counts
     assert loader.state_dict() == {"epoch": 1, "samples_seen": 0, "samples": 57, "seed": 0}
     assert [batch.keys for batch in loader] == keys(build_loader(tiny_shards, "train", 8), 1)
 

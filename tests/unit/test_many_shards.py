@@ -359,7 +359,7 @@ def test_a_disk_that_really_fails_a_read_is_named(tiny_shards: Path, tmp_path: P
         subprocess.run(["umount", "-l", mount], check=True)
 
 
-def test_local_and_network_file_systems_are_told_apart(
+def test_local_and_network_file_systems_are_distinguished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = tmp_path.stat().st_dev

@@ -187,7 +187,7 @@ def stalled(
     server: ShardServer, opened: ShardSet, *numbers: int
 ) -> Iterator[list[Future[tuple[Path, Path]]]]:
     """Shards, one after the other, in the middle of being fetched; at the end they are whole."""
-    server.go_on.clear()
+    server.may_send.clear()
     with ThreadPoolExecutor(len(numbers)) as threads:
         fetched = []
         for number in numbers:
@@ -197,7 +197,7 @@ def stalled(
         try:
             yield fetched
         finally:
-            server.go_on.set()
+            server.may_send.set()
 
 
 def sequential(server: ShardServer, cache: Cache) -> StreamLoader:
@@ -263,10 +263,10 @@ def test_a_shard_that_cannot_be_prefetched_is_named_where_it_is_needed(
 def test_a_dropped_loader_downloads_nothing_more(server: ShardServer, cache: Cache) -> None:
     cache.parallel_downloads = 1
     others = threading.enumerate()
-    server.go_on.clear()
+    server.may_send.clear()
     batches = iter(sequential(server, cache))
     wait_for(lambda: len(server.starts) == 1, what="the first fetch")
-    threading.Timer(0.2, server.go_on.set).start()
+    threading.Timer(0.2, server.may_send.set).start()
     started = [
         thread
         for thread in threading.enumerate()
@@ -305,7 +305,7 @@ def test_processes_and_threads_of_a_machine_fetch_each_shard_once(
 def test_a_killed_download_leaves_nothing_wrong_and_is_resumed(
     server: ShardServer, folder: Path, cache: Cache
 ) -> None:
-    server.go_on.clear()
+    server.may_send.clear()
     process = multiprocessing.get_context("spawn").Process(
         target=_read_all_by_small_pieces, args=(server.address, cache.folder)
     )
@@ -317,7 +317,7 @@ def test_a_killed_download_leaves_nothing_wrong_and_is_resumed(
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    server.go_on.set()
+    server.may_send.set()
     assert server.starts == [0]
     assert content(ShardSet(server.address, "train", cache=cache)) == content(
         ShardSet(folder, "train")

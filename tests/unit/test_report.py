@@ -284,7 +284,7 @@ def test_a_report_is_written_whatever_stands_in_the_configuration(
     assert shown in (folder / "report.html").read_text()
 
 
-def test_what_differs_is_told_apart_by_the_recipe_of_the_run(finished: Path) -> None:
+def test_what_differs_is_decided_by_the_recipe_of_the_run(finished: Path) -> None:
     rows = {row.key: row for row in collect.read_run(finished).settings.rows()}
     recipe, defaults = config.load("aisegment_unet"), config.load()
     assert rows["train.batch_size"].changed
@@ -354,7 +354,7 @@ def test_what_a_run_wrote_cannot_become_markup(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in text
 
 
-def test_what_was_run_twice_after_a_crash_counts_once_and_what_is_not_finite_is_left_out(
+def test_what_was_run_twice_after_a_crash_counts_once_and_what_is_not_finite_is_dropped(
     tmp_path: Path,
 ) -> None:
     folder = run_of_lines(

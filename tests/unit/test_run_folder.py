@@ -107,7 +107,7 @@ def test_a_second_writer_is_refused_and_names_process_host_and_job_of_the_first(
 
 @pytest.mark.usefixtures("no_restart")
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_warned_of_and_the_run_goes_on(
+def test_a_file_system_without_locks_is_warned_of_and_the_run_continues(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -94,7 +94,7 @@ def running(segmenter: PortraitSegmenter, limits: ServiceLimits | None = None) -
         finally:
             server.should_exit = True
             thread.join(30)
-    assert not thread.is_alive(), "it ends when it is told to"
+    assert not thread.is_alive(), "it ends when it is asked to"
 
 
 class HeldUp:

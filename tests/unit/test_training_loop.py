@@ -575,7 +575,7 @@ def test_the_average_is_the_mean_of_the_epochs_weights(
             assert torch.equal(tensor, (total / 3).float()), name
 
 
-def test_a_file_holds_its_epochs_weights_though_training_goes_on_while_it_is_written(
+def test_a_file_holds_its_epochs_weights_though_training_continues_while_it_is_written(
     batches: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writing thread waits until the next epoch has taken three steps."""

@@ -222,7 +222,7 @@ def test_a_damaged_manifest_is_named(shards: Path) -> None:
         read_manifest(shards)
 
 
-def test_what_is_no_folder_of_shards_is_told_from_it(
+def test_what_is_no_folder_of_shards_is_distinguished_from_one(
     raw_tree: Path, split_dir: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
     for folder, message in (

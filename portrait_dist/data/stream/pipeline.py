@@ -388,7 +388,7 @@ def _work(
     dataset: AISegmentIterableDataset,
     stop: threading.Event,
 ) -> None:
-    """Decode tasks until told to stop."""
+    """Decode tasks until asked to stop."""
     while not stop.is_set():
         task = tasks.get()
         if task is None:
