@@ -18,6 +18,7 @@ import traceback
 import click
 
 from portrait_dist.errors import PortraitDistError, nearest, printable, shorten
+from portrait_dist.system import parent  # noqa: F401  remembers it before the long imports
 from portrait_dist.system.info import environment_number
 
 COMMANDS = {
@@ -186,8 +187,8 @@ def main() -> None:
     """Run this process's command line: ``portrait-dist`` or ``python -m portrait_dist``."""
     rank_of_a_job = "TORCHELASTIC_RUN_ID" in os.environ
     _raise_descriptor_limit()
-    if rank_of_a_job:
-        faulthandler.enable()  # a native crash of a rank tells where
+    with contextlib.suppress(RuntimeError, OSError, ValueError):  # stderr is closed
+        faulthandler.enable()  # a native crash tells where
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()

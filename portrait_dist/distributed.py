@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from portrait_dist.errors import InputError, PortraitDistError
+from portrait_dist.system import parent
 from portrait_dist.system.info import environment_number
 
 if TYPE_CHECKING:
@@ -133,6 +134,12 @@ def start(device: torch.device, timeout_seconds: float = 600.0) -> None:
     """
     if not launched_by_torchrun():
         return
+    # The wait for the other ranks is native code, where no handler of a signal runs.
+    with parent.ending_with_it("its torchrun process", if_true="TORCHELASTIC_RUN_ID" in os.environ):
+        _start(device, timeout_seconds)
+
+
+def _start(device: torch.device, timeout_seconds: float) -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():

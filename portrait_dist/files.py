@@ -167,7 +167,9 @@ def check_writable(path: str | Path) -> None:
         PortraitDistError: the disk is full or failed.
     """
     path = Path(path)
-    if path.is_dir():
+    with explained(path):
+        folder = path.is_dir()
+    if folder:
         raise InputError(f"{path}: is a folder; give the path of a file")
     with explained(path):
         temporary = temporary_path(path)
@@ -453,7 +455,9 @@ def read_marker(out: Path, name: str, command: str) -> dict[str, Any] | None:
     Raises:
         InputError: ``out`` is a file, holds something without a marker, or a marker that is none.
     """
-    if out.exists() and not out.is_dir():
+    with explained(out):
+        is_folder, exists = out.is_dir(), out.exists()
+    if exists and not is_folder:
         raise InputError(f"{out}: is a file; give a folder as --out")
     marker = out / name
     if marker.is_file():

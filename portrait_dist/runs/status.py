@@ -249,7 +249,8 @@ class History:
         return None if epochs is None or in_epoch is None else epochs * in_epoch
 
     def _age(self, moment: float | None) -> float | None:
-        return None if moment is None else round(self.now - moment, 1)
+        # The clock of the node that wrote may be ahead of this one's.
+        return None if moment is None else max(0.0, round(self.now - moment, 1))
 
 
 def duration(seconds: float | None) -> str:

@@ -114,7 +114,8 @@ class AverageOfBest:
         kept = {self.path(member.epoch).name for member in members}
         for path in (self.folder / SNAPSHOTS).glob("*"):
             if path.name not in kept:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a foreign folder stays
+                    path.unlink()
         (self.folder / OLD_FILE).unlink(missing_ok=True)
 
     def cleanup(self) -> None:

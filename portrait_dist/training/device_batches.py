@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from portrait_dist import distributed
+
+SECONDS_BETWEEN_LOOKS = 0.2
+"""At a stop signal, while the loader keeps a rank waiting."""
 
 
 @dataclass
@@ -58,16 +61,31 @@ class DeviceBatches:
         device: where the batches go.
         limit: batches to yield at most.
         done: batches of the epoch that were yielded before, by an interrupted run.
+        give_up: asked while the loader keeps this rank waiting; True ends the wait.
+        agree: called before each batch with whether this rank gave up; where it returns True, on
+            every rank or on none, no batch follows.
 
     Attributes:
         position: after the batch last yielded.
         samples: number of samples yielded.
+        gave_up: whether it ended early because of ``agree``.
     """
 
-    def __init__(self, loader: Any, device: torch.device, limit: int, done: int = 0) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        device: torch.device,
+        limit: int,
+        done: int = 0,
+        *,
+        give_up: Callable[[], bool] = lambda: False,
+        agree: Callable[[bool], bool] = lambda gave_up: gave_up,
+    ) -> None:
         self.loader = loader
         self.device = device
         self.limit = limit
+        self.gave_up = False
+        self._give_up, self._agree = give_up, agree
         self.samples = 0
         self.wait_seconds = 0.0
         self.started = time.perf_counter()
@@ -91,8 +109,9 @@ class DeviceBatches:
             return
         self._iterator = iter(self.loader)
         for done in range(self.position.batches + 1, self.position.batches + self.limit + 1):
-            batch = self._fetch()
-            if batch is None:
+            batch = self._fetch() if self._wait_for_loader() else None
+            self.gave_up = self._agree(self.gave_up)
+            if batch is None or self.gave_up:
                 return
             self.position = self._position(done)
             self.samples += samples_in(batch)
@@ -102,6 +121,17 @@ class DeviceBatches:
         """Stop the loader's threads."""
         if self._iterator is not None and hasattr(self._iterator, "close"):
             self._iterator.close()
+
+    def _wait_for_loader(self) -> bool:
+        """Wait for the loader's next batch; False where this rank gave up."""
+        ready = getattr(self.loader, "ready", None)
+        begin = time.perf_counter()
+        while ready is not None and not ready(SECONDS_BETWEEN_LOOKS):
+            if self._give_up():
+                self.gave_up = True
+                break
+        self.wait_seconds += time.perf_counter() - begin
+        return not self.gave_up
 
     def _fetch(self) -> Any:
         """Return the next batch on the device, or None."""

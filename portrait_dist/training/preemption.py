@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from portrait_dist import distributed
+from portrait_dist.system import parent
 
 NOTHING, SAVE, STOP, FAIL = range(4)
 """What a rank requests; the highest request of any rank wins."""
@@ -41,19 +42,19 @@ class StopSignals:
     def __init__(self) -> None:
         self._first = ""
         self._before: dict[signal.Signals, Any] = {}
-        self._agent = 0
+        self._has_agent = False
 
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            self._agent = os.getppid()
+            self._has_agent = True
             _request_signal_at_parents_death(signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._agent:
+        if self._has_agent:
             _request_signal_at_parents_death(None)
-            self._agent = 0
+            self._has_agent = False
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -73,7 +74,7 @@ class StopSignals:
             self._first = signal.Signals(number).name
 
     def _orphaned(self) -> bool:
-        return bool(self._agent) and os.getppid() != self._agent
+        return self._has_agent and parent.is_gone()
 
 
 def _request_signal_at_parents_death(number: signal.Signals | None) -> None:
@@ -139,6 +140,16 @@ class Agreement:
         # just now was requested before the save that follows, and must not lead to a second one.
         self._ignore_save = agreed == SAVE
         return agreed
+
+    def any_rank(self, request: bool) -> bool:
+        """Return whether any rank requests something now. A collective, which waits for all."""
+        if self.group is None:
+            return request
+        import torch.distributed as dist
+
+        tensor = torch.tensor([int(request)], dtype=torch.int32)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(tensor)
 
     def submit(self) -> None:
         """Start an exchange of the requests since the last one, for ``finish``."""

@@ -68,6 +68,8 @@ Prepare = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """(batch: TensorBatch, training: bool, epoch: int | None) → (inputs, targets) on the device."""
 
 KEYS_IN_A_MESSAGE = 16
+MOST_RANKS_TO_ASK = 64
+"""Ranks up to which a stop is agreed before each step while shards are fetched (10 ms at 64)."""
 
 
 @dataclass
@@ -256,7 +258,7 @@ class PortraitTrainer(AdaptedTrainer):
         context.update_context(loss_avg_meter=LossMeter())
         done = self._start_epoch(context)
         total = self.steps_per_epoch
-        batches = DeviceBatches(self.train_loader, self.torch_device, limit=total - done, done=done)
+        batches = self._training_batches(done, total)
         learner = loop.Learner(
             self.net,
             self.optimizer,
@@ -276,12 +278,41 @@ class PortraitTrainer(AdaptedTrainer):
                 hooks = _TrainingHooks(self, context, learner, batches, progress, health)
                 loop.train_epoch(learner, batches, hooks, done=done)
             health.enter(Activity.OTHER)
+            if batches.gave_up:
+                self._stop_without_server(context, batches.position)
             if self.torch_device.type == "cuda":
                 # The host is some steps ahead; the rate counts finished ones. _reduce waits anyway.
                 torch.cuda.synchronize(self.torch_device)
             self.images_per_second, self.data_wait_share = batches.rate, batches.wait_share
             self._finish_training_part(context, batches.position)
             return self._reduce(context.loss_avg_meter, self.train_metrics)
+
+    def _training_batches(self, done: int, total: int) -> DeviceBatches:
+        """Return the rest of an epoch's batches; a stop signal ends a wait for a server of shards.
+
+        A rank that waits takes no step, and the others wait for it within theirs, where nothing can
+        be saved. So where shards may still have to be fetched, all ranks agree before each step
+        whether everyone has a batch. That costs an exchange of one number, 2 (N - 1) hops.
+        """
+        dataset = getattr(self.train_loader, "dataset", None)
+        may_wait = bool(getattr(getattr(dataset, "shards", None), "may_wait", False))
+        if distributed.world_size() > MOST_RANKS_TO_ASK:
+            may_wait = False
+        if not self.agreement.any_rank(may_wait):
+            return DeviceBatches(self.train_loader, self.torch_device, total - done, done)
+        return DeviceBatches(
+            self.train_loader,
+            self.torch_device,
+            total - done,
+            done,
+            give_up=lambda: bool(self.signals.received),
+            agree=self._agree_before_step,
+        )
+
+    def _agree_before_step(self, gave_up: bool) -> bool:
+        if self.health and distributed.world_size() > 1:
+            self.health.enter(Activity.OTHER)
+        return self.agreement.any_rank(gave_up)
 
     def _start_epoch(self, context: PhaseContext) -> int:
         """Begin an epoch or take up an interrupted one; return how many batches are done."""
@@ -384,6 +415,18 @@ class PortraitTrainer(AdaptedTrainer):
             return STOP
         every = self.options.save_every_seconds
         return SAVE if every and time.monotonic() - self._last_save > every else NOTHING
+
+    def _stop_without_server(self, context: PhaseContext, position: Position) -> None:
+        """Save after the last step and stop, on all ranks: a rank has no batch for the next one.
+
+        Within an optimiser step of several batches nothing can be saved.
+        """
+        self.agreement.finish()
+        with self.start_health().long_wait():
+            where = f"epoch {context.epoch + 1}, waiting for batch {position.batches + 1}"
+            if position.batches % self.batch_accumulate == 0:
+                self._save_within_epoch(context, position)
+            self._stop(context, where)
 
     def _finish_training_part(self, context: PhaseContext, position: Position) -> None:
         """Act on the last exchange; keep what the checkpoint of this epoch needs of every rank."""
@@ -525,12 +568,17 @@ class PortraitTrainer(AdaptedTrainer):
         net = unwrap_model(self.net)
         self._broadcast_buffers(net)
         limit = len(loader) if max_batches is None else min(max_batches, len(loader))
-        batches = DeviceBatches(loader, self.torch_device, limit=limit)
+        batches = DeviceBatches(
+            loader,
+            self.torch_device,
+            limit,
+            give_up=lambda: validating and self.notice.raised(bool(self.signals.received)),
+        )
         with EpochProgress(title, limit, visible=show) as progress, contextlib.closing(batches):
             hooks = _EvaluationHooks(self, context, batches, progress, validating)
             loop.evaluate(net, self.forward(), batches, hooks)
         if validating:
-            self._stop_in_validation(hooks.stopped, context)
+            self._stop_in_validation(hooks.stopped or batches.gave_up, context)
         return self._reduce(context.loss_avg_meter, metrics)
 
     def _broadcast_buffers(self, net: nn.Module) -> None:

@@ -1,32 +1,64 @@
 """Attack for as long as asked and print what was tried, what held and what broke.
 
 python -m tests.campaign --minutes 60                 every area, round after round
-python -m tests.campaign --cases 6                    six of each area, always the same (CI)
+python -m tests.campaign --cases 6 --quick            six of each area, always the same (CI)
 python -m tests.campaign --minutes 5 --area manifest  one area
 python -m tests.campaign --minutes 60 --out FILE.md   also write the table
+python -m tests.campaign --broken                     break guarantees, and see it find each
+
+A seed names the cases, and what is said of a broken one is the command that runs it again. No
+verdict depends on how fast the machine is.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import pickle
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
+from tests.campaign import broken, report
 from tests.campaign.areas import areas
 from tests.campaign.case import Area, Case, Tally, run
-from tests.campaign.world import World
+from tests.campaign.world import World, build
+
+SHORT = 10
+"""Minutes below which a campaign of all areas leaves out those whose cases take minutes."""
 
 
 def main() -> int:
     """Run the campaign; exit code 1 where something broke."""
+    options = _options()
+    if options.broken:
+        return broken.main(options.seed)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    folder = Path(tempfile.mkdtemp(prefix="campaign-"))
+    begin = time.monotonic()
+    try:
+        _preload()
+        world = _build_in_fork(folder / "world")
+        chosen = _choose(world, options)
+        if not chosen:
+            return 2
+        tallies = _attack(chosen, folder, options)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    table = report.table(tallies, sys.argv[1:], (time.monotonic() - begin) / 60)
+    print(table)
+    if options.out:
+        options.out.write_text(table)
+    return int(any(tally.broken for tally in tallies.values()))
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,40 +66,45 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=0, help="run so many cases of each area")
     parser.add_argument("--seed", type=int, default=0, help="names the cases")
     parser.add_argument("--area", action="append", help="only this area; repeat for more")
+    parser.add_argument("--quick", action="store_true", help="without areas that take minutes")
+    parser.add_argument("--first", action="store_true", help="stop at the first broken case")
     parser.add_argument("--out", type=Path, help="Markdown file for the table")
+    parser.add_argument("--broken", action="store_true", help="break guarantees on purpose")
     options = parser.parse_args()
-    if not options.minutes and not options.cases:
+    if not options.minutes and not options.cases and not options.broken:
         parser.error("give --minutes or --cases")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    folder = Path(tempfile.mkdtemp(prefix="campaign-"))
-    try:
-        world = _build_in_child(folder / "world")
-        _preload()
-        tallies = _attack(world, folder, options)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    table = _table(tallies, options)
-    print(table)
-    if options.out:
-        options.out.write_text(table)
-    return int(any(tally.broken for tally in tallies.values()) or not tallies)
+    return options
 
 
-def _build_in_child(root: Path) -> World:
-    """Build the world in a process of its own: training starts threads, and this one forks."""
+def _choose(world: World, options: argparse.Namespace) -> list[Area]:
+    known = areas(world)
+    if unknown := set(options.area or ()) - {area.name for area in known}:
+        names = ", ".join(area.name for area in known)
+        print(f"no area {', '.join(map(repr, unknown))}; there are {names}", file=sys.stderr)
+        return []
+    chosen = [area for area in known if not options.area or area.name in options.area]
+    if not options.area and (options.quick or 0 < options.minutes < SHORT):
+        chosen = [area for area in chosen if not area.long]
+    for area in chosen:
+        if area.needs_root and os.getuid() != 0:
+            print(f"left out: {area.name}, which needs root", file=sys.stderr)
+    return [area for area in chosen if not area.needs_root or os.getuid() == 0]
+
+
+def _build_in_fork(root: Path) -> World:
+    """Build the world in a fork: training starts threads, and this process forks on."""
     root.mkdir(parents=True)
-    code = (
-        "import sys, pickle; from pathlib import Path; from tests.campaign.world import build\n"
-        "root = Path(sys.argv[1]); (root / 'world.pkl').write_bytes(pickle.dumps(build(root)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(root)], capture_output=True, text=True, errors="replace"
-    )
-    if done.returncode:
-        raise RuntimeError(f"the good data could not be made:\n{done.stderr[-3000:]}")
-    import pickle
+    kept = root / "world.pkl"
 
-    world = pickle.loads((root / "world.pkl").read_bytes())
+    def action() -> int:
+        kept.write_bytes(pickle.dumps(build(root)))
+        return 0
+
+    case = Case("the good data", action, allowed=(0,), cpu_seconds=600, idle_seconds=300)
+    outcome, wrong = run(case, root)
+    if wrong:
+        raise RuntimeError(f"the good data could not be made: {wrong}\n{outcome.stderr[-3000:]}")
+    world = pickle.loads(kept.read_bytes())
     assert isinstance(world, World)
     return world
 
@@ -85,66 +122,59 @@ def _preload() -> None:
     import portrait_dist.inference.batch
     import portrait_dist.inference.export
     import portrait_dist.runs.report.collect
-    import portrait_dist.slurm.submit  # noqa: F401
+    import portrait_dist.slurm.submit
+    import portrait_dist.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)
 
 
-def _attack(world: World, folder: Path, options: argparse.Namespace) -> dict[str, Tally]:
-    chosen = [area for area in areas(world) if not options.area or area.name in options.area]
-    chosen = [area for area in chosen if not (area.needs_root and os.getuid() != 0)]
-    if options.minutes < 10 and not options.area:
-        chosen = [area for area in chosen if not area.slow]
+def _attack(chosen: list[Area], folder: Path, options: argparse.Namespace) -> dict[str, Tally]:
     tallies = {area.name: Tally() for area in chosen}
     streams = {area.name: _stream(area, folder, options.seed) for area in chosen}
-    deadline = time.monotonic() + options.minutes * 60
-    rounds = 0
-    while (time.monotonic() < deadline) if options.minutes else (rounds < options.cases):
-        rounds += 1
-        for area in chosen:
-            if area.slow and rounds % 200 != 1:
-                continue
-            where, cases = streams[area.name]
-            _one(next(cases), where, tallies[area.name], area)
+    for area in _turns(chosen, options):
+        where, cases = streams[area.name]
+        wrong = _one(next(cases), where, tallies[area.name], area, options.seed)
+        if wrong and options.first:
+            break
     for _, cases in streams.values():
-        cases.close()  # type: ignore[attr-defined]
+        cases.close()
     return tallies
 
 
-def _stream(area: Area, folder: Path, seed: int) -> tuple[Path, Iterator[Case]]:
+def _turns(chosen: list[Area], options: argparse.Namespace) -> Iterator[Area]:
+    """Yield whose turn it is, round after round, until the time or the cases are over."""
+    deadline = time.monotonic() + options.minutes * 60
+    for number in itertools.count():
+        if not options.minutes and number >= options.cases:
+            return
+        for area in chosen:
+            if options.minutes and time.monotonic() > deadline:
+                return
+            # Of one area alone each round counts.
+            if number % area.every == 0 or len(chosen) == 1:
+                yield area
+
+
+def _stream(area: Area, folder: Path, seed: int) -> tuple[Path, Generator[Case, None, None]]:
     where = folder / area.name.replace(" ", "-")
     where.mkdir()
     return where, area.cases(random.Random(f"{area.name} {seed}"), where)
 
 
-def _one(case: Case, where: Path, tally: Tally, area: Area) -> None:
+def _one(case: Case, where: Path, tally: Tally, area: Area, seed: int) -> str:
+    """Run a case and count it; returns what is wrong."""
     tally.tried += 1
     try:
         _, wrong = run(case, where)
     except Exception:
         wrong = "the campaign itself failed: " + traceback.format_exc(limit=3)
-    if wrong:
-        tally.broken.append(f"{case.name}: {wrong}")
-        print(f"BROKEN {area.name}: {case.name}: {wrong}", file=sys.stderr, flush=True)
-    else:
+    if not wrong:
         tally.held += 1
-
-
-def _table(tallies: dict[str, Tally], options: argparse.Namespace) -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    length = f"{options.minutes:g} minutes" if options.minutes else f"{options.cases} cases an area"
-    lines = [
-        f"Campaign of {length}, seed {options.seed}, commit {commit.stdout.strip() or 'unknown'}",
-        "",
-        "| area | tried | held | broken |",
-        "|---|---|---|---|",
-    ]
-    for name, tally in tallies.items():
-        lines.append(f"| {name} | {tally.tried} | {tally.held} | {len(tally.broken)} |")
-    total = [sum(getattr(tally, part) for tally in tallies.values()) for part in ("tried", "held")]
-    lines += [f"| all | {total[0]} | {total[1]} | {total[0] - total[1]} |", ""]
-    lines += [f"- {name}: {broken}" for name, tally in tallies.items() for broken in tally.broken]
-    return "\n".join(lines) + "\n"
+        return ""
+    again = f"--area '{area.name}' --seed {seed} --cases {tally.tried}"
+    tally.broken.append(f"{case.name}: {wrong} ({again})")
+    print(f"BROKEN {area.name}: {tally.broken[-1]}", file=sys.stderr, flush=True)
+    return wrong
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 DONE, OTHER, INPUT, DAMAGED = 0, 1, 2, 3
 TEMPORARY = re.compile(r"\.tmp-|\.part$|\.tmp$")
@@ -20,12 +22,12 @@ TEMPORARY = re.compile(r"\.tmp-|\.part$|\.tmp$")
 
 @dataclass
 class Outcome:
-    """How a child process ended: exit code (negative: signal), output, seconds."""
+    """How a child process ended: exit code (negative: signal), output, why it was killed."""
 
     code: int
     stdout: str
     stderr: str
-    seconds: float
+    hang: str = ""
 
     @property
     def last_line(self) -> str:
@@ -48,7 +50,9 @@ class Case:
         allowed: exit codes that are right.
         checks: more that must hold.
         folders: where no temporary file may be left.
-        seconds: limit after which the child hangs.
+        cpu_seconds: of the child and its children; more of them is an endless loop. Wall time is
+            no limit, so that a verdict does not depend on what else the machine does.
+        idle_seconds: without a tick of CPU time and without a wait for the disk; more is a hang.
     """
 
     name: str
@@ -56,17 +60,27 @@ class Case:
     allowed: tuple[int, ...] = (DONE, INPUT, DAMAGED)
     checks: tuple[Check, ...] = ()
     folders: tuple[Path, ...] = ()
-    seconds: float = 60.0
+    cpu_seconds: float = 60.0
+    idle_seconds: float = 120.0
 
 
 @dataclass
 class Area:
-    """A kind of attack with its generator of cases."""
+    """A kind of attack with its generator of cases.
+
+    Args:
+        name: for the table and ``--area``.
+        cases: yields cases without end, drawn from the generator of random numbers.
+        needs_root: it mounts file systems.
+        every: it has its turn in one round of so many.
+        long: a case takes minutes, so that short campaigns leave it out.
+    """
 
     name: str
-    cases: Callable[[random.Random, Path], Iterator[Case]]
+    cases: Callable[[random.Random, Path], Generator[Case, None, None]]
     needs_root: bool = False
-    slow: bool = False
+    every: int = 1
+    long: bool = False
 
 
 @dataclass
@@ -93,8 +107,8 @@ def run(case: Case, folder: Path) -> tuple[Outcome, str]:
 
 
 def _judge(case: Case, outcome: Outcome) -> str:
-    if outcome.code == -signal.SIGKILL:
-        return f"hangs for more than {case.seconds:g} s"
+    if outcome.hang:
+        return outcome.hang
     if outcome.code < 0:
         return f"dies of {signal.Signals(-outcome.code).name}"
     if "Traceback (most recent call last)" in outcome.stderr:
@@ -120,19 +134,14 @@ def _tree(folder: Path) -> Iterator[Path]:
 
 def _fork(case: Case, folder: Path) -> Outcome:
     out, err = folder / "stdout", folder / "stderr"
-    begin = time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
         os._exit(_in_child(case, folder, out, err))
-    code = _wait(child, case.seconds)
-    return Outcome(
-        code,
-        out.read_text(errors="replace"),
-        err.read_text(errors="replace"),
-        time.monotonic() - begin,
-    )
+    code, hang = _wait(child, case)
+    texts = [path.read_text(errors="replace") if path.is_file() else "" for path in (out, err)]
+    return Outcome(code, texts[0], texts[1], hang)
 
 
 def _in_child(case: Case, folder: Path, out: Path, err: Path) -> int:
@@ -156,21 +165,59 @@ def _in_child(case: Case, folder: Path, out: Path, err: Path) -> int:
     return code
 
 
-def _wait(child: int, seconds: float) -> int:
-    deadline = time.monotonic() + seconds
+def _wait(child: int, case: Case) -> tuple[int, str]:
+    """Wait for the end of the child, or end it; returns its exit code and why it was ended."""
+    watch = _Watch(child, case)
     pause = 0.002
-    while time.monotonic() < deadline:
+    while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            return os.waitstatus_to_exitcode(status), ""
+        if pause >= 0.05 and (hang := watch.hang()):
+            watch.kill()
+            os.waitpid(child, 0)
+            return -signal.SIGKILL, hang
         time.sleep(pause)
         pause = min(0.05, pause * 1.5)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -signal.SIGKILL
+
+
+class _Watch:
+    """Whether a process and its descendants compute without end, or wait for what never comes."""
+
+    EVERY = 1.0
+
+    def __init__(self, process: int, case: Case) -> None:
+        self._process, self._case = psutil.Process(process), case
+        self._looked = self._changed = time.monotonic()
+        self._cpu = 0.0
+
+    def hang(self) -> str:
+        now = time.monotonic()
+        if now - self._looked < self.EVERY:
+            return ""
+        self._looked = now
+        cpu, busy = 0.0, False
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                cpu += sum(process.cpu_times()[:4])  # with those of children that have ended
+                busy |= process.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+        if busy or cpu != self._cpu:
+            self._changed, self._cpu = now, cpu
+        if cpu > self._case.cpu_seconds:
+            return f"computes for more than {self._case.cpu_seconds:g} s of CPU time"
+        if now - self._changed > self._case.idle_seconds:
+            return f"hangs: nothing happened for {self._case.idle_seconds:g} s"
+        return ""
+
+    def kill(self) -> None:
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def _family(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.Error):
+            return [self._process, *self._process.children(recursive=True)]
+        return [self._process]
 
 
 def command(*arguments: object) -> Callable[[], int]:

@@ -97,7 +97,7 @@ DEEP = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
 
 def damage_file(random: Random, path: Path) -> str:
     """Damage one file in a random way and say how."""
-    ways: list[Callable[[Random, Path], str]] = [_flip, _flip, _flip, _cut, _grow, _zero]
+    ways: list[Callable[[Random, Path], str]] = [flip, flip, flip, _cut, _grow, _zero]
     ways += [_delete, _fifo, _folder, _loop, _empty, _rubbish]
     # A hard link must not damage the original.
     data = path.read_bytes()
@@ -106,7 +106,7 @@ def damage_file(random: Random, path: Path) -> str:
     return random.choice(ways)(random, path)
 
 
-def _flip(random: Random, path: Path) -> str:
+def flip(random: Random, path: Path) -> str:
     data = bytearray(path.read_bytes())
     if not data:
         return "nothing"
@@ -175,3 +175,13 @@ def copy_tree(source: Path, target: Path) -> Path:
     """Copy a folder by hard links, so that cases cost little; :func:`damage_file` unlinks first."""
     shutil.copytree(source, target, copy_function=os.link, symlinks=True)
     return target
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from portrait_dist.errors import InputError
@@ -83,6 +84,18 @@ def test_a_killed_rank_and_a_refused_one_end_the_launcher_with_their_reason(
     assert code == result["exit_code"] == 2
     assert "model.init_features was 2, now it is 3" in result["error"]
     assert job.text().count("model.init_features was 2") == 1, "said once, by rank 0"
+
+
+def test_ranks_whose_torchrun_is_killed_while_they_start_end_at_once(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    """They would look for its key-value store for ten minutes and more."""
+    job = train(tmp_path, tiny_shards, ranks=2)
+    ranks = wait_for(lambda: len(job.ranks()) == 2 and job.ranks(), "the start of two ranks", job)
+    job.process.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=120)
+    assert not alive
+    assert "its torchrun process has ended" in job.text()
 
 
 def test_the_number_of_ranks_is_a_number_auto_or_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from portrait_dist.config import RunConfig, load
 from portrait_dist.errors import InputError
-from portrait_dist.runs.folder import Event, Events
+from portrait_dist.runs.folder import Event, Events, RunFolder
 from portrait_dist.slurm.allocation import Allocation
 from portrait_dist.slurm.job import (
     Attempt,
@@ -25,6 +25,7 @@ from portrait_dist.slurm.job import (
     read_attempts,
     record_attempt,
     srun_command,
+    supervise,
 )
 from portrait_dist.slurm.node import launch_config
 from portrait_dist.slurm.node_check import NodeReport
@@ -182,6 +183,26 @@ def test_the_node_that_failed_is_the_one_that_hangs_else_the_first_to_fail(tmp_p
     assert first_failed_node(path, allocation, Events()) == "n1"
     assert first_failed_node(path, allocation, Events((hang,))) == "n3"
     assert first_failed_node(tmp_path / "none", allocation, Events()) == ""
+
+
+def test_an_attempts_lines_are_its_own_whatever_the_clocks_of_the_nodes_say(
+    tmp_path: Path,
+) -> None:
+    """The batch script runs on another node than the rank that writes."""
+    run = RunFolder(tmp_path)
+    run.metrics.write_text('{"kind": "error", "time": 4e9, "message": "of the attempt before"}\n')
+    line = '{"kind": "stop", "time": 5, "message": "of this one"}'
+    code = f"open({str(run.metrics)!r}, 'a').write({line!r} + chr(10)); raise SystemExit(75)"
+    before = {number: signal.getsignal(number) for number in SignalRelay.SIGNALS}
+    try:
+        relay, allocation = SignalRelay(), Allocation.from_environment(JOB)
+        attempt = supervise([sys.executable, "-c", code], run, allocation, relay, tmp_path)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert attempt.exit_code == 75
+    assert attempt.last is not None
+    assert attempt.last.message == "of this one"
 
 
 def test_a_damaged_line_of_the_attempts_is_skipped(tmp_path: Path) -> None:

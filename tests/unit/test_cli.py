@@ -191,3 +191,14 @@ def test_an_interruption_is_one_line_and_exit_code_1(probe: Callable[..., Result
     result = probe(action, "--json")
     assert_one_line(result, 1, "interrupted; nothing half-written is left")
     assert result.json["exit_code"] == 1
+
+
+@pytest.mark.parametrize("number", ["SIGSEGV", "SIGBUS", "SIGABRT"])
+def test_a_native_crash_says_where_also_without_torchrun(number: str) -> None:
+    code = (
+        "import os, signal; from portrait_dist import cli\n"
+        f"cli.run = lambda words: os.kill(os.getpid(), signal.{number}); cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Fatal Python error" in done.stderr
+    assert 'File "<string>", line 2' in done.stderr

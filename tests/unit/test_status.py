@@ -63,6 +63,14 @@ def test_status_of_a_running_run_gives_position_score_speed_time_left_and_checkp
     assert "5 min 00 s" in status.table()
 
 
+def test_a_clock_behind_the_one_that_wrote_gives_no_negative_ages(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "ckpt_latest.pth").touch()
+    status = run_status(run, now=5)
+    assert (status.seconds_since_last_line, status.checkpoint_age_seconds) == (0.0, 0.0)
+    assert "-" not in status.table().replace(str(run), "").replace("0.", "")
+
+
 def test_batches_and_optimiser_steps_are_two_numbers_with_two_names(tmp_path: Path) -> None:
     """Ten batches make four steps of three; old lines count batches as steps."""
     position = {"batches_per_epoch": 10, "steps_per_epoch": 4, "max_epochs": 5}

@@ -165,6 +165,7 @@ class ShardSet:
         self._opening: dict[int, threading.Lock] = {}
         self._absent: dict[int, tuple[float, str]] = {}  # since when, and what the server said
         self._renewed: set[int] = set()
+        self._here: set[int] = set()
         ShardSet._alive.add(self)
 
     def __len__(self) -> int:
@@ -182,6 +183,11 @@ class ShardSet:
     def fits_cache(self) -> bool:
         """Whether the whole split lies on the local disk, or the cache has room for it."""
         return not self.remote or self._bytes <= self.cache.limit
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether a read may have to wait for a server: not every shard is in the cache to stay."""
+        return self.remote and not (self.fits_cache and len(self._here) == len(self.shards))
 
     @property
     def most_open(self) -> int:
@@ -255,7 +261,9 @@ class ShardSet:
         if not self.remote:
             return Path(self.location) / entry.name
         address = join(self.location, entry.name)
-        return self.cache.fetch(address, entry.sha256, entry.bytes, cancelled=cancelled)
+        path = self.cache.fetch(address, entry.sha256, entry.bytes, cancelled=cancelled)
+        self._here.add(number)
+        return path
 
     def _index(self, number: int, cancelled: threading.Event | None = None) -> Path:
         entry = self.shards[number]

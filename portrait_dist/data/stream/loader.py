@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Generator
+import weakref
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
@@ -166,6 +167,7 @@ class StreamLoader:
         self._iterations = 0
         self._unchecked = check and dataset.drop_last
         self._idle: DecodePipeline | None = None
+        self._current: Callable[[], DecodePipeline | None] = lambda: None
 
     @property
     def batch_size(self) -> int:
@@ -234,6 +236,22 @@ class StreamLoader:
         self._position = _Position(state["epoch"], state["samples_seen"])
         self._start, self._chosen = state["samples_seen"], True
 
+    def ready(self, timeout: float) -> bool:
+        """Wait for the next batch of the last iteration for at most so many seconds.
+
+        For a consumer that must do something else where a server of shards is away.
+
+        Returns:
+            Whether the batch is there, or there is none.
+        """
+        pipeline = self._current()
+        if pipeline is None:
+            return True
+        begin = time.perf_counter()
+        found = pipeline.ready(timeout)
+        self.data_wait_seconds += time.perf_counter() - begin
+        return found
+
     def close(self) -> None:
         """End the threads that wait for the next iteration; it starts others."""
         if self._idle is not None:
@@ -293,6 +311,7 @@ class StreamLoader:
         # beyond the end of the first.
         pipeline.seek(epoch, position.samples_seen, continues=self._iterations > 0)
         self._iterations += 1
+        self._current = weakref.ref(pipeline)
         return self._batches(pipeline, position)
 
     def _batches(

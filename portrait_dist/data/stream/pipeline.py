@@ -159,9 +159,9 @@ class PendingBatch:
             if self._tasks_left == 0:
                 self._done.set()
 
-    def wait(self) -> None:
-        """Wait until every row is decoded."""
-        self._done.wait()
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until every row is decoded; returns whether it is, within ``timeout`` seconds."""
+        return self._done.wait(timeout)
 
     def batch(self, epoch: int) -> Batch:
         """Return the finished batch, without the skipped rows.
@@ -248,6 +248,15 @@ class DecodePipeline:
             self._fetch_shards(start)
             self._start_threads()
             self._plan_ahead()
+
+    def ready(self, timeout: float) -> bool:
+        """Wait for the next batch for at most so many seconds; returns whether it is there.
+
+        Without threads it is always said to be: the consumer decodes it.
+        """
+        if self._threads:
+            self._plan_ahead()
+        return not self._pending or self._pending[0].wait(timeout)
 
     def next_batch(self) -> Batch:
         """Wait for the next batch of the epoch sought and return it.

@@ -1,0 +1,56 @@
+"""Breaks of what holds when servers are away, launchers die and processes crash."""
+
+from tests.mutation import Mutation
+
+OUTAGE = (
+    "tests/ranks/test_outage.py"
+    "::test_a_signal_during_an_outage_saves_and_ends_all_ranks_and_no_sample_is_lost"
+)
+
+MUTATIONS = [
+    Mutation(
+        file="portrait_dist/training/trainer.py",
+        old="            give_up=lambda: bool(self.signals.received),\n",
+        new="",
+        test=OUTAGE,
+        why="a stop signal ends the wait for a server of shards",
+    ),
+    Mutation(
+        file="portrait_dist/training/trainer.py",
+        old="            agree=self._agree_before_step,\n",
+        new="",
+        test=OUTAGE,
+        why="ranks agree before a step whether everyone has a batch",
+    ),
+    Mutation(
+        file="portrait_dist/system/parent.py",
+        old="            if is_gone():",
+        new="            if False:",
+        test="tests/ranks/test_launch.py"
+        "::test_ranks_whose_torchrun_is_killed_while_they_start_end_at_once",
+        why="ranks end when torchrun is killed while they start",
+    ),
+    Mutation(
+        file="portrait_dist/cli.py",
+        old="        faulthandler.enable()  # a native crash tells where\n",
+        new="        pass\n",
+        test="tests/unit/test_cli.py::test_a_native_crash_says_where_also_without_torchrun",
+        why="a native crash says where",
+    ),
+    Mutation(
+        file="portrait_dist/slurm/job.py",
+        old="    events = Events(tuple(found)[before:], found.skipped)\n",
+        new="    events = Events(tuple(one for one in found if one.time >= time.time() - 9), 0)\n",
+        test="tests/slurm/test_requeue_decisions.py"
+        "::test_an_attempts_lines_are_its_own_whatever_the_clocks_of_the_nodes_say",
+        why="why an attempt ended does not depend on the clocks of nodes",
+    ),
+    Mutation(
+        file="portrait_dist/runs/status.py",
+        old="max(0.0, round(self.now - moment, 1))",
+        new="round(self.now - moment, 1)",
+        test="tests/unit/test_status.py"
+        "::test_a_clock_behind_the_one_that_wrote_gives_no_negative_ages",
+        why="no age is negative",
+    ),
+]
