@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -229,3 +230,14 @@ def command(*arguments: object) -> Callable[[], int]:
         return cli.run([str(argument) for argument in arguments])
 
     return action
+
+
+def clear(folder: Path) -> None:
+    """Remove what a case left in the folder of its area."""
+    for path in folder.iterdir():
+        if path.name in ("stdout", "stderr"):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

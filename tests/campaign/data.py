@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from tests.campaign import odd
-from tests.campaign.case import DAMAGED, INPUT, Case, Outcome, command
+from tests.campaign.case import DAMAGED, INPUT, Case, Outcome, clear, command
 from tests.campaign.world import World, samples
 
 
@@ -215,3 +215,97 @@ def splits(world: World, random: Random, folder: Path) -> Generator[Case, None, 
         yield Case(f"pack: split.json with {str(by)[:30]!r}", pack, folders=(folder,))
         for path in (data, folder / "s"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def lists(world: World, random: Random, folder: Path) -> Generator[Case, None, None]:
+    """Lists of pairs and split files with odd lines, paths, bytes and sizes."""
+    pairs = _pairs(world)
+    while True:
+        path = folder / f"list{random.choice(['.csv', '.tsv', '.jsonl'])}"
+        path.write_bytes(_list_text(random, pairs, path.suffix))
+        what = _spoil_list(random, path)
+        out = folder / "data"
+        words: list[object] = ["prepare", "--raw", path, "--out", out]
+        if random.random() < 0.3:
+            split = folder / f"split{random.choice(['.json', '.csv'])}"
+            keys = {"train": [one.stem for one, _ in pairs[:9]], "val": [pairs[9][0].stem]}
+            split.write_bytes(odd.json_text(odd.replace_somewhere(random, keys, "x")))
+            what += f"; {odd.damage_file(random, split)}"
+            words += ["--split-file", split]
+        yield Case(
+            f"prepare from {path.name}: {what}",
+            command(*words),
+            checks=(one_line, lambda _: _nothing_outside(folder, {"data"})),
+            folders=(folder,),
+        )
+        clear(folder)
+
+
+def _pairs(world: World) -> list[tuple[Path, Path]]:
+    images = sorted((world.raw / "clip_img").rglob("*.jpg"))
+    return [(image, next((world.raw / "matting").rglob(f"{image.stem}.png"))) for image in images]
+
+
+def _list_text(random: Random, pairs: list[tuple[Path, Path]], suffix: str) -> bytes:
+    splits = [random.choice(["train", "train", "train", "val", "test"]) for _ in pairs]
+    rows = [
+        [str(image), str(mask), split] for (image, mask), split in zip(pairs, splits, strict=True)
+    ]
+    if random.random() < 0.7:
+        row = random.choice(rows)
+        place = random.randrange(3)
+        row[place] = random.choice(
+            [
+                *("", "../../../etc/passwd", "/dev/zero", "http://[::1", "file:///etc/passwd"),
+                *("-", "a\0b", "n" * 300, "\u202e", row[(place + 1) % 3], "~/x", "x" * 70_000),
+                *("http://127.0.0.1:9/x.jpg", "memory://x", "s3://", ".", "/", '"', "'\n"),
+            ]
+        )
+    if suffix == ".jsonl":
+        names = ("image", "mask", "split")
+        lines = [json.dumps(dict(zip(names, row, strict=True))) for row in rows]
+        if random.random() < 0.3:
+            lines.insert(
+                random.randrange(len(lines)), random.choice(["[]", "null", "{", '{"a":' * 9000])
+            )
+    else:
+        mark = "\t" if suffix == ".tsv" else ","
+        lines = [mark.join(["image", "mask", "split"])] * (random.random() < 0.7)
+        lines += [mark.join(row) for row in rows]
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
+
+
+def _spoil_list(random: Random, path: Path) -> str:
+    return odd.damage_file(random, path) if random.random() < 0.4 else "an odd value"
+
+
+def _nothing_outside(folder: Path, known: set[str]) -> str:
+    """Say what was written beside what the case made."""
+    own = ("stdout", "stderr", "list.", "split.")
+    found = [path.name for path in folder.iterdir() if not path.name.startswith(own)]
+    others = [name for name in found if name not in known]
+    return f"{others[0]} was written" if others else ""
+
+
+LAYOUTS = (("images", "masks"), ("img", "alpha"), ("train/images", "train/masks"), ("a b", "ü"))
+
+
+def layouts(world: World, random: Random, folder: Path) -> Generator[Case, None, None]:
+    """Folders of other layouts with odd files: prepared, or refused by name."""
+    pairs = _pairs(world)[:10]
+    while True:
+        tree = folder / "tree"
+        for part, number in zip(random.choice(LAYOUTS), (0, 1), strict=True):
+            (tree / part).mkdir(parents=True)
+            for pair in pairs:
+                os.link(pair[number], tree / part / pair[number].name)
+        victim = random.choice(sorted(path for path in tree.rglob("*") if path.is_file()))
+        what = odd.damage_file(random, victim)
+        mode = random.choice(["link", "copy", "reference"])
+        out = folder / "data"
+        prepare = command("prepare", "--raw", tree, "--out", out, "--mode", mode)
+        yield Case(f"prepare {mode}: {what}", prepare, folders=(folder,))
+        if (out / "split.json").is_file():
+            words = ["pack", "--data", out, "--out", folder / "s", "--size", 32, "--workers", 1]
+            yield Case(f"pack after prepare {mode}: {what}", command(*words), folders=(folder,))
+        clear(folder)

@@ -54,6 +54,11 @@ TEXTS = (
     "null",
     "~",
     "64x64",
+    "os:system",
+    "torch.nn.Nope",
+    "../../x.py:Net",
+    "sg:nope",
+    "package.module:",
 )
 
 
@@ -70,6 +75,30 @@ def settings(world: World, random: Random, folder: Path) -> Generator[Case, None
     while True:
         name, text = random.choice(names), random.choice(TEXTS)
         yield Case(f"{name}={text[:30]!r}", command(*base, f"{name}={text}"), checks=(one_line,))
+
+
+def submissions(world: World, random: Random, folder: Path) -> Generator[Case, None, None]:
+    """Jobs around a training with one odd option, as dry runs: one line, nothing executed."""
+    model: list[str] = ["--checkpoint", str(world.checkpoint)]
+    out, data, shards = str(folder / "out"), str(world.data), str(world.shards)
+    run = [f"data.shards={folder / 'shards'}", f"run.root={folder / 'runs'}", "run.name=first"]
+    kinds = [
+        ["pack", "--parts", "4", "--cpus", "2", "--data", data, "--out", out],
+        ["predict", "--parts", "2", *model, str(world.photos), "--out", out],
+        ["evaluate", "--nodes", "1", "--cpus", "2", *model, "--data", shards],
+        ["pipeline", "--raw", str(world.raw), "--data", out, "--parts", "2", "--nodes", "1", *run],
+    ]
+    odd_texts = (*TEXTS, "; touch hacked", "$(touch hacked)", "`touch hacked`", "\n#SBATCH -x")
+    while True:
+        words = list(random.choice(kinds))
+        place = random.randrange(1, len(words) + 1)
+        text = random.choice(odd_texts)
+        words[place:] = [text, *words[place + random.choice([0, 1]) :]]
+        yield Case(
+            f"submit {words[0]} with {text[:30]!r}",
+            command("submit", *words, "--dry-run"),
+            checks=(one_line, lambda _: "executed" if (folder / "hacked").exists() else ""),
+        )
 
 
 def recipes(world: World, random: Random, folder: Path) -> Generator[Case, None, None]:
@@ -132,7 +161,9 @@ def checkpoints(world: World, random: Random, folder: Path) -> Generator[Case, N
         if kind < 0.1:
             path.write_bytes(pickle.dumps({"net": odd.Payload(folder / "hacked")}))
             what = "a pickle that executes a command"
-        elif kind < 0.3:
+        elif kind < 0.2:
+            what = _name_code(random, good, path, folder / "hacked")
+        elif kind < 0.4:
             path.write_bytes(world.checkpoint.read_bytes())
             what = odd.damage_file(random, path)
         else:
@@ -167,7 +198,34 @@ def checkpoints(world: World, random: Random, folder: Path) -> Generator[Case, N
             folders=(folder,),
         )
         remove(path)
+        remove(folder / "segmentation_models_pytorch.py")
         shutil.rmtree(out, ignore_errors=True)
+
+
+def _name_code(random: Random, good: dict[str, Any], path: Path, hacked: Path) -> str:
+    """Write a checkpoint whose network is a name that leads to code; returns the name."""
+    evil = f"import os; os.system('touch {hacked}')"
+    # A module in the current folder under the name of a library that may not be installed.
+    (hacked.parent / "segmentation_models_pytorch.py").write_text(evil)
+    payload = hacked.parent / "payload.pkl"
+    payload.write_bytes(pickle.dumps(odd.Payload(hacked)))
+    name, args = random.choice(
+        [
+            ("os:system", {"command": f"touch {hacked}"}),
+            ("builtins:exec", {"source": evil}),
+            ("subprocess:getoutput", {"cmd": f"touch {hacked}"}),
+            ("torch.serialization:load", {"f": str(payload), "weights_only": False}),
+            ("segmentation_models_pytorch.Unet", {}),
+            (f"{hacked.parent}/segmentation_models_pytorch.py:Unet", {}),
+            ("segmentation_models_pytorch.os:system", {"command": f"touch {hacked}"}),
+            ("sg:os.system", {"command": f"touch {hacked}"}),
+        ]
+    )
+    build = {"name": name, "args": args, "output": "logits", "stride": 16}
+    import torch
+
+    torch.save({**good, "portrait_dist": {**good["portrait_dist"], "build": build}}, path)
+    return f"its network is {name}"
 
 
 def remove(path: Path) -> None:

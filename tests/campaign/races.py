@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 from tests.campaign import runs
-from tests.campaign.case import DONE, INPUT, Case, command
+from tests.campaign.case import DONE, INPUT, Case, clear, command
 from tests.campaign.places import same_bytes
 from tests.campaign.world import World, pack_words, train_words
 
@@ -169,14 +168,3 @@ def _same_tree(one: Path, other: Path) -> Action:
         return 0
 
     return action
-
-
-def clear(folder: Path) -> None:
-    """Remove what a case left in the folder of its area."""
-    for path in folder.iterdir():
-        if path.name in ("stdout", "stderr"):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
