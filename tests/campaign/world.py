@@ -109,7 +109,7 @@ def _stopping_after(file: Path) -> Iterator[None]:
     """Send this process SIGTERM as soon as a file is there."""
 
     def stop() -> None:
-        wait_for(file.exists)
+        wait_for(file.exists, timeout=3600)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=stop, daemon=True)
