@@ -51,6 +51,8 @@ DISK_ERRORS = frozenset(
     )
 )
 """What the file system says of a disk or a path; other operating system errors may be bugs."""
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+"""What it says of a path that cannot be one."""
 
 
 class LazyGroup(click.Group):
@@ -152,7 +154,9 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
             "portrait-dist: interrupted; nothing half-written is left, run the same command again"
         )
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        name = f"{error.filename}: " if error.filename is not None else ""
+        name = f"{shorten(error.filename)}: " if error.filename is not None else ""
+        if error.errno in NO_PATH:
+            return 2, f"portrait-dist: {name}{error.strerror}; give another path"
         return 1, (
             f"portrait-dist: {name}{error.strerror}; see the path and the disk, then run again "
             "(--debug shows where)"

@@ -151,6 +151,7 @@ def write_error(path: str | Path, error: OSError) -> PortraitDistError:
         errno.ENOTDIR,
         errno.EINVAL,
         errno.ELOOP,
+        errno.EEXIST,  # where a folder should be: a link to nowhere
     ):
         return InputError(f"{path}: cannot be written ({error.strerror}); give another path")
     return PortraitDistError(

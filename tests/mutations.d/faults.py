@@ -53,4 +53,20 @@ MUTATIONS = [
         "::test_a_clock_behind_the_one_that_wrote_gives_no_negative_ages",
         why="no age is negative",
     ),
+    Mutation(
+        file="portrait_dist/cli.py",
+        old="        if error.errno in NO_PATH:",
+        new="        if False:",
+        test="tests/unit/test_cli.py"
+        "::test_a_path_that_cannot_be_one_is_wrong_input_for_every_command",
+        why="a path that cannot be one is wrong input",
+    ),
+    Mutation(
+        file="portrait_dist/files.py",
+        old="        errno.EEXIST,  # where a folder should be: a link to nowhere\n",
+        new="",
+        test="tests/unit/test_cli.py"
+        "::test_a_path_that_cannot_be_one_is_wrong_input_for_every_command",
+        why="a link to nowhere is no folder to write into",
+    ),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -191,6 +192,33 @@ def test_an_interruption_is_one_line_and_exit_code_1(probe: Callable[..., Result
     result = probe(action, "--json")
     assert_one_line(result, 1, "interrupted; nothing half-written is left")
     assert result.json["exit_code"] == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status"],
+        ["verify"],
+        ["show", "--out", "sheet.png", "--data"],
+        ["show", "--data", "SHARDS", "--out"],
+        ["pack", "--data", "SPLIT", "--out"],
+        ["pack", "--out", "out", "--data"],
+        ["prepare", "--raw", "RAW", "--out"],
+        ["prepare", "--out", "out", "--raw"],
+        ["synth", "--pairs", "1", "--out"],
+    ],
+)
+def test_a_path_that_cannot_be_one_is_wrong_input_for_every_command(
+    words: list[str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    for name, fixture in {"SHARDS": "tiny_shards", "SPLIT": "split_dir", "RAW": "raw_tree"}.items():
+        if name in words:
+            words = [str(request.getfixturevalue(fixture)) if w == name else w for w in words]
+    request.getfixturevalue("monkeypatch").chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    for path in ("n" * 300, "loop", "loop/x"):
+        assert_one_line(call(*words, path), 2)
+    assert sorted(os.listdir(tmp_path)) == ["loop"]
 
 
 @pytest.mark.parametrize("number", ["SIGSEGV", "SIGBUS", "SIGABRT"])

@@ -638,6 +638,8 @@ def read_manifest(location: str | Path, downloads: DownloadOptions | None = None
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(_no_shards(Path(location))) from None
     except OSError as error:
+        if not os.path.isdir(location):  # a link to itself, too long a name
+            raise InputError(_no_shards(Path(location))) from error
         raise DamagedDataError(
             f"{path}: cannot be read ({error.strerror}); copy it again, or pack the shards again"
         ) from error
@@ -647,7 +649,7 @@ def read_manifest(location: str | Path, downloads: DownloadOptions | None = None
 
 
 def _no_shards(folder: Path) -> str:
-    if not folder.exists():
+    if not os.path.exists(folder):
         return f"{folder}: there is no such folder; give one that 'portrait-dist pack' wrote"
     if (folder / "split.json").is_file():
         return (
