@@ -32,6 +32,8 @@ T = TypeVar("T")
 SECONDS_AFTER_RANK_0 = 3.0
 SECONDS_FOR_PYTHON = 60.0
 """NCCL's watchdog aborts a process without a word; so long the Python error comes before it."""
+STORE_ATTEMPTS = 5
+"""A second apart."""
 
 
 def rank() -> int:
@@ -146,6 +148,7 @@ def _start(device: torch.device, timeout_seconds: float) -> None:
         return
     if card := gloo_interface(os.environ):
         os.environ["GLOO_SOCKET_IFNAME"] = card
+    _check_torchrun_is_there()
     timeout = timedelta(seconds=timeout_seconds)
     gpu = device.type == "cuda"
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
@@ -156,6 +159,33 @@ def _start(device: torch.device, timeout_seconds: float) -> None:
         world_size=world_size(),
         timeout=timeout + timedelta(seconds=SECONDS_FOR_PYTHON) if gpu else timeout,
         device_id=device if gpu else None,
+    )
+
+
+def _check_torchrun_is_there() -> None:
+    """Ask whether torchrun's key-value store answers; it does before torchrun starts a rank.
+
+    A rank whose torchrun was killed before the rank could look at its parent would otherwise knock
+    at that store for the whole timeout.
+
+    Raises:
+        PortraitDistError: it refuses.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    host, port = os.environ.get("MASTER_ADDR", ""), environment_number("MASTER_PORT")
+    for attempt in range(STORE_ATTEMPTS):
+        try:
+            socket.create_connection((host, port), timeout=10).close()
+        except ConnectionRefusedError:
+            time.sleep(attempt + 1 < STORE_ATTEMPTS)
+        except OSError:
+            return  # torch has more ways to reach it, and says what is wrong
+        else:
+            return
+    raise PortraitDistError(
+        f"nobody answers at {host}:{port}: the torchrun process has ended, so this rank ends too; "
+        "run the same command again"
     )
 
 
