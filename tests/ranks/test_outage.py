@@ -75,7 +75,9 @@ def test_a_signal_during_an_outage_saves_and_ends_all_ranks_and_no_sample_is_los
         server.instead = away
         address = f"data.shards={server.address}"
         job = train(tmp_path, shards, *settings, f"train.batch_size={BATCH}", address, nproc=2)
-        wait_for(lambda: len(keys_seen(run)) == 2 * BATCH * STEPS, "the last possible step", job)
+        wait_for(
+            lambda: len(keys_seen(run)) == 2 * BATCH * STEPS, "the last possible step", job, 400
+        )
         job.process.send_signal(signal.SIGTERM)
         assert job.wait() == 75, job.text()
         assert f"waiting for batch {STEPS + 1}, saved in" in job.text()
