@@ -30,7 +30,7 @@ from tests.conftest import PAIRS, SEED
 REPOSITORY = Path(__file__).resolve().parent.parent
 LISTS = Path(__file__).parent / "mutations.d"
 COPIED = (
-    *("portrait_dist", "tests", "launch", "benchmarks", "docs", "examples"),
+    *("portrait_dist", "tests", "launch", "benchmarks", "docs", "examples", ".ci"),
     *("pyproject.toml", "README.md", "requirements.lock"),
 )
 
