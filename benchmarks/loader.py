@@ -106,11 +106,11 @@ def repeated(raw: Path, out: Path, copies: int) -> Path:
     An epoch of a few hundred small images lasts a tenth of a second, and its start counts; real
     ones are far longer.
     """
-    from portrait_dist.data.source.pairs import find_pairs
+    from portrait_dist.data.source.layouts import find_pairs
     from portrait_dist.data.source.split import link_or_copy
 
     for pair in find_pairs(raw).pairs:
-        for path in (pair.image, pair.matte):
+        for path in (Path(pair.image), Path(pair.matte)):
             folder = out / path.relative_to(raw).parent
             folder.mkdir(parents=True, exist_ok=True)
             for copy in range(copies):
@@ -372,7 +372,7 @@ def packing_rows(
     from portrait_dist.data.source.split import read_split
 
     split = read_split(folders["tree"])
-    mattes = [pair.matte.read_bytes() for pair in split.pairs("train")]
+    mattes = [Path(pair.matte).read_bytes() for pair in split.pairs("train")]
     pool = ThreadPoolExecutor(options.workers)
 
     def limit(decode: Callable[[bytes], Pixels]) -> measure.Round:

@@ -39,8 +39,7 @@ def _summary(result: PackResult) -> str:
 @click.option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
-    help="Folder that 'portrait-dist prepare' wrote.",
+    help="Folder that 'portrait-dist prepare' wrote, or any source that it takes.",
 )
 @options.folder_to_fill
 @click.option(
@@ -84,7 +83,7 @@ def _summary(result: PackResult) -> str:
     help="Hash the shards that are there already, instead of comparing their length and time.",
 )
 def pack(
-    data: Path,
+    data: str,
     out: Path,
     size: tuple[int, int] | None,
     samples_per_shard: int,

@@ -1,10 +1,11 @@
-"""``prepare`` splits a raw tree into train, val and test.
+"""``prepare`` splits pictures and masks of any layout into train, val and test.
 
 portrait-dist prepare --raw raw --out data
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from portrait_dist.commands.numbers import LARGEST_SEED, Fraction, Integer
 
 if TYPE_CHECKING:
     from portrait_dist.data.source.pairs import PairReport
+    from portrait_dist.data.source.split import Split
 
 MOST_NAMES = 10
 """File names of a kind that are listed on stderr."""
@@ -31,8 +33,10 @@ class PrepareResult:
         images_without_matte: images that were not used.
         mattes_without_image: mattes that were not used.
         identical_files: files that were not used because one of their name and content is.
-        other_pictures: files among the images that are no JPEG.
-        out: the tree.
+        other_pictures: files among the images that are not used for their type.
+        out: the folder.
+        layout: what the source was taken for, in words.
+        not_in_split_file: pairs that were not used because the split file does not name them.
     """
 
     pairs: int
@@ -44,14 +48,22 @@ class PrepareResult:
     identical_files: int
     other_pictures: int
     out: str
+    layout: str
+    not_in_split_file: int
 
 
 def _summary(result: PrepareResult) -> str:
     lines = [
+        f"taken for {result.layout}",
         f"{result.pairs} pairs: train {result.train}, val {result.val}, test {result.test}, "
         f"in {result.out}",
         f"not used: {result.images_without_matte} images without a matte, "
-        f"{result.mattes_without_image} mattes without an image",
+        f"{result.mattes_without_image} mattes without an image"
+        + (
+            f", {result.not_in_split_file} pairs that the split file does not name"
+            if result.not_in_split_file
+            else ""
+        ),
         f"next: portrait-dist pack --data {result.out} --out DIR",
     ]
     return "\n".join(lines)
@@ -61,8 +73,8 @@ def _summary(result: PrepareResult) -> str:
 @click.option(
     "--raw",
     required=True,
-    type=click.Path(path_type=Path),
-    help="Raw tree that holds clip_img and matting.",
+    help="Folder of images and masks in a known layout, a .csv, .tsv or .jsonl list of them, or "
+    "the address of one.",
 )
 @click.option(
     "--out",
@@ -93,48 +105,75 @@ def _summary(result: PrepareResult) -> str:
 )
 @click.option(
     "--split-by",
-    type=click.Choice(["sample", "group"]),
-    default="sample",
-    show_default=True,
+    type=click.Choice(["sample", "group", "given"]),
     help="Assign single pairs, or whole groups: no group in two splits, sizes only near the "
-    "fractions.",
+    "fractions; or as the source says.  [default: given where it says it, else sample]",
 )
 @click.option(
     "--mode",
-    type=click.Choice(["link", "copy"]),
-    default="link",
-    show_default=True,
-    help="Hard links where the file system allows, copies otherwise; or always copies.",
+    type=click.Choice(["link", "copy", "reference"]),
+    help="Hard links where the file system allows, copies otherwise; always copies; or leave the "
+    "files where they are and list them.  [default: link; reference for an address]",
+)
+@click.option(
+    "--split-file",
+    type=click.Path(path_type=Path),
+    help="Your own split: JSON of lists of keys, or a CSV of key and split; others are not used.",
+)
+@click.option(
+    "--list",
+    "names",
+    type=click.Path(path_type=Path),
+    help="File that names the files below --raw, one a line, in place of listing them.",
+)
+@click.option(
+    "--check/--no-check",
+    default=None,
+    help="Read the headers and ends of all files.  [default: unless --mode reference]",
 )
 def prepare(
-    raw: Path,
+    raw: str,
     out: Path,
     val_fraction: float,
     test_fraction: float,
     seed: int,
-    split_by: str,
-    mode: str,
+    split_by: str | None,
+    mode: str | None,
+    split_file: Path | None,
+    names: Path | None,
+    check: bool | None,
 ) -> PrepareResult:
-    """Pair the images and mattes of a raw AISegment tree and arrange them in train, val and test.
+    """Pair images and masks and arrange them in train, val and test.
 
     \b
         portrait-dist prepare --raw raw --out data
-        portrait-dist prepare --raw raw --out data --split-by group --seed 7
+        portrait-dist prepare --raw pictures.csv --out data --split-file my-split.json
+        portrait-dist prepare --raw s3://bucket/portraits --out data
 
-    Checks that every matte has alpha and its image's size, and that no file is cut off.
+    Takes AISegment's tree, images/ and masks/ with the same names, the tutorial's arranged tree,
+    Supervisely and P3M trees, and lists; says what it took the source for. Checks that every mask
+    has the size of its image, and that no file is cut off.
     """
     from portrait_dist.data.source import split
+    from portrait_dist.system.address import is_address
 
     made, report = split.prepare(
-        raw,
+        raw if is_address(raw) else Path(raw),
         out,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         seed=seed,
         split_by=split_by,
         mode=mode,
+        split_file=split_file,
+        names=names,
+        check=check,
     )
     _name_unused(report)
+    return _result(made, report, str(out))
+
+
+def _result(made: Split, report: PairReport, out: str) -> PrepareResult:
     return PrepareResult(
         pairs=len(report.pairs),
         train=len(made.keys("train")),
@@ -144,7 +183,9 @@ def prepare(
         mattes_without_image=len(report.mattes_without_image),
         identical_files=len(report.identical),
         other_pictures=len(report.other_pictures),
-        out=str(out),
+        out=out,
+        layout=report.layout,
+        not_in_split_file=len(report.not_in_split_file),
     )
 
 
@@ -157,11 +198,14 @@ def _name_unused(report: PairReport) -> None:
         [other for _, other in report.identical],
     )
     _name("not used, no JPEG by its name", report.other_pictures)
+    _name("not in the split file", report.not_in_split_file)
 
 
-def _name(what: str, paths: list[Path]) -> None:
+def _name(what: str, paths: Sequence[Path | str]) -> None:
     """Print file names on stderr, the first ten."""
+    from portrait_dist.system.address import redact
+
     for path in paths[:MOST_NAMES]:
-        click.echo(f"{what}: {path}", err=True)
+        click.echo(f"{what}: {redact(str(path))}", err=True)
     if len(paths) > MOST_NAMES:
         click.echo(f"{what}: and {len(paths) - MOST_NAMES} more", err=True)

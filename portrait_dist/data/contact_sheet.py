@@ -116,13 +116,13 @@ def _open(data: str, split: str, count: int) -> tuple[tuple[int, int] | None, It
         InputError: no such data or split.
     """
     from portrait_dist.data.shards import format as shard_format
-    from portrait_dist.data.source.pairs import IMAGES
+    from portrait_dist.data.source.layouts import is_source
     from portrait_dist.data.source.split import MANIFEST
 
     folder = Path(data)
     if is_address(data) or (folder / shard_format.MANIFEST).is_file():
         return _open_shards(data, split, count)
-    if (folder / MANIFEST).is_file() or (folder / IMAGES).is_dir():
+    if (folder / MANIFEST).is_file() or is_source(folder):
         return None, _open_folder(data, split, count)
     raise InputError(
         f"--data {redact(data)}: holds neither {MANIFEST} nor {shard_format.MANIFEST}; "

@@ -17,9 +17,18 @@ from torch.utils.data import Dataset
 from torchvision.transforms import ColorJitter
 from torchvision.transforms import functional as F
 
-from portrait_dist.data.source.pairs import Pair
-from portrait_dist.data.source.pictures import orientation_of, upright
-from portrait_dist.data.source.split import MANIFEST, SPLITS, pair_paths, read_split
+from portrait_dist.data.source.assignment import SPLITS
+from portrait_dist.data.source.locations import (
+    Location,
+    open_binary,
+    read_bytes,
+    shown,
+    suffix_of,
+)
+from portrait_dist.data.source.masks import NotAMaskError, decode_mask
+from portrait_dist.data.source.pairs import ALPHA, Pair
+from portrait_dist.data.source.pictures import MOST_BYTES, orientation_of, upright
+from portrait_dist.data.source.split import MANIFEST, open_data, pair_paths
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.preprocessing import MEAN, STD
 
@@ -38,7 +47,7 @@ class AISegmentDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     Args:
         data_path: tree with ``<split>/<key>.jpg`` and ``<split>/<key>.png``, of ``prepare`` or of
-            the tutorial.
+            the tutorial; or any source that ``prepare`` takes, with its default split.
         split: ``train``, ``val`` or ``test``.
         input_height: of the samples, in pixels.
         input_width: of the samples, in pixels.
@@ -71,17 +80,16 @@ class AISegmentDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Return image (RGB) and mask (L) of a pair at their own size."""
         pair = self.pairs[index]
-        image, matte = _decode(pair.image), _decode(pair.matte)
-        mask = matte.getchannel(matte.getbands()[-1])
+        image, mask = _decode(pair.image), _decode_mask(pair)
         if (orientation := orientation_of(image)) != 1:  # as ``pack`` does
-            shown = ImageOps.exif_transpose(image)
-            if mask.size == image.size != shown.size:
+            turned = ImageOps.exif_transpose(image)
+            if mask.size == image.size != turned.size:
                 mask = Image.fromarray(upright(np.asarray(mask), orientation))
-            image = shown
+            image = turned
         if image.size != mask.size:
             raise InputError(
-                f"{pair.matte}: {mask.size}, but its image {pair.image} has {image.size}; "
-                "bring both to one size"
+                f"{shown(pair.matte)}: {mask.size}, but its image {shown(pair.image)} has "
+                f"{image.size}; bring both to one size"
             )
         return image.convert("RGB"), mask
 
@@ -104,12 +112,12 @@ def _pairs(data: Path, split: str) -> list[Pair]:
         return [
             Pair(key, *pair_paths(data, split, key), group=key.partition("-")[0]) for key in keys
         ]
-    return read_split(data).pairs(split)
+    return open_data(data).pairs(split)
 
 
-def _decode(path: Path) -> Image.Image:
+def _decode(path: Location) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with open_binary(path) as file, Image.open(file) as image:
             image.load()
             return image
     except FileNotFoundError as error:
@@ -118,5 +126,23 @@ def _decode(path: Path) -> Image.Image:
         ) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise DamagedDataError(
-            f"{path}: cannot be decoded ({error}); get the file again, or remove the pair"
+            f"{shown(path)}: cannot be decoded ({error}); get the file again, or remove the pair"
+        ) from error
+
+
+def _decode_mask(pair: Pair) -> Image.Image:
+    """Mask of a pair, an image of mode L."""
+    if pair.masks == ALPHA:
+        matte = _decode(pair.matte)
+        return matte.getchannel(matte.getbands()[-1])
+    try:
+        return Image.fromarray(
+            decode_mask(read_bytes(pair.matte, MOST_BYTES), suffix_of(pair.matte))
+        )
+    except NotAMaskError as error:
+        raise InputError(f"{shown(pair.matte)}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise DamagedDataError(
+            f"{shown(pair.matte)}: cannot be decoded ({error}); get the file again, or remove the "
+            "pair"
         ) from error

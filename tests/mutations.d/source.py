@@ -5,17 +5,18 @@ from tests.mutation import Mutation
 PREPARE = "tests/unit/test_prepare.py"
 PACK = "tests/unit/test_pack.py"
 PARTS = "tests/unit/test_pack_parts.py"
+SOURCES = "tests/unit/test_sources.py"
 
 MUTATIONS = [
     Mutation(
-        file="portrait_dist/data/source/split.py",
+        file="portrait_dist/data/source/assignment.py",
         old='f"{seed}:{name}".encode()',
         new='f"{name}:{seed}".encode()',
         test=f"{PREPARE}::test_the_split_is_the_same_on_every_machine",
         why="the split is the same on every machine, forever",
     ),
     Mutation(
-        file="portrait_dist/data/source/pairs.py",
+        file="portrait_dist/data/source/trees.py",
         old="if not entry.is_dir() and os.path.exists(entry.path):",
         new="if False:",
         test=f"{PREPARE}::test_what_is_neither_file_nor_folder_is_refused_by_name",
@@ -116,5 +117,48 @@ MUTATIONS = [
         test="tests/unit/test_show.py"
         "::test_photos_keep_their_aspect_ratio_and_the_augmentation_is_that_of_training",
         why="show keeps the photos' aspect ratio",
+    ),
+    Mutation(
+        file="portrait_dist/data/source/masks.py",
+        old="    if low == 0 < high and np.isin(levels, (0, high)).all():",
+        new="    if False:",
+        test=f"{SOURCES}::test_masks_of_few_levels_show_the_person",
+        why="of two levels the upper one is the person",
+    ),
+    Mutation(
+        file="portrait_dist/data/source/masks.py",
+        old="    if 0 < high < CLASS_NUMBERS:\n        raise NotAMaskError(",
+        new="    if False:\n        raise NotAMaskError(",
+        test=f"{SOURCES}::test_class_numbers_are_no_mask",
+        why="class numbers are refused, never taken for a dark mask",
+    ),
+    Mutation(
+        file="portrait_dist/data/source/layouts.py",
+        old='chosen = "test" if name.upper().endswith("-NP") else split',
+        new="chosen = split",
+        test=f"{SOURCES}::test_every_layout_is_recognised_split_as_it_says_and_packed_to_the_pixel",
+        why="a tree's own splits are followed",
+    ),
+    Mutation(
+        file="portrait_dist/data/source/split.py",
+        old="    used = [index for index, key in enumerate(table.keys) if key in given]\n",
+        new="    used = [index for index, key in enumerate(table.keys) if key != given]\n",
+        test=f"{SOURCES}"
+        "::test_a_split_file_of_ones_own_decides_and_leaves_out_what_it_does_not_name",
+        why="a split file decides which pairs are used",
+    ),
+    Mutation(
+        file="portrait_dist/data/source/trees.py",
+        old="        if self.shown != self.root:\n",
+        new="        if False:\n",
+        test=f"{SOURCES}::test_an_address_with_a_password_is_not_written_down",
+        why="a password in an address is not written down",
+    ),
+    Mutation(
+        file="portrait_dist/data/source/lists.py",
+        old="        if any(one >= other for one, other in itertools.pairwise(keys)):",
+        new="        if False:",
+        test=f"{SOURCES}::test_a_damaged_list_of_a_prepared_folder_is_named",
+        why="a pairs.csv out of order is damage",
     ),
 ]

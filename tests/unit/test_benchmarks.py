@@ -162,6 +162,12 @@ def test_planning_an_epoch_is_measured_without_a_table(tmp_path: Path) -> None:
     assert all(row["samples_per_second"] > 0 < row["cpu_seconds_per_sample"] for row in rows)
 
 
+def test_preparing_is_measured_by_listing_and_by_a_file_of_names(tmp_path: Path) -> None:
+    found = measured("prepare", tmp_path / "prepare.json", "--quick")
+    assert [row["name"].partition(", ")[2] for row in found["rows"]] == ["listed", "--list"] * 2
+    assert all(0 < row["peak_megabytes"] < 300 for row in found["rows"])
+
+
 def test_cpu_seconds_count_child_processes_that_live_and_that_ended() -> None:
     measure = importlib.import_module("measure")
     burn = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"

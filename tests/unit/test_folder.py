@@ -43,7 +43,8 @@ def test_train_samples_equal_those_of_supergradients_transforms(split_dir: Path)
     for index in range(6):
         pair = dataset.pairs[index]
         sample = SegmentationSample(
-            Image.open(pair.image).convert("RGB"), np.asarray(Image.open(pair.matte))[..., -1]
+            Image.open(Path(pair.image)).convert("RGB"),
+            np.asarray(Image.open(Path(pair.matte)))[..., -1],
         )
         seed(index)
         for transform in chain:
@@ -63,8 +64,8 @@ def test_validation_samples_are_only_resized(split_dir: Path) -> None:
     assert len(dataset) == 7
     pair = dataset.pairs[0]
     expected = by_hand(
-        Image.open(pair.image).convert("RGB").resize((256, 256), Image.Resampling.BILINEAR),
-        Image.open(pair.matte).getchannel("A").resize((256, 256), Image.Resampling.NEAREST),
+        Image.open(Path(pair.image)).convert("RGB").resize((256, 256), Image.Resampling.BILINEAR),
+        Image.open(Path(pair.matte)).getchannel("A").resize((256, 256), Image.Resampling.NEAREST),
     )
     image, mask = dataset[0]
     assert (image.shape, image.dtype, mask.shape, mask.dtype) == (
@@ -101,7 +102,7 @@ def test_a_tree_arranged_by_other_means_is_read(split_dir: Path, tmp_path: Path)
 def test_a_missing_and_a_cut_off_file_are_named(split_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(split_dir, tmp_path / "data")
     dataset = AISegmentDataset(tmp_path / "data", "val", 16, 16)
-    image, matte = dataset.pairs[0].image, dataset.pairs[1].matte
+    image, matte = Path(dataset.pairs[0].image), Path(dataset.pairs[1].matte)
     image.write_bytes(image.read_bytes()[:30_000])
     matte.unlink()
     with pytest.raises(DamagedDataError, match=str(image)):

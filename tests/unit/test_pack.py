@@ -25,8 +25,9 @@ from portrait_dist.data.shards.decode import decode_stored
 from portrait_dist.data.shards.encode import resize_image
 from portrait_dist.data.shards.reader import ShardSet
 from portrait_dist.data.shards.writer import pack
+from portrait_dist.data.source.assignment import SPLITS
 from portrait_dist.data.source.pairs import check_pairs
-from portrait_dist.data.source.split import SPLITS, read_split
+from portrait_dist.data.source.split import read_split
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.system.threads import map_in_order
 from tests.cli import PORTRAIT_DIST, assert_one_line, call
@@ -105,9 +106,11 @@ def test_the_stored_alpha_is_the_last_channel_of_the_matte_to_the_pixel(
     for number, pair in enumerate(pairs):
         encoded = shards.read(number)
         assert encoded.key == pair.key
-        alpha = Image.open(pair.matte).getchannel("A").resize((32, 32), Image.Resampling.NEAREST)
+        alpha = (
+            Image.open(Path(pair.matte)).getchannel("A").resize((32, 32), Image.Resampling.NEAREST)
+        )
         assert (np.asarray(Image.open(io.BytesIO(encoded.alpha))) == np.asarray(alpha)).all()
-        picture = Image.open(pair.image)
+        picture = Image.open(Path(pair.image))
         image = resize_image(np.array(picture), (32, 32))
         off = np.abs(
             image.astype(int) - np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR))
@@ -125,7 +128,7 @@ def test_original_size_keeps_the_jpeg_files_as_they_are(tree: Path, tmp_path: Pa
     shards = ShardSet(tmp_path / "out", "train")
     assert shards.size is None
     for number, pair in enumerate(read_split(tree).pairs("train")):
-        assert bytes(shards.read(number).image) == pair.image.read_bytes()
+        assert bytes(shards.read(number).image) == Path(pair.image).read_bytes()
 
 
 @pytest.mark.parametrize("size", [None, (24, 16)])
@@ -140,12 +143,12 @@ def test_an_image_that_exif_turns_is_stored_upright_with_its_matte(
     stored = Image.fromarray(np.repeat(ramp[..., None], 3, axis=2))
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    stored.save(pair.image, quality=100, exif=exif)
-    with Image.open(pair.image) as opened:
+    stored.save(Path(pair.image), quality=100, exif=exif)
+    with Image.open(Path(pair.image)) as opened:
         shown = ImageOps.exif_transpose(opened)
     assert shown.size == (16, 24)
     alpha = (shown if matte == "as shown" else stored).getchannel(0)
-    Image.merge("LA", (alpha, alpha)).save(pair.matte)
+    Image.merge("LA", (alpha, alpha)).save(Path(pair.matte))
     check_pairs([pair])
     pack(data, tmp_path / "out", size=size)
     encoded = ShardSet(tmp_path / "out", "train").read(0)
@@ -159,7 +162,10 @@ def test_an_image_that_exif_turns_is_stored_upright_with_its_matte(
     assert np.array_equal(np.asarray(tutorial_mask), np.asarray(shown)[..., 0])
     if size is None:
         other = read_split(data).pairs("train")[1]
-        assert bytes(ShardSet(tmp_path / "out", "train").read(1).image) == other.image.read_bytes()
+        assert (
+            bytes(ShardSet(tmp_path / "out", "train").read(1).image)
+            == Path(other.image).read_bytes()
+        )
 
 
 def test_the_same_pairs_give_the_same_bytes(tree: Path, tmp_path: Path) -> None:
@@ -234,7 +240,7 @@ def test_a_shard_that_is_damaged_or_older_than_its_pairs_is_made_again(
     flip_bit(out / "train-00001.tar", 700)
     assert pack(tree, out, size=(16, 16), samples_per_shard=5).packed == 5
     assert files(out) == whole
-    path = read_split(tree).pairs("val")[1].image
+    path = Path(read_split(tree).pairs("val")[1].image)
     length = path.stat().st_size
     other = min((tree / "train").glob("*.jpg"), key=lambda image: image.stat().st_size).read_bytes()
     path.write_bytes(
@@ -289,24 +295,24 @@ def broken(tree: Path, kind: str) -> Path:
     """Break one pair; the file that has to be named."""
     pair = read_split(tree).pairs("train")[20]
     if kind == "cut":
-        cut(pair.image, -200)
-        return pair.image
+        cut(Path(pair.image), -200)
+        return Path(pair.image)
     if kind == "missing":
-        pair.matte.unlink()
-        return pair.matte
+        Path(pair.matte).unlink()
+        return Path(pair.matte)
     if kind == "no alpha":
-        Image.new("RGB", (16, 24)).save(pair.matte)
+        Image.new("RGB", (16, 24)).save(Path(pair.matte))
     elif kind == "other size":
-        Image.new("RGBA", (16, 23)).save(pair.matte)
+        Image.new("RGBA", (16, 23)).save(Path(pair.matte))
     elif kind == "flipped":
-        flip_bit(pair.matte, pair.matte.stat().st_size // 2)
+        flip_bit(Path(pair.matte), Path(pair.matte).stat().st_size // 2)
     elif kind == "named pipe":
-        pair.matte.unlink()
-        os.mkfifo(pair.matte)
+        Path(pair.matte).unlink()
+        os.mkfifo(Path(pair.matte))
     elif kind == "too large":
-        Image.new("L", (20000, 16000), 128).save(pair.image)
-        return pair.image
-    return pair.matte
+        Image.new("L", (20000, 16000), 128).save(Path(pair.image))
+        return Path(pair.image)
+    return Path(pair.matte)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from portrait_dist.data.source import pairs, split
+from portrait_dist.data.source import assignment, layouts, split
+from portrait_dist.data.source.assignment import SPLITS
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.files import lock_output
 from tests.cli import Result, assert_one_line, call
@@ -59,11 +60,11 @@ def files(tree: Path) -> dict[str, bytes]:
 
 def test_the_split_is_the_same_on_every_machine() -> None:
     keys = [f"1803151818-{number:08d}" for number in range(20)]
-    assigned = split.assign(keys, 1, 0.1, 0.1)
+    assigned = assignment.assign(keys, 1, 0.1, 0.1)
     # Written down once: sha256 of "1:<key>" is the same everywhere, forever.
     assert [key[-2:] for key in assigned["val"] + assigned["test"]] == ["01", "16", "03", "04"]
-    assert split.assign(keys[::-1], 1, 0.1, 0.1) == assigned
-    assert split.assign(keys, 2, 0.1, 0.1) != assigned
+    assert assignment.assign(keys[::-1], 1, 0.1, 0.1) == assigned
+    assert assignment.assign(keys, 2, 0.1, 0.1) != assigned
 
 
 @given(
@@ -74,7 +75,7 @@ def test_every_key_is_in_one_split_and_sizes_are_rounded_down(
     n: int, val: float, test: float, seed: int
 ) -> None:
     keys = [f"k{number}" for number in range(n)]
-    assigned = split.assign(keys, seed, val, test)
+    assigned = assignment.assign(keys, seed, val, test)
     assert sorted(assigned["train"] + assigned["val"] + assigned["test"]) == sorted(keys)
     assert (len(assigned["val"]), len(assigned["test"])) == (int(val * n), int(test * n))
 
@@ -84,10 +85,10 @@ def test_every_key_is_in_one_split_and_sizes_are_rounded_down(
 def test_no_group_is_in_two_splits_and_no_split_is_empty(sizes: list[int], seed: int) -> None:
     groups = [f"g{number}" for number, size in enumerate(sizes) for _ in range(size)]
     keys = [f"k{number}" for number in range(len(groups))]
-    assigned = split.assign(keys, seed, 0.2, 0.2, groups)
+    assigned = assignment.assign(keys, seed, 0.2, 0.2, groups)
     of = dict(zip(keys, groups, strict=True))
     assert sorted(assigned["train"] + assigned["val"] + assigned["test"]) == sorted(keys)
-    seen = [{of[key] for key in assigned[name]} for name in split.SPLITS]
+    seen = [{of[key] for key in assigned[name]} for name in SPLITS]
     assert sum(len(each) for each in seen) == len(set(groups))
     wanted = int(0.2 * len(keys))
     assert all(seen) or not wanted
@@ -99,7 +100,7 @@ def test_no_group_is_in_two_splits_and_no_split_is_empty(sizes: list[int], seed:
 )
 def test_fractions_that_leave_no_training_pair_are_refused(val: float, test: float) -> None:
     with pytest.raises(InputError, match="fraction"):
-        split.assign(["a", "b"], 1, val, test)
+        assignment.assign(["a", "b"], 1, val, test)
 
 
 def test_the_real_sample_is_paired_and_junk_is_ignored(real_sample: Path, tmp_path: Path) -> None:
@@ -115,11 +116,12 @@ def test_the_real_sample_is_paired_and_junk_is_ignored(real_sample: Path, tmp_pa
     assert "2000000006-00000063.jpg" in done.stderr
     assert "2000000006-00000065.png" in done.stderr
     made = split.read_split(tmp_path / "data")
-    originals = {pair.key: pair for pair in pairs.find_pairs(real_sample).pairs}
-    for name in split.SPLITS:
+    originals = {pair.key: pair for pair in layouts.find_pairs(real_sample).pairs}
+    for name in SPLITS:
         for pair in made.pairs(name):
-            assert pair.image.read_bytes() == originals[pair.key].image.read_bytes()
-            assert pair.matte.read_bytes() == originals[pair.key].matte.read_bytes()
+            original = originals[pair.key]
+            assert Path(pair.image).read_bytes() == Path(original.image).read_bytes()
+            assert Path(pair.matte).read_bytes() == Path(original.matte).read_bytes()
             assert pair.group == originals[pair.key].group
     assert sum(path.is_file() for path in (tmp_path / "data").rglob("*")) == 2 * 109 + 1
 
@@ -134,7 +136,7 @@ def test_junk_and_files_without_a_partner_are_reported_or_ignored(raw: Path) -> 
     (lone_image.parent / "._100-00000000.jpg").write_bytes(b"x")
     (lone_image.parent / "Thumbs.db").write_bytes(b"x")
     (raw / "clip_img" / "100" / "elsewhere").mkdir()
-    report = pairs.find_pairs(raw)
+    report = layouts.find_pairs(raw)
     assert len(report.pairs) == 10
     assert [pair.key for pair in report.pairs] == sorted(pair.key for pair in report.pairs)
     assert (report.images_without_matte, report.mattes_without_image) == (
@@ -147,7 +149,7 @@ def test_links_share_the_file_and_copies_do_not(raw: Path, tmp_path: Path) -> No
     assert prepare(raw, tmp_path / "linked").exit_code == 0
     assert prepare(raw, tmp_path / "copied", "--mode", "copy").exit_code == 0
     assert files(tmp_path / "linked") == files(tmp_path / "copied")
-    for pair in pairs.find_pairs(raw).pairs:
+    for pair in layouts.find_pairs(raw).pairs:
         (linked,) = (tmp_path / "linked").glob(f"*/{pair.key}.jpg")
         (copied,) = (tmp_path / "copied").glob(f"*/{pair.key}.jpg")
         assert linked.samefile(pair.image)

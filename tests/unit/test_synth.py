@@ -12,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from portrait_dist.data.source import pairs, synthetic
+from portrait_dist.data.source import layouts, synthetic
 from tests.cli import PORTRAIT_DIST, assert_one_line, call, call_process
 from tests.waiting import wait_for
 
@@ -34,15 +34,15 @@ def test_a_pair_depends_on_seed_and_index_only(tmp_path: Path) -> None:
 
 
 def test_files_are_like_those_of_aisegment(raw_tree: Path) -> None:
-    report = pairs.find_pairs(raw_tree)
+    report = layouts.find_pairs(raw_tree)
     assert len(report.pairs) == 71
     assert not report.images_without_matte
     assert not report.mattes_without_image
     for pair in report.pairs[::6]:
-        assert pair.image.parent.name == "clip_00000000"
+        assert Path(pair.image).parent.name == "clip_00000000"
         assert pair.key.startswith(f"{pair.group}-")
-        assert 60_000 <= pair.image.stat().st_size <= 150_000
-        image, matte = Image.open(pair.image), Image.open(pair.matte)
+        assert 60_000 <= Path(pair.image).stat().st_size <= 150_000
+        image, matte = Image.open(Path(pair.image)), Image.open(Path(pair.matte))
         assert (image.mode, image.size, matte.mode, matte.size) == (
             "RGB",
             (600, 800),
@@ -57,7 +57,8 @@ def test_files_are_like_those_of_aisegment(raw_tree: Path) -> None:
 
 def test_mattes_have_soft_edges_and_no_constant_mask_fits_them(raw_tree: Path) -> None:
     mattes = [
-        np.asarray(Image.open(pair.matte))[::4, ::4, 3] for pair in pairs.find_pairs(raw_tree).pairs
+        np.asarray(Image.open(Path(pair.matte)))[::4, ::4, 3]
+        for pair in layouts.find_pairs(raw_tree).pairs
     ]
     for matte in mattes:
         assert (matte == 0).mean() > 0.1
@@ -87,7 +88,7 @@ def test_a_killed_run_leaves_whole_files_and_no_process_and_is_finished_by_the_s
         Image.open(path).load()
     (next(iter(before)).parent / ".half.jpg.part").write_bytes(b"x")  # as releases before 0.2
     result = call_process(*arguments, "--json").json
-    assert result["pairs"] == len(pairs.find_pairs(out).pairs) == 10
+    assert result["pairs"] == len(layouts.find_pairs(out).pairs) == 10
     assert result["bytes"] == sum(len(data) for data in contents(out).values())
     assert all(path.stat().st_mtime_ns == stat.st_mtime_ns for path, stat in before.items())
     assert not list(out.rglob(".*"))

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import simplejpeg
 
-from portrait_dist.data.shards.decode import jpeg_size, npy_header, resize_alpha
+from portrait_dist.data.shards.decode import npy_header, resize_alpha
 from portrait_dist.data.shards.format import MAX_SIDE, SUFFIXES
 from portrait_dist.data.shards.png import Pixels, decode_matte, encode_grey
+from portrait_dist.data.source.locations import Location, shown, suffix_of
+from portrait_dist.data.source.masks import NotAMaskError, decode_mask
+from portrait_dist.data.source.pairs import ALPHA, Pair
 from portrait_dist.data.source.pictures import (
     REMEDY,
     check_pixels,
+    decode_picture,
     exif_orientation,
+    picture_orientation,
+    picture_size,
     read_picture,
     upright,
 )
@@ -82,54 +88,105 @@ class EncodedPair:
     alpha: bytes
 
 
-def encode_pair(source: tuple[str, Path, Path], settings: Settings) -> EncodedPair:
+def encode_pair(pair: Pair, settings: Settings) -> EncodedPair:
     """Read a pair and encode it.
 
     At original size the bytes of the JPEG file are stored as they are, unless its EXIF orientation
     says that it is shown otherwise than it is stored; those images are brought upright and encoded
-    again, because no decoder of shards looks at EXIF. The matte is as the image is shown, or, where
-    only that fits its size, as it is stored.
+    again, because no decoder of shards looks at EXIF, and so are images of other types. The matte
+    is as the image is shown, or, where only that fits its size, as it is stored.
 
     Args:
-        source: key, image file and matte file.
+        pair: where the files are, and of which kind its mask is.
         settings: how it is stored.
 
     Raises:
         InputError: the pair cannot be used.
         DamagedDataError: a file does not decode.
+        UnreachableError: an address does not answer.
     """
-    key, image_path, matte_path = source
-    jpeg = read_picture(image_path, "JPEG", b"\xff\xd8")
-    png = read_picture(matte_path, "PNG", b"\x89PNG")
-    # The byte of the header that says the colour type: grey or RGB, both with alpha.
-    if png[25:26] not in (b"\4", b"\6"):
-        raise InputError(
-            f"{matte_path}: has no alpha channel; convert it to RGBA, or remove it and its partner"
-        )
-    stored = _decoded(image_path, lambda: jpeg_size(jpeg))
-    check_pixels(image_path, *stored)
-    alpha = _decoded(matte_path, lambda: decode_matte(png))
-    orientation = exif_orientation(jpeg)
-    shown = stored[::-1] if orientation >= 5 else stored
-    if alpha.shape == stored != shown:  # the matte's maker did not look at EXIF
-        alpha = upright(alpha, orientation)
-    _check_same_size(matte_path, alpha, image_path, shown)
+    file, alpha = _read_image(pair), _read_mask(pair)
+    shape = file.size[::-1] if file.orientation >= 5 else file.size
+    if alpha.shape == file.size != shape:  # the matte's maker did not look at EXIF
+        alpha = upright(alpha, file.orientation)
+    _check_same_size(pair, alpha, shape)
     # Decoded at original size too: a file that is damaged behind its header is found here.
-    image = upright(_decoded(image_path, lambda: simplejpeg.decode_jpeg(jpeg, "RGB")), orientation)
-    if settings.size is None and orientation == 1:
-        return EncodedPair(key, jpeg, encode_grey(alpha))
-    return EncodedPair(key, *encode_pixels(image, alpha, settings.size or shown, settings))
+    image = upright(_decoded(pair.image, file.decode), file.orientation)
+    if settings.size is None and file.orientation == 1 and file.jpeg is not None:
+        return EncodedPair(pair.key, file.jpeg, encode_grey(alpha))
+    return EncodedPair(pair.key, *encode_pixels(image, alpha, settings.size or shape, settings))
 
 
-def _check_same_size(
-    matte_path: Path, alpha: Pixels, image_path: Path, shown: tuple[int, int]
-) -> None:
-    if alpha.shape != shown:
+def _check_same_size(pair: Pair, alpha: Pixels, shape: tuple[int, int]) -> None:
+    if alpha.shape != shape:
         raise InputError(
-            f"{matte_path}: {alpha.shape[1]}x{alpha.shape[0]} pixels, "
-            f"but its image {image_path} has {shown[1]}x{shown[0]}; "
+            f"{shown(pair.matte)}: {alpha.shape[1]}x{alpha.shape[0]} pixels, "
+            f"but its image {shown(pair.image)} has {shape[1]}x{shape[0]}; "
             "bring both to one size, or remove the pair"
         )
+
+
+@dataclass(frozen=True)
+class _ImageFile:
+    """An image that is read, but not decoded yet.
+
+    Args:
+        size: (H, W) in pixels as it is stored.
+        orientation: of EXIF.
+        decode: gives uint8 [H, W, 3] as it is stored.
+        jpeg: its bytes, where they can be stored as they are.
+    """
+
+    size: tuple[int, int]
+    orientation: int
+    decode: Callable[[], Pixels]
+    jpeg: bytes | None
+
+
+def _read_image(pair: Pair) -> _ImageFile:
+    if pair.masks == ALPHA:
+        data = read_picture(pair.image, "JPEG", b"\xff\xd8")
+    else:
+        data = read_picture(pair.image, "JPEG, PNG or WebP")
+    if data.startswith(b"\xff\xd8"):
+        height, width, colours, _ = _decoded(
+            pair.image, lambda: simplejpeg.decode_jpeg_header(data)
+        )
+        if pair.masks == ALPHA or colours in ("Gray", "YCbCr", "RGB"):
+            size = int(height), int(width)
+            check_pixels(pair.image, *size)
+            return _ImageFile(
+                size,
+                exif_orientation(data),
+                lambda: simplejpeg.decode_jpeg(data, "RGB"),
+                data,
+            )
+    width, height = _decoded(pair.image, lambda: picture_size(data))
+    check_pixels(pair.image, height, width)
+    return _ImageFile(
+        (height, width), picture_orientation(data), lambda: decode_picture(data), None
+    )
+
+
+def _read_mask(pair: Pair) -> Pixels:
+    """Read the mask of a pair: uint8 [H, W]."""
+    if pair.masks == ALPHA:
+        data = read_picture(pair.matte, "PNG", b"\x89PNG")
+        if data[25:26] not in (b"\4", b"\6"):
+            raise InputError(
+                f"{shown(pair.matte)}: has no alpha channel; convert it to RGBA, or remove it and "
+                "its partner"
+            )
+        return np.asarray(_decoded(pair.matte, lambda: decode_matte(data)))
+    data = read_picture(pair.matte, "PNG")
+    try:
+        return decode_mask(data, suffix_of(pair.matte))
+    except NotAMaskError as error:
+        raise InputError(f"{shown(pair.matte)}: {error}, or remove it and its partner") from error
+    except ValueError as error:
+        raise DamagedDataError(
+            f"{shown(pair.matte)}: does not decode ({error}); {REMEDY}"
+        ) from error
 
 
 def encode_pixels(
@@ -171,8 +228,8 @@ def resize_image(image: Pixels, size: tuple[int, int]) -> Pixels:
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def _decoded(path: Path, decode: Callable[[], Any]) -> Any:
+def _decoded(path: Location, decode: Callable[[], Any]) -> Any:
     try:
         return decode()
     except (ValueError, RuntimeError) as error:
-        raise DamagedDataError(f"{path}: does not decode ({error}); {REMEDY}") from error
+        raise DamagedDataError(f"{shown(path)}: does not decode ({error}); {REMEDY}") from error

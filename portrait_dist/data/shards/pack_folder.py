@@ -31,7 +31,8 @@ from portrait_dist.data.shards.format import (
     keys_sha256,
     parse_manifest,
 )
-from portrait_dist.data.source.split import SPLITS, Split
+from portrait_dist.data.source.assignment import SPLITS
+from portrait_dist.data.source.split import Split
 from portrait_dist.errors import InputError
 from portrait_dist.files import (
     ExclusiveLock,

@@ -5,16 +5,22 @@ The plan is the same on every machine, so that any number of them can each write
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from portrait_dist.data.shards.encode import Settings
 from portrait_dist.data.shards.format import LONGEST_NAME, SUFFIXES
-from portrait_dist.data.source.split import SPLITS, Split, pair_paths
+from portrait_dist.data.source.assignment import SPLITS
+from portrait_dist.data.source.locations import Location, size_of
+from portrait_dist.data.source.pairs import Pair
+from portrait_dist.data.source.split import Split
 from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.system.threads import map_in_order
+
+STAT_THREADS = 4
+"""Threads that ask for the sizes of files: an address answers each in milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -94,17 +100,24 @@ def made_from(
         DamagedDataError: a file is missing.
     """
     digest = hashlib.sha256(json.dumps([plan.name, settings.to_dict()]).encode())
-    for key in plan.keys:
-        stats = [_stat(path) for path in pair_paths(split.data, plan.split, key)]
-        if not_newer_than is not None and any(stat.st_mtime_ns > not_newer_than for stat in stats):
-            return None
-        digest.update(f"\n{key} {stats[0].st_size} {stats[1].st_size}".encode())
+    pairs = (split.pair(plan.split, key) for key in plan.keys)
+    with contextlib.closing(map_in_order(_sizes, pairs, STAT_THREADS)) as sizes:
+        for key, (image, matte, changed) in zip(plan.keys, sizes, strict=True):
+            if not_newer_than is not None and changed > not_newer_than:
+                return None
+            digest.update(f"\n{key} {image} {matte}".encode())
     return digest.hexdigest()
 
 
-def _stat(path: Path) -> os.stat_result:
+def _sizes(pair: Pair) -> tuple[int, int, int]:
+    """Bytes of image and mask, and the time in ns of the later change of both."""
+    (image, image_time), (matte, matte_time) = (_size(file) for file in (pair.image, pair.matte))
+    return image, matte, max(image_time, matte_time)
+
+
+def _size(path: Location) -> tuple[int, int]:
     try:
-        return path.stat()
+        return size_of(path)
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         what = "is missing" if missing else f"cannot be read ({error.strerror})"

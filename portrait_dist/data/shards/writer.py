@@ -64,7 +64,8 @@ from portrait_dist.data.shards.plan import (
     part_of,
     plan_shards,
 )
-from portrait_dist.data.source.split import SPLITS, Split, pair_paths, read_split
+from portrait_dist.data.source.assignment import SPLITS
+from portrait_dist.data.source.split import Split, open_data
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
 from portrait_dist.files import (
     atomic_open,
@@ -132,7 +133,7 @@ def pack(
     """Pack the three splits of a prepared tree, or a part of their shards.
 
     Args:
-        data: folder that ``portrait-dist prepare`` wrote.
+        data: folder that ``portrait-dist prepare`` wrote, or any source that it takes.
         out: folder to write: new, empty, or one of the same settings to finish.
         size: (H, W) in pixels; None for original.
         samples_per_shard: in all shards but the last of a split.
@@ -169,7 +170,7 @@ def _check_options(workers: int | None, part: tuple[int, int] | None, finish: bo
 
 def _open(data: str | Path, out: str | Path, settings: Settings) -> PackFolder:
     settings.check()
-    split = read_split(data)
+    split = open_data(data)
     check_keys(split)
     return PackFolder(Path(out).absolute(), split, settings)
 
@@ -390,9 +391,7 @@ def write_missing(
 ) -> dict[str, ShardEntry]:
     """Write shards one after another; the pairs of all of them are encoded on threads."""
     encode = functools.partial(encode_pair, settings=settings)
-    sources = (
-        (key, *pair_paths(split.data, plan.split, key)) for plan in plans for key in plan.keys
-    )
+    sources = (split.pair(plan.split, key) for plan in plans for key in plan.keys)
     entries: dict[str, ShardEntry] = {}
     with contextlib.closing(map_in_order(encode, sources, workers)) as encoded:
         total = sum(len(plan.keys) for plan in plans)

@@ -1,31 +1,42 @@
-"""Find the pairs of image and matte in a raw AISegment tree, and check their headers.
+"""Pairs of image and mask: a compact table of them, how files are paired, and how they are checked.
 
-    RAW/clip_img/<group>/clip_*/<stem>.jpg        the image
-    RAW/matting/<group>/matting_*/<stem>.png      the same image with an alpha channel
-
-An image and a matte belong together when their stems are equal; the stem is the sample key.
+An image and a mask belong together when their keys are equal: the stem of both files, behind the
+names of the folders between them and the layout's top folder. The key is the sample key in shards.
 """
 
 from __future__ import annotations
 
-import contextlib
+import bisect
 import filecmp
-import os
-from collections.abc import Iterator, Sequence
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 
-from portrait_dist.data.source.pictures import check_picture, exif_orientation
-from portrait_dist.errors import InputError, PortraitDistError
-from portrait_dist.files import open_regular
+from portrait_dist.data.source import masks
+from portrait_dist.data.source.locations import (
+    Location,
+    open_binary,
+    read_bytes,
+    shown,
+    suffix_of,
+    to_location,
+)
+from portrait_dist.data.source.pictures import (
+    MOST_BYTES,
+    REMEDY,
+    check_picture,
+    exif_orientation,
+)
+from portrait_dist.data.source.trees import readable
+from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
 from portrait_dist.system.progress import track
 
-IMAGES, MATTES = "clip_img", "matting"
-IMAGE_SUFFIXES, MATTE_SUFFIXES = (".jpg", ".jpeg"), (".png",)
-OTHER_SUFFIXES = (".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".avif")
-"""Of pictures that may be meant as images, but are no JPEG."""
-EXPECTED = f"{IMAGES}/<group>/clip_*/<name>.jpg and {MATTES}/<group>/matting_*/<name>.png"
+ALPHA, ANY = "alpha", "any"
+"""Kinds of masks: PNGs whose alpha channel is the mask; or what :mod:`.masks` reads."""
 
 
 @dataclass(frozen=True, order=True)
@@ -33,177 +44,301 @@ class Pair:
     """One portrait.
 
     Args:
-        key: the stem of both files.
-        image: its JPEG file.
-        matte: its PNG file with an alpha channel.
+        key: sample key.
+        image: its file, a path or an address.
+        matte: the file of its mask.
         group: name of the folder that the image came in.
+        masks: ``alpha`` or ``any``; with ``alpha`` the image is a JPEG and the mask's alpha channel
+            counts whatever it holds.
     """
 
     key: str
-    image: Path
-    matte: Path
+    image: Location
+    matte: Location
     group: str
+    masks: str = ALPHA
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of files of one type. A file's place is its folder: 8 bytes instead of a path.
+
+    Args:
+        path: path or address.
+        prefix: of the keys; what follows it is a file's stem.
+        suffix: of the files' names.
+        group: of the pairs whose image is here.
+        split: that the layout gives them; empty where it gives none.
+    """
+
+    path: str
+    prefix: str
+    suffix: str
+    group: str = ""
+    split: str = ""
+
+    def file(self, key: str) -> str:
+        """Return the path or address of a file by its key."""
+        return f"{self.path}/{key[len(self.prefix) :]}{self.suffix}"
+
+
+Place = Folder | str
+"""Where a file is: in a folder that says it together with the key, or a whole path or address."""
+
+
+class PairTable(Sequence[Pair]):
+    """Pairs sorted by key, 100 bytes each besides the key's characters.
+
+    Args:
+        keys: sorted, each once.
+        images: place of each image.
+        mattes: place of each mask.
+        splits: ``train``, ``val``, ``test`` or empty for each; None where none is given.
+        masks: kind of the masks.
+    """
+
+    def __init__(
+        self,
+        keys: list[str],
+        images: list[Place],
+        mattes: list[Place],
+        splits: list[str] | None = None,
+        masks: str = ALPHA,
+    ) -> None:
+        self.keys, self.masks, self.splits = keys, masks, splits
+        self._images, self._mattes = images, mattes
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> PairTable: ...
+    def __getitem__(self, index: int | slice) -> Pair | PairTable:
+        if isinstance(index, slice):
+            return self.chosen(range(len(self))[index])
+        key, image, matte = self.keys[index], self._images[index], self._mattes[index]
+        return Pair(key, _place(image, key), _place(matte, key), self.group(index), self.masks)
+
+    def group(self, index: int) -> str:
+        """Return the group of a pair: the folder that its image came in."""
+        image = self._images[index]
+        if isinstance(image, Folder):
+            return image.group
+        return image.rpartition("/")[0].rpartition("/")[2]
+
+    def split(self, index: int) -> str:
+        """Return the split that the source gives a pair; empty where it gives none."""
+        if self.splits is not None:
+            return self.splits[index]
+        image = self._images[index]
+        return image.split if isinstance(image, Folder) else ""
+
+    def chosen(self, indices: Iterable[int]) -> PairTable:
+        """Return a table of some of the pairs, in the order of ``indices``."""
+        order = array("q", indices)  # a list of numbers takes five times the memory
+        return PairTable(
+            [self.keys[i] for i in order],
+            [self._images[i] for i in order],
+            [self._mattes[i] for i in order],
+            None if self.splits is None else [self.splits[i] for i in order],
+            self.masks,
+        )
+
+    def position(self, key: str) -> int:
+        """Return where a key stands.
+
+        Raises:
+            KeyError: it is not there.
+        """
+        if not self.has(key):
+            raise KeyError(key)
+        return bisect.bisect_left(self.keys, key)
+
+    def paths(self, key: str) -> tuple[str, str]:
+        """Return the path or address of the image and of the mask of a key."""
+        index = self.position(key)
+        return _text(self._images[index], key), _text(self._mattes[index], key)
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """Yield key, image and mask of each pair as texts."""
+        for key, image, matte in zip(self.keys, self._images, self._mattes, strict=True):
+            yield key, _text(image, key), _text(matte, key)
+
+    def has(self, key: str) -> bool:
+        """Return whether a key is there."""
+        found = bisect.bisect_left(self.keys, key)
+        return found < len(self.keys) and self.keys[found] == key
+
+    def matte_folder(self, key: str) -> Folder:
+        """Return the folder of a mask that has one."""
+        place = self._mattes[self.position(key)]
+        assert isinstance(place, Folder)
+        return place
+
+
+def _text(place: Place, key: str) -> str:
+    return place if isinstance(place, str) else place.file(key)
+
+
+def _place(place: Place, key: str) -> Location:
+    return to_location(_text(place, key))
 
 
 @dataclass
 class PairReport:
-    """What a raw tree holds.
+    """What a source holds.
 
     Args:
         pairs: sorted by key.
         images_without_matte: in sorted order.
         mattes_without_image: in sorted order.
-        identical: (the file that is taken, another of the same stem and content).
-        other_pictures: files among the images that are no JPEG by their name.
+        identical: (the file that is taken, another of the same key and content).
+        other_pictures: files among the images that are not used for their type.
+        layout: what the source was taken for, in words.
+        not_in_split_file: keys that the user's split file does not name.
     """
 
-    pairs: list[Pair]
-    images_without_matte: list[Path]
-    mattes_without_image: list[Path]
-    identical: list[tuple[Path, Path]] = field(default_factory=list)
-    other_pictures: list[Path] = field(default_factory=list)
+    pairs: PairTable
+    images_without_matte: list[Location]
+    mattes_without_image: list[Location]
+    identical: list[tuple[Location, Location]] = field(default_factory=list)
+    other_pictures: list[Location] = field(default_factory=list)
+    layout: str = ""
+    not_in_split_file: list[str] = field(default_factory=list)
 
 
-def find_pairs(raw: Path) -> PairReport:
-    """Pair all images and mattes by their stems.
+class Pairing:
+    """Match images and masks by key in one pass over each; first all images, then all masks.
 
-    Hidden files (``._*``), files where folders are expected and files of other types are ignored.
-    Of files with the same stem and the same content the first path in sorted order is taken.
+    Of files with the same key and the same content the first one is taken.
+
+    Args:
+        masks: kind of the masks.
+    """
+
+    def __init__(self, masks: str = ALPHA) -> None:
+        self._masks = masks
+        self._waiting: dict[str, Folder] = {}
+        self._alone: dict[str, Folder] = {}
+        self._found: tuple[list[str], list[Place], list[Place]] = ([], [], [])
+        self.identical: list[tuple[Location, Location]] = []
+        self.images = self.mattes = 0
+
+    def add_images(self, folder: Folder, stems: Iterable[str]) -> None:
+        """Add images by their stems.
+
+        Raises:
+            InputError: a key is there already, with another content.
+        """
+        for stem in stems:
+            key = folder.prefix + stem
+            if self._is_twin(self._waiting.setdefault(key, folder), folder, key):
+                continue
+            self.images += 1
+
+    def add_mattes(self, folder: Folder, stems: Iterable[str]) -> None:
+        """Add masks by their stems.
+
+        Raises:
+            InputError: a key is there already, with another content.
+        """
+        for stem in stems:
+            key = folder.prefix + stem
+            image = self._waiting.pop(key, None)
+            if image is not None:
+                keys, images, mattes = self._found
+                keys.append(key)
+                images.append(image)
+                mattes.append(folder)
+            elif self._is_twin(self._alone.setdefault(key, folder), folder, key):
+                continue
+            self.mattes += 1
+
+    def _is_twin(self, first: Folder, folder: Folder, key: str) -> bool:
+        """Whether a file is the same as an earlier one of its key."""
+        if first is folder:
+            return False
+        one, other = to_location(first.file(key)), to_location(folder.file(key))
+        with readable(shown(other)):
+            same = (
+                isinstance(one, Path)
+                and isinstance(other, Path)
+                and filecmp.cmp(one, other, shallow=False)
+            )
+        if not same:
+            raise InputError(
+                f"{shown(other)}: differs from {shown(one)}, which has the same name; "
+                "remove or rename one of them"
+            )
+        self.identical.append((one, other))
+        return True
+
+    def table(self) -> PairTable:
+        """Return the pairs that were found, and forget them.
+
+        Raises:
+            InputError: two masks of one image differ.
+        """
+        self._waiting = dict(self._waiting)  # a dict keeps the memory of what was taken out
+        keys, images, mattes = self._found
+        self._found = ([], [], [])
+        table = PairTable(keys, images, mattes, masks=self._masks)
+        if any(one >= other for one, other in itertools.pairwise(keys)):
+            table = table.chosen(sorted(range(len(keys)), key=keys.__getitem__))
+        for key in [key for key in self._alone if table.has(key)]:
+            second = self._alone.pop(key)  # of an image that has a mask
+            self._is_twin(table.matte_folder(key), second, key)
+            self.mattes -= 1
+        return table
+
+    def images_alone(self) -> list[Location]:
+        """Return the images without a mask, sorted by key."""
+        return [to_location(place.file(key)) for key, place in _by_key(self._waiting)]
+
+    def mattes_alone(self) -> list[Location]:
+        """Return the masks without an image, sorted by key."""
+        return [to_location(place.file(key)) for key, place in _by_key(self._alone)]
+
+
+def _by_key(places: dict[str, Folder]) -> list[tuple[str, Folder]]:
+    return sorted(places.items(), key=lambda item: item[0])
+
+
+def by_suffix(
+    path: str, names: list[str], prefix: str = "", group: str = "", split: str = ""
+) -> Iterator[tuple[Folder, list[str]]]:
+    """Yield the files of a folder by their suffixes: a :class:`Folder` and stems.
+
+    Args:
+        path: of the folder.
+        names: of the files; the list is emptied, so that names and stems are not both in memory.
+        prefix: see :class:`Folder`, as for all that follow.
+        group: of the pairs.
+        split: that the layout gives.
+    """
+    found: dict[str, list[str]] = {}
+    names.reverse()
+    while names:
+        stem, dot, ending = names.pop().rpartition(".")
+        found.setdefault(dot + ending, []).append(stem)
+    for suffix, stems in found.items():
+        yield Folder(path, prefix, suffix, group, split), stems
+
+
+def check_keys_are_storable(table: PairTable) -> None:
+    """Check that every key can be one of WebDataset, which cuts a member's name at its first dot.
 
     Raises:
-        InputError: not an AISegment tree, no pair in it, one stem on different files, or something
-            that cannot be read.
+        InputError: a key with a dot or an unprintable character.
     """
-    for folder in (IMAGES, MATTES):
-        with _readable(raw / folder):
-            there = (raw / folder).is_dir()
-        if not there:
-            raise InputError(_not_a_raw_tree(raw, folder))
-    identical: list[tuple[Path, Path]] = []
-    images = _by_stem(_files(raw / IMAGES, "clip_", IMAGE_SUFFIXES), identical)
-    mattes = _by_stem(_files(raw / MATTES, "matting_", MATTE_SUFFIXES), identical)
-    others = list(_files(raw / IMAGES, "clip_", OTHER_SUFFIXES))
-    keys = sorted(images.keys() & mattes.keys())
-    if not keys:
-        raise InputError(_no_pairs(raw, len(images), len(mattes), others))
-    for key in keys:
-        _check_key(key, images[key])
-    return PairReport(
-        pairs=[
-            Pair(key, images[key], mattes[key], group=images[key].parent.parent.name)
-            for key in keys
-        ],
-        images_without_matte=[images[key] for key in sorted(images.keys() - mattes.keys())],
-        mattes_without_image=[mattes[key] for key in sorted(mattes.keys() - images.keys())],
-        identical=identical,
-        other_pictures=others,
-    )
-
-
-def _not_a_raw_tree(raw: Path, missing: str) -> str:
-    if not raw.exists():
-        return (
-            f"{raw}: there is no such folder; "
-            f"give the folder that holds {IMAGES} and {MATTES} as --raw"
-        )
-    if not raw.is_dir():
-        return f"{raw}: is a file; give the folder that holds {IMAGES} and {MATTES} as --raw"
-    inside = sorted(
-        path.parent for path in raw.glob(f"*/{IMAGES}") if (path.parent / MATTES).is_dir()
-    )
-    hint = (
-        f" Did you mean '{inside[0]}'?"
-        if inside
-        else f" Give the folder that holds {IMAGES} and {MATTES} as --raw"
-    )
-    return f"{raw}: no AISegment tree, it has no folder '{missing}'.{hint}"
-
-
-def _no_pairs(raw: Path, images: int, mattes: int, others: list[Path]) -> str:
-    if others and not images:
-        return (
-            f"{others[0]}: is no JPEG by its name, and neither is any other image in {raw}; "
-            f"expected {EXPECTED}: convert the images to JPEG"
-        )
-    return (
-        f"{raw}: {images} images and {mattes} mattes, but no two of the same name; "
-        f"expected {EXPECTED}"
-    )
-
-
-def _files(top: Path, prefix: str, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Files ``top/<group>/<prefix>*/<stem><suffix>`` in sorted order, without hidden ones."""
-    for group in _folders(top, ""):
-        for folder in _folders(group, prefix):
-            for entry in _entries(folder):
-                if entry.name.lower().endswith(suffixes) and _is_file(entry):
-                    yield folder / entry.name
-
-
-def _folders(parent: Path, prefix: str) -> list[Path]:
-    return [
-        parent / entry.name
-        for entry in _entries(parent)
-        if entry.name.startswith(prefix) and _is_folder(entry)
-    ]
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """List what a folder holds, sorted by name, without hidden entries."""
-    with _readable(folder), os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-    return sorted(visible, key=lambda entry: entry.name)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    with _readable(entry.path):
-        return entry.is_dir()
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a file; a named pipe, socket or device of that name is refused."""
-    with _readable(entry.path):
-        if entry.is_file():
-            return True
-        if not entry.is_dir() and os.path.exists(entry.path):
-            raise InputError(f"{entry.path}: is a named pipe, socket or device, no file; remove it")
-    return False
-
-
-@contextlib.contextmanager
-def _readable(path: str | Path) -> Iterator[None]:
-    """Name what cannot be read: a loop of symbolic links, a folder without permission."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); repair or remove it"
-        ) from error
-
-
-def _by_stem(files: Iterator[Path], identical: list[tuple[Path, Path]]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in files:
-        first = found.setdefault(path.stem, path)
-        if first is not path:
-            with _readable(path):
-                same = filecmp.cmp(first, path, shallow=False)
-            if not same:
-                raise InputError(
-                    f"{path}: differs from {first}, which has the same name; "
-                    "remove or rename one of them"
-                )
-            identical.append((first, path))
-    return found
-
-
-def _check_key(key: str, image: Path) -> None:
-    """WebDataset cuts a member's name at its first dot: 'a.1' and 'a.2' would become one sample."""
-    if "." in key or not key.isprintable():
-        raise InputError(
-            f"{image}: the name '{key}' cannot be a key in WebDataset shards; "
-            "rename it, and its matte, without dots"
-        )
+    for index, key in enumerate(table.keys):
+        if "." in key or "/" in key or "\\" in key or not key.isprintable():
+            raise InputError(
+                f"{shown(table[index].image)}: the name '{key}' cannot be a key in WebDataset "
+                "shards; rename it, and its matte, without dots"
+            )
 
 
 def check_pairs(pairs: Sequence[Pair], threads: int = 4) -> None:
@@ -212,6 +347,7 @@ def check_pairs(pairs: Sequence[Pair], threads: int = 4) -> None:
     Raises:
         InputError: a pair cannot be used (no alpha channel, sizes that differ, a wrong type).
         DamagedDataError: a file is truncated or unreadable.
+        UnreachableError: an address does not answer.
     """
     with ThreadPoolExecutor(threads) as pool:
         problems = [
@@ -226,23 +362,42 @@ def check_pairs(pairs: Sequence[Pair], threads: int = 4) -> None:
     raise type(first)(f"{first}{more}")
 
 
-def _turned(image: Path, size: tuple[int, int]) -> tuple[int, int] | None:
-    """(width, height) of an image as it is shown, where its EXIF orientation swaps them."""
-    with open(open_regular(image), "rb") as file:
-        orientation = exif_orientation(file.read(65536))
-    return size[::-1] if orientation >= 5 else None
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
+MASK_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF")
+IMAGE_MODES = ("RGB", "L", "P", "RGBA", "LA", "CMYK", "1")
+MASK_MODES = ("L", "1", "P", "RGBA", "LA", "RGB", "I;16", "I;16B", "I")
 
 
 def _problem(pair: Pair) -> PortraitDistError | None:
     try:
-        image_size = check_picture(pair.image, ("JPEG", "MPO"), ("RGB", "L"))
-        matte_size = check_picture(pair.matte, ("PNG",), ("RGBA", "LA"))
+        if pair.masks == ALPHA:
+            image_size = check_picture(pair.image, ("JPEG", "MPO"), ("RGB", "L"))
+            matte_size = check_picture(pair.matte, ("PNG",), ("RGBA", "LA"))
+        else:
+            image_size = check_picture(pair.image, IMAGE_FORMATS, IMAGE_MODES)
+            matte_size = _mask_size(pair.matte)
     except PortraitDistError as error:
         return error
     if image_size == matte_size or _turned(pair.image, image_size) == matte_size:
         return None
     return InputError(
-        f"{pair.matte}: {matte_size[0]}x{matte_size[1]} pixels, "
-        f"but its image {pair.image} has {image_size[0]}x{image_size[1]}; "
+        f"{shown(pair.matte)}: {matte_size[0]}x{matte_size[1]} pixels, "
+        f"but its image {shown(pair.image)} has {image_size[0]}x{image_size[1]}; "
         "bring both to one size, or remove the pair"
     )
+
+
+def _mask_size(mask: Location) -> tuple[int, int]:
+    if suffix_of(mask) != ".json":
+        return check_picture(mask, MASK_FORMATS, MASK_MODES)
+    try:
+        return masks.annotation_size(read_bytes(mask, MOST_BYTES))
+    except (OSError, ValueError) as error:
+        raise DamagedDataError(f"{shown(mask)}: {error}; {REMEDY}") from error
+
+
+def _turned(image: Location, size: tuple[int, int]) -> tuple[int, int] | None:
+    """(width, height) of an image as it is shown, where its EXIF orientation swaps them."""
+    with open_binary(image) as file:
+        orientation = exif_orientation(file.read(65536))
+    return size[::-1] if orientation >= 5 else None

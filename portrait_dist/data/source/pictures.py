@@ -12,14 +12,13 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from portrait_dist.data.source.locations import Location, open_binary, read_bytes, shown, size_of
 from portrait_dist.errors import DamagedDataError, InputError
-from portrait_dist.files import open_regular, read_regular
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,28 +35,31 @@ DAMAGED = (
 REMEDY = "get the file again, or remove it and its partner"
 
 
-def read_picture(path: Path, kind: str, magic: bytes) -> bytes:
+def read_picture(path: Location, kind: str, magic: bytes = b"") -> bytes:
     """Read a whole picture file.
 
     Args:
-        path: the file.
+        path: the file, or its address.
         kind: its format, for the message.
-        magic: its first bytes.
+        magic: its first bytes; any by default.
 
     Raises:
         InputError: no file, too large, or a file of another kind.
         DamagedDataError: missing, empty or unreadable.
+        UnreachableError: the address does not answer.
     """
     try:
-        data = read_regular(path, MOST_BYTES)
+        data = read_bytes(path, MOST_BYTES)
     except OSError as error:
         raise DamagedDataError(
-            f"{path}: cannot be read ({error.strerror}); run 'portrait-dist prepare' again"
+            f"{shown(path)}: cannot be read ({error.strerror}); run 'portrait-dist prepare' again"
         ) from error
     if not data:
-        raise DamagedDataError(f"{path}: the file is empty; {REMEDY}")
+        raise DamagedDataError(f"{shown(path)}: the file is empty; {REMEDY}")
     if not data.startswith(magic):
-        raise InputError(f"{path}: is not a {kind} file; convert it, or remove it and its partner")
+        raise InputError(
+            f"{shown(path)}: is not a {kind} file; convert it, or remove it and its partner"
+        )
     return data
 
 
@@ -88,14 +90,56 @@ def upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     from PIL import Image
 
     method = Image.Transpose(_TRANSPOSITIONS[orientation])
-    return np.ascontiguousarray(Image.fromarray(pixels).transpose(method))
+    return np.array(Image.fromarray(pixels).transpose(method))
 
 
 _TRANSPOSITIONS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 """EXIF orientation to Pillow's ``Image.Transpose`` that undoes it."""
 
 
-def check_pixels(path: Path, height: int, width: int) -> None:
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Return (width, height) of a picture of any type that Pillow opens.
+
+    Raises:
+        ValueError: damaged, or no picture.
+    """
+    from PIL import Image
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    try:
+        return Image.open(io.BytesIO(data)).size
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def picture_orientation(data: bytes) -> int:
+    """Return how a picture of any type is to be shown, as :func:`exif_orientation` does."""
+    from PIL import Image
+
+    try:
+        return orientation_of(Image.open(io.BytesIO(data)))
+    except DAMAGED:
+        return 1
+
+
+def decode_picture(data: bytes) -> NDArray[np.uint8]:
+    """Decode a picture of any type that Pillow opens to uint8 [H, W, 3], as it is stored.
+
+    Transparency is ignored: the colours behind it are the image.
+
+    Raises:
+        ValueError: damaged.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return np.array(picture.convert("RGB"))  # a copy: torch warns of read-only arrays
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def check_pixels(path: Location, height: int, width: int) -> None:
     """Check that a picture is not larger than what is decoded.
 
     Raises:
@@ -103,12 +147,12 @@ def check_pixels(path: Path, height: int, width: int) -> None:
     """
     if height * width > MAX_PIXELS:
         raise InputError(
-            f"{path}: {width}x{height} pixels are more than the {MAX_PIXELS:,} that are accepted; "
-            "make it smaller, or remove it and its partner"
+            f"{shown(path)}: {width}x{height} pixels are more than the {MAX_PIXELS:,} that are "
+            "accepted; make it smaller, or remove it and its partner"
         )
 
 
-def check_picture(path: Path, formats: Sequence[str], modes: Sequence[str]) -> tuple[int, int]:
+def check_picture(path: Location, formats: Sequence[str], modes: Sequence[str]) -> tuple[int, int]:
     """Check type, colour mode, size and end of a picture by its header and its last bytes.
 
     Args:
@@ -125,51 +169,52 @@ def check_picture(path: Path, formats: Sequence[str], modes: Sequence[str]) -> t
     """
     from PIL import Image
 
+    where = shown(path)
     # Pillow warns from half of MAX_PIXELS; the whole limit is an error here.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
-        with open(open_regular(path), "rb") as file:
+        with open_binary(path) as file:
             # Not in a ``with`` block of its own, which would close the file.
             picture = Image.open(file)
             kind, mode, size = picture.format or "", picture.mode, picture.size
             whole = kind not in formats or _is_whole(file, kind)
     except Image.DecompressionBombError as error:
         raise InputError(
-            f"{path}: says that it has more than the {MAX_PIXELS:,} pixels that are accepted; "
+            f"{where}: says that it has more than the {MAX_PIXELS:,} pixels that are accepted; "
             "make it smaller, or remove it and its partner"
         ) from error
     except DAMAGED as error:
-        raise DamagedDataError(f"{path}: {_reason(path, error)}; {REMEDY}") from error
-    _check_kind(path, kind, formats)
-    _check_mode(path, mode, modes)
+        raise DamagedDataError(f"{where}: {_reason(path, error)}; {REMEDY}") from error
+    _check_kind(where, kind, formats)
+    _check_mode(where, mode, modes)
     if not whole:
-        raise DamagedDataError(f"{path}: the file is cut off; {REMEDY}")
+        raise DamagedDataError(f"{where}: the file is cut off; {REMEDY}")
     return size
 
 
-def _check_kind(path: Path, kind: str, formats: Sequence[str]) -> None:
+def _check_kind(where: str, kind: str, formats: Sequence[str]) -> None:
     if kind not in formats:
         raise InputError(
-            f"{path}: is a {kind} file, {formats[0]} is expected; "
+            f"{where}: is a {kind} file, {formats[0]} is expected; "
             f"convert it to {formats[0]}, or remove it and its partner"
         )
 
 
-def _check_mode(path: Path, mode: str, modes: Sequence[str]) -> None:
+def _check_mode(where: str, mode: str, modes: Sequence[str]) -> None:
     if mode not in modes:
         lacking = "RGBA" in modes and "L" not in modes
         what = "has no alpha channel" if lacking else "is not an RGB picture"
         raise InputError(
-            f"{path}: {what} (mode {mode}); convert it to {modes[0]}, or remove it and its partner"
+            f"{where}: {what} (mode {mode}); convert it to {modes[0]}, or remove it and its partner"
         )
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(path: Location, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     return (
         "the file is empty"
-        if path.stat().st_size == 0
+        if size_of(path)[0] == 0
         else "the file is damaged, its header cannot be read"
     )
 
@@ -177,6 +222,9 @@ def _reason(path: Path, error: Exception) -> str:
 def _is_whole(file: IO[bytes], kind: str) -> bool:
     """Whether a picture file has an end; where its last bytes do not say so, decode it to see."""
     length = file.seek(0, os.SEEK_END)
+    if kind == "WEBP":  # RIFF says its length; decoding would take milliseconds
+        file.seek(0)
+        return struct.unpack("<4sI", file.read(8))[1] + 8 <= length
     file.seek(max(0, length - 4096))
     tail = file.read()
     # The marker cannot stand inside a JPEG's coded data, and some programs write bytes behind it.

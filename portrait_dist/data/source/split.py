@@ -1,11 +1,13 @@
-"""Split the pairs into train, val and test, and write the arranged tree.
+"""Split the pairs into train, val and test, and write the prepared folder.
 
-    DATA/split.json
-    DATA/{train,val,test}/<key>.jpg
+    DATA/split.json                          settings, and the keys of each split
+    DATA/{train,val,test}/<key>.jpg          the files, linked or copied
     DATA/{train,val,test}/<key>.png
+    DATA/pairs.csv                           where the files are, if they are not there or have
+                                             other types; then split.json holds no keys
 
 The split is a pure function of the keys and the seed: the same on every machine, whatever order the
-files were found in.
+files were found in. A source that says it for itself, or a user's own file, has the first word.
 """
 
 from __future__ import annotations
@@ -14,16 +16,31 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from portrait_dist.data.source.pairs import Pair, PairReport, check_pairs, find_pairs
-from portrait_dist.errors import DamagedDataError, InputError, nearest
+import numpy as np
+from numpy.typing import NDArray
+
+from portrait_dist.data.source import lists
+from portrait_dist.data.source.assignment import SPLITS, assigned_splits
+from portrait_dist.data.source.layouts import find_pairs, is_source
+from portrait_dist.data.source.locations import suffix_of
+from portrait_dist.data.source.pairs import (
+    ALPHA,
+    ANY,
+    Pair,
+    PairReport,
+    PairTable,
+    Place,
+    check_pairs,
+)
+from portrait_dist.errors import DamagedDataError, InputError, nearest, shorten
 from portrait_dist.files import (
     NO_LINKS,
+    atomic_open,
     atomic_path,
     check_folder_writable,
     explained,
@@ -31,14 +48,21 @@ from portrait_dist.files import (
     read_regular,
     write_text,
 )
+from portrait_dist.system.address import is_address, redact
 from portrait_dist.system.progress import track
 
-SPLITS = ("train", "val", "test")
 MANIFEST = "split.json"
+PAIRS = "pairs.csv"
 FORMAT = 1
+FORMAT_WITH_PAIRS = 2
+"""Of a folder with pairs.csv."""
 MOST_BYTES = 1 << 32
 """Of a split.json; a key of 24 bytes takes 30, so that is enough for 10^8 pairs."""
 LONGEST_FILE_NAME = 255  # bytes, on the file systems of Linux
+GIVEN = "given"
+REFERENCE = "reference"
+VAL_FRACTION = TEST_FRACTION = 0.1
+SEED = 1
 
 
 @dataclass(frozen=True)
@@ -53,19 +77,23 @@ class SplitSettings:
 
 @dataclass(frozen=True)
 class Split:
-    """A prepared tree: its folder and what ``split.json`` says.
+    """A prepared folder, or a source that is used as it is.
 
     Args:
-        data: the folder.
+        data: the folder, list or address.
         source: the raw tree it was made from, as it was named then.
         splits: the sorted keys of ``train``, ``val`` and ``test``.
         settings: None for a split.json that was not written by ``prepare``.
+        tables: where the files of each split are; None where they lie in ``data`` by their keys.
+        masks: kind of the masks, ``alpha`` or ``any``.
     """
 
-    data: Path
+    data: Path | str
     source: str
     splits: dict[str, list[str]]
     settings: SplitSettings | None = None
+    tables: Mapping[str, PairTable] | None = None
+    masks: str = ALPHA
 
     def keys(self, split: str) -> list[str]:
         """Return the sorted keys of ``train``, ``val`` or ``test``.
@@ -79,15 +107,20 @@ class Split:
             )
         return self.splits[split]
 
-    def pairs(self, split: str) -> list[Pair]:
-        """Return the pairs of a split in key order.
+    def pair(self, split: str, key: str) -> Pair:
+        """Return one pair of a split.
 
         The group is the part of the key before its first dash, as AISegment names files.
         """
-        return [
-            Pair(key, *pair_paths(self.data, split, key), group=key.partition("-")[0])
-            for key in self.keys(split)
-        ]
+        group = key.partition("-")[0]
+        if self.tables is None:
+            return Pair(key, *pair_paths(Path(self.data), split, key), group, self.masks)
+        found = self.tables[split][self.tables[split].position(key)]
+        return Pair(key, found.image, found.matte, group, self.masks)
+
+    def pairs(self, split: str) -> list[Pair]:
+        """Return the pairs of a split in key order."""
+        return [self.pair(split, key) for key in self.keys(split)]
 
 
 def pair_paths(data: Path, split: str, key: str) -> tuple[Path, Path]:
@@ -95,103 +128,8 @@ def pair_paths(data: Path, split: str, key: str) -> tuple[Path, Path]:
     return data / split / f"{key}.jpg", data / split / f"{key}.png"
 
 
-def assign(
-    keys: Sequence[str],
-    seed: int,
-    val_fraction: float,
-    test_fraction: float,
-    groups: Sequence[str] | None = None,
-) -> dict[str, list[str]]:
-    """Assign keys to train, val and test.
-
-    Keys are ranked by the sha256 of ``"<seed>:<key>"``; val takes the first int(val_fraction * n),
-    test the next int(test_fraction * n), train the rest. With groups, whole groups are ranked and
-    assigned, so sizes are only near to that.
-
-    Args:
-        keys: of all pairs, in any order.
-        seed: another one gives another split.
-        val_fraction: of the pairs, in [0, 1).
-        test_fraction: likewise.
-        groups: one for each key.
-
-    Returns:
-        The keys of each split, sorted.
-
-    Raises:
-        InputError: fractions that leave no training pair, or too few groups.
-    """
-    _check_fractions(val_fraction, test_fraction)
-    sizes = {"val": int(val_fraction * len(keys)), "test": int(test_fraction * len(keys))}
-    if groups is None:
-        ranked = _ranked(keys, seed)
-        first, last = sizes["val"], sizes["val"] + sizes["test"]
-        assigned = {"train": ranked[last:], "val": ranked[:first], "test": ranked[first:last]}
-    else:
-        split_of = _assign_groups(Counter(groups), seed, sizes)
-        assigned = {
-            name: [key for key, group in zip(keys, groups, strict=True) if split_of[group] == name]
-            for name in SPLITS
-        }
-    return {name: sorted(assigned[name]) for name in SPLITS}
-
-
-def _check_fractions(val_fraction: float, test_fraction: float) -> None:
-    if not (0 <= val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
-        raise InputError(
-            f"--val-fraction {val_fraction} --test-fraction {test_fraction}: "
-            "each is at least 0, and both together are below 1"
-        )
-
-
-def _ranked(names: Sequence[str], seed: int) -> list[str]:
-    return sorted(
-        names, key=lambda name: (hashlib.sha256(f"{seed}:{name}".encode()).digest(), name)
-    )
-
-
-def _assign_groups(counts: Counter[str], seed: int, sizes: dict[str, int]) -> dict[str, str]:
-    """Split of each group, so that no group is in two splits and no wanted split is empty."""
-    wanted = [name for name in ("val", "test") if sizes[name]]
-    if len(counts) <= len(wanted):
-        raise InputError(
-            f"--split-by group: there are {len(counts)} groups for {len(wanted) + 1} splits; "
-            "use --split-by sample"
-        )
-    ranked = _ranked(list(counts), seed)
-    largest = max(ranked, key=lambda group: counts[group])
-    others = [group for group in ranked if group != largest]
-    split_of = {largest: "train"} | _fill(others, counts, sizes, wanted)
-    _move_into_empty(split_of, others, counts, wanted)
-    return split_of
-
-
-def _fill(
-    groups: list[str], counts: Counter[str], sizes: dict[str, int], wanted: list[str]
-) -> dict[str, str]:
-    """Give each group to val, or else test, where that brings the split nearer to its size."""
-    split_of: dict[str, str] = {}
-    filled: Counter[str] = Counter()
-    for group in groups:
-        nearer = [name for name in wanted if filled[name] + counts[group] / 2 <= sizes[name]]
-        split_of[group] = nearer[0] if nearer else "train"
-        filled[split_of[group]] += counts[group]
-    return split_of
-
-
-def _move_into_empty(
-    split_of: dict[str, str], groups: list[str], counts: Counter[str], wanted: list[str]
-) -> None:
-    """Give a split that stayed empty the smallest group that another can spare, in place."""
-    for name in wanted:
-        groups_in = Counter(split_of.values())
-        if not groups_in[name]:
-            spare = [group for group in groups if groups_in[split_of[group]] > 1]
-            split_of[min(spare, key=lambda group: counts[group])] = name
-
-
 def read_split(data: str | Path) -> Split:
-    """Open a prepared tree.
+    """Open a prepared folder.
 
     Raises:
         InputError: not a folder that ``portrait-dist prepare`` wrote, or a key that is no file
@@ -214,7 +152,7 @@ def parse_split(text: bytes, data: Path) -> Split:
 
     Args:
         text: the file's content.
-        data: the folder it is in.
+        data: the folder it is in; its pairs.csv is read where split.json says that there is one.
 
     Raises:
         InputError: a newer format, or a key that is no file name.
@@ -223,15 +161,14 @@ def parse_split(text: bytes, data: Path) -> Split:
     path = data / MANIFEST
     try:
         found = json.loads(text)
-        if isinstance(found, dict) and isinstance(found.get("format"), int):
-            if found["format"] != FORMAT:
-                raise InputError(
-                    f"{path}: format {found['format']} is newer than this program knows; "
-                    "update portrait-dist"
-                )
-            split = Split(data, _text(found.get("source", "")), _keys(found), _settings(found))
-        else:
+        if not isinstance(found, dict) or not isinstance(found.get("format"), int):
             raise ValueError("no format")
+        if found["format"] not in (FORMAT, FORMAT_WITH_PAIRS):
+            raise InputError(
+                f"{path}: format {found['format']} is newer than this program knows; "
+                "update portrait-dist"
+            )
+        split = _parsed(found, data)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DamagedDataError(
             f"{path}: damaged; remove {data} and run 'portrait-dist prepare' again"
@@ -244,6 +181,43 @@ def parse_split(text: bytes, data: Path) -> Split:
                     "run 'portrait-dist prepare' again"
                 )
     return split
+
+
+def _parsed(found: dict[str, Any], data: Path) -> Split:
+    """Build a split of fields that are checked.
+
+    Raises:
+        ValueError, KeyError, TypeError: a field is missing or wrong.
+    """
+    source, settings = _text(found.get("source", "")), _settings(found)
+    if found["format"] == FORMAT:
+        return Split(data, source, _keys(found), settings)
+    masks, counts = found["masks"], {name: int(found["pairs"][name]) for name in SPLITS}
+    if masks not in (ALPHA, ANY):
+        raise ValueError("an unknown kind of masks")
+    tables = lists.read_tables(data / PAIRS, SPLITS, masks)
+    if counts != {name: len(table) for name, table in tables.items()}:
+        raise ValueError("other numbers of pairs")
+    keys = {name: table.keys for name, table in tables.items()}
+    return Split(data, source, keys, settings, tables, masks)
+
+
+def open_data(data: str | Path) -> Split:
+    """Open a prepared folder, or any source that ``prepare`` takes, with its default split.
+
+    Raises:
+        InputError: neither of both.
+        DamagedDataError: a split.json or pairs.csv that cannot be read.
+        UnreachableError: the address does not answer.
+    """
+    prepared = not is_address(data) and (Path(data) / MANIFEST).exists()
+    if prepared or not is_source(data):
+        return read_split(data)
+    root = str(data) if is_address(data) else os.path.abspath(data)
+    made, _ = _split_of(
+        find_pairs(root), root, root, SplitSettings(SEED, VAL_FRACTION, TEST_FRACTION, ""), {}
+    )
+    return made
 
 
 def _text(value: Any) -> str:
@@ -285,45 +259,163 @@ def _not_prepared(data: Path) -> str:
 
 
 def prepare(
-    raw: Path,
+    raw: str | Path,
     out: Path,
     *,
-    val_fraction: float = 0.1,
-    test_fraction: float = 0.1,
-    seed: int = 1,
-    split_by: str = "sample",
-    mode: str = "link",
+    val_fraction: float = VAL_FRACTION,
+    test_fraction: float = TEST_FRACTION,
+    seed: int = SEED,
+    split_by: str | None = None,
+    mode: str | None = None,
+    split_file: Path | None = None,
+    names: Path | None = None,
+    check: bool | None = None,
 ) -> tuple[Split, PairReport]:
-    """Find, check, split and arrange the pairs of a raw tree.
+    """Find, check and split the pairs of a source, and arrange or list them.
 
     Args:
-        raw: a raw AISegment tree.
-        out: folder to write, whole or not at all; new, empty, or of the same command, which then
-            adds what is missing.
-        val_fraction: of the pairs, rounded down.
+        raw: a source of any layout, see :mod:`portrait_dist.data.source.layouts`.
+        out: folder to write, whole or not at all; new, empty, or of the same command.
+        val_fraction: of the pairs whose split nobody gives, rounded down.
         test_fraction: likewise.
         seed: of the split.
-        split_by: ``sample``, or ``group`` for whole groups.
-        mode: ``link`` for hard links where the file system allows, or ``copy``.
+        split_by: ``sample``, ``group`` or ``given``; None: given where the source says it.
+        mode: ``link``, ``copy``, or ``reference`` to list the files where they are.
+        split_file: see :func:`.lists.read_split_file`; pairs that it does not name are not used.
+        names: a file that names the files below ``raw``, one a line, in place of listing it.
+        check: read headers and ends of all files; None: unless ``mode`` is ``reference``.
 
     Raises:
-        InputError: wrong options, tree, pair, or an ``out`` that holds something else.
-        DamagedDataError: a truncated or unreadable file.
+        InputError, DamagedDataError: wrong options, source, pair or ``out``; a damaged file.
     """
-    report = find_pairs(raw)
-    groups = [pair.group for pair in report.pairs] if split_by == "group" else None
-    splits = assign([pair.key for pair in report.pairs], seed, val_fraction, test_fraction, groups)
-    settings = SplitSettings(seed, val_fraction, test_fraction, split_by)
-    split = Split(Path(os.path.realpath(out)), str(raw), splits, settings)
+    mode, folder = _mode_for(raw, mode), Path(os.path.realpath(out))
+    given = lists.read_split_file(split_file) if split_file else {}
+    settings = SplitSettings(seed, val_fraction, test_fraction, split_by or "")
+    report = find_pairs(_written_down(raw, mode), names)
+    split, report.pairs = _split_of(report, folder, redact(str(raw)), settings, given)
+    split = _where_prepared(split, mode)
     again = _is_there(split)
-    check_folder_writable(split.data)
-    check_pairs(report.pairs)
-    with explained(split.data):
-        if not again:
-            _build(report.pairs, split, mode)
-        else:
-            _arrange(report.pairs, split, split.data, mode)
+    check_folder_writable(folder)
+    if check or (check is None and mode != REFERENCE):
+        check_pairs(report.pairs)
+    _write(report.pairs, split, mode, again)
     return split, report
+
+
+def _mode_for(raw: str | Path, mode: str | None) -> str:
+    """Return what is done with the files."""
+    chosen = mode or (REFERENCE if is_address(raw) else "link")
+    if chosen != REFERENCE and is_address(raw):
+        raise InputError(f"--mode {mode}: the files are at an address; use --mode {REFERENCE}")
+    return chosen
+
+
+def _written_down(raw: str | Path, mode: str) -> str | Path:
+    """Return the source as it is searched: by its absolute path where paths are written down."""
+    return os.path.abspath(raw) if mode == REFERENCE and not is_address(raw) else raw
+
+
+def _write(pairs: PairTable, split: Split, mode: str, again: bool) -> None:
+    """Build the folder, or add what is missing of one that is there."""
+    with explained(split.data):
+        if again:
+            _arrange(pairs, split, Path(split.data), mode)
+        else:
+            _build(pairs, split, mode)
+
+
+def _split_of(
+    report: PairReport,
+    data: Path | str,
+    source: str,
+    settings: SplitSettings,
+    given: Mapping[str, str],
+) -> tuple[Split, PairTable]:
+    """Split what was found; also the pairs that are used.
+
+    Args:
+        report: what was found; keys that ``given`` does not name are noted there.
+        data: where the split will be.
+        source: what was searched, for messages.
+        settings: with an empty ``split_by`` the source decides.
+        given: split of each key, from a user's file; empty for none.
+
+    Raises:
+        InputError: ``given`` names keys that are not there, or nothing is left for training.
+    """
+    table = _named_in(given, report) if given else report.pairs
+    settings, numbers = _split_numbers(table, settings, bool(given))
+    tables = {
+        name: table.chosen(np.flatnonzero(numbers == number)) for number, name in enumerate(SPLITS)
+    }
+    if not len(tables["train"]):
+        raise InputError(f"{source}: nothing is left for training; give another split")
+    keys = {name: part.keys for name, part in tables.items()}
+    return Split(data, source, keys, settings, tables, table.masks), table
+
+
+def _split_numbers(
+    table: PairTable, settings: SplitSettings, own: bool
+) -> tuple[SplitSettings, NDArray[np.uint8]]:
+    """Return the settings as they were decided, and the number of each pair's split.
+
+    Args:
+        table: the pairs.
+        settings: with an empty ``split_by`` the table decides.
+        own: its splits are those of a user's file.
+    """
+    splits = [table.split(index) for index in range(len(table))]
+    by = settings.split_by or (GIVEN if any(splits) else "sample")
+    if by != GIVEN and own:
+        raise InputError(f"--split-by {by} with --split-file: leave --split-by out")
+    free = np.array([by != GIVEN or not split for split in splits], dtype=bool)
+    numbers = np.array([SPLITS.index(split) if split else 0 for split in splits], np.uint8)
+    del splits  # 10^6 of them are 8 MB
+    some = table if free.all() else table.chosen(np.flatnonzero(free))
+    groups = [some.group(index) for index in range(len(some))] if by == "group" else None
+    fractions = (settings.val_fraction, settings.test_fraction)
+    numbers[free] = assigned_splits(some.keys, settings.seed, *fractions, groups)
+    return replace(settings, split_by=by), numbers
+
+
+def _named_in(given: Mapping[str, str], report: PairReport) -> PairTable:
+    """Return the pairs that a user's split names, with their splits."""
+    table = report.pairs
+    unknown = [key for key in given if not table.has(key)]
+    if unknown:
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise InputError(
+            f"--split-file: names '{shorten(unknown[0])}'{more}, which is no pair of the source; "
+            "remove it"
+        )
+    used = [index for index, key in enumerate(table.keys) if key in given]
+    report.not_in_split_file = [key for key in table.keys if key not in given]
+    chosen = table.chosen(used)
+    chosen.splits = [given[key] for key in chosen.keys]
+    return chosen
+
+
+def _where_prepared(split: Split, mode: str) -> Split:
+    """Return the split with its files where they will be."""
+    assert split.tables is not None
+    tables: Mapping[str, PairTable] | None = split.tables
+    if mode != REFERENCE:
+        if split.masks == ALPHA:
+            tables = None
+        else:
+            tables = {name: _arranged(name, part) for name, part in split.tables.items()}
+    return Split(split.data, split.source, split.splits, split.settings, tables, split.masks)
+
+
+def _arranged(split: str, table: PairTable) -> PairTable:
+    """Return where the files of a split are linked: ``<split>/<key><suffix>``."""
+    images: list[Place] = []
+    mattes: list[Place] = []
+    for pair in table:
+        image, matte = suffix_of(pair.image), suffix_of(pair.matte)
+        images.append(f"{split}/{pair.key}{image}")
+        mattes.append(f"{split}/{pair.key}{'.mask' if matte == image else ''}{matte}")
+    return PairTable(table.keys, images, mattes, masks=table.masks)
 
 
 def _is_there(split: Split) -> bool:
@@ -332,7 +424,7 @@ def _is_there(split: Split) -> bool:
     Raises:
         InputError: something else is there.
     """
-    out = split.data
+    out = Path(split.data)
     with explained(out):
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return False
@@ -341,11 +433,20 @@ def _is_there(split: Split) -> bool:
     before = read_split(out)
     if before.settings != split.settings:
         raise InputError(f"{out}: {_difference(before.settings, split.settings)}")
-    if before.splits != split.splits:
+    if before.splits != split.splits or not _same_files(before, split):
         raise InputError(
-            f"{out}: was prepared from other pairs (source {before.source}); give another --out"
+            f"{out}: was prepared from other pairs (source {before.source}) or with another "
+            "--mode; give another --out"
         )
     return True
+
+
+def _same_files(before: Split, now: Split) -> bool:
+    """Whether pairs.csv is what would be written."""
+    if before.tables is None or now.tables is None:
+        return before.tables is now.tables
+    written = (Path(before.data) / PAIRS).read_bytes()
+    return written == b"".join(line.encode() for line in lists.write_tables(now.tables))
 
 
 def _difference(before: SplitSettings | None, now: SplitSettings | None) -> str:
@@ -358,9 +459,9 @@ def _difference(before: SplitSettings | None, now: SplitSettings | None) -> str:
     raise AssertionError
 
 
-def _build(pairs: Sequence[Pair], split: Split, mode: str) -> None:
+def _build(pairs: PairTable, split: Split, mode: str) -> None:
     """Build the tree in a hidden folder, then rename it."""
-    out = split.data
+    out = Path(split.data)
     part = _hidden_folder(out)
     part.mkdir(parents=True, exist_ok=True)
     with lock_output(part, "prepare", out):
@@ -368,6 +469,10 @@ def _build(pairs: Sequence[Pair], split: Split, mode: str) -> None:
             for leftover in part.iterdir():  # of a run that was killed
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             _arrange(pairs, split, part, mode)
+            if split.tables is not None:
+                with atomic_open(part / PAIRS) as file:
+                    for text in lists.write_tables(split.tables):
+                        file.write(text.encode())
             write_text(part / MANIFEST, _to_json(split))
             part.rename(out)
         finally:
@@ -384,24 +489,35 @@ def _hidden_folder(out: Path) -> Path:
 
 def _to_json(split: Split) -> str:
     assert split.settings
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         **asdict(split.settings),
         "source": split.source,
-        "splits": split.splits,
     }
+    if split.tables is None:
+        content["splits"] = split.splits
+    else:
+        content["format"] = FORMAT_WITH_PAIRS
+        content["masks"] = split.masks
+        content["pairs"] = {name: len(keys) for name, keys in split.splits.items()}
     return json.dumps(content, indent=1) + "\n"
 
 
-def _arrange(pairs: Sequence[Pair], split: Split, data: Path, mode: str) -> None:
+def _arrange(pairs: PairTable, split: Split, data: Path, mode: str) -> None:
     """Link or copy each file to where it belongs, unless it is there."""
-    split_of = {key: name for name in SPLITS for key in split.splits[name]}
+    if mode == REFERENCE:
+        return
     for name in SPLITS:
         (data / name).mkdir(parents=True, exist_ok=True)
-    for pair in track(pairs, total=len(pairs), what="pairs"):
-        image, matte = pair_paths(data, split_of[pair.key], pair.key)
-        link_or_copy(pair.image, image, mode)
-        link_or_copy(pair.matte, matte, mode)
+    for name, keys in split.splits.items():
+        for key in track(keys, total=len(keys), what=f"{name} pairs"):
+            pair = pairs[pairs.position(key)]
+            image, matte = pair_paths(data, name, key)
+            if split.tables is not None:
+                image, matte = (data / place for place in split.tables[name].paths(key))
+            for source, target in ((pair.image, image), (pair.matte, matte)):
+                assert isinstance(source, Path)
+                link_or_copy(source, target, mode)
 
 
 def link_or_copy(source: Path, target: Path, mode: str) -> None:

@@ -1,0 +1,102 @@
+"""Read picture files where they are: on a disk, or at an address that fsspec opens."""
+
+from __future__ import annotations
+
+import errno
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from portrait_dist.errors import DamagedDataError, UnreachableError
+from portrait_dist.files import open_regular, read_regular
+from portrait_dist.system.address import is_address, redact
+
+Location = Path | str
+"""A path, or an address."""
+ATTEMPTS = 4
+FIRST_PAUSE = 0.5
+"""Seconds before the second attempt at an address; each further pause is four times as long."""
+
+
+def to_location(text: str) -> Location:
+    """Return an address as it is, anything else as a path."""
+    return text if is_address(text) else Path(text)
+
+
+def suffix_of(location: Location) -> str:
+    """Return the ending of a file's name with its dot, in lower case."""
+    name = str(location).rpartition("/")[2]
+    return f".{name.rpartition('.')[2].lower()}" if "." in name else ""
+
+
+def shown(location: Location) -> str:
+    """Return a location for messages, without secrets."""
+    return redact(location) if isinstance(location, str) else str(location)
+
+
+def read_bytes(location: Location, limit: int) -> bytes:
+    """Read a whole file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: a local file cannot be read, or is longer; see ``read_regular``.
+        DamagedDataError: there is nothing at the address, or something longer.
+        UnreachableError: the address does not answer.
+    """
+    if isinstance(location, Path):
+        return read_regular(location, limit)
+    with open_binary(location) as file:
+        data = _attempt(location, lambda: file.read(limit + 1))
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"is longer than {limit:,} bytes", shown(location))
+    return bytes(data)
+
+
+def open_binary(location: Location) -> IO[bytes]:
+    """Open a file for reading; its end can be read without the rest.
+
+    Raises:
+        OSError, DamagedDataError, UnreachableError: as :func:`read_bytes`.
+    """
+    if isinstance(location, Path):
+        return open(open_regular(location), "rb")
+    from fsspec.core import url_to_fs
+
+    system, path = url_to_fs(location)
+    opened: IO[bytes] = _attempt(location, lambda: system.open(path, "rb"))
+    return opened
+
+
+def size_of(location: Location) -> tuple[int, int]:
+    """Return bytes and time of change in ns since the epoch; 0 where an address does not say it.
+
+    Raises:
+        OSError, DamagedDataError, UnreachableError: as :func:`read_bytes`.
+    """
+    if isinstance(location, Path):
+        status = location.stat()
+        return status.st_size, status.st_mtime_ns
+    from fsspec.core import url_to_fs
+
+    system, path = url_to_fs(location)
+    return int(_attempt(location, lambda: system.info(path)).get("size") or 0), 0
+
+
+def _attempt(address: str, action: Any) -> Any:
+    """Call again what an address refuses, with pauses, for a server that is restarted."""
+    pause = FIRST_PAUSE
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except FileNotFoundError as error:
+            raise DamagedDataError(
+                f"{redact(address)}: there is no such file; prepare the data again"
+            ) from error
+        except Exception as error:  # fsspec's file systems raise kinds of their own
+            if attempt == ATTEMPTS:
+                raise UnreachableError(
+                    f"{redact(address)}: cannot be read ({type(error).__name__}: "
+                    f"{' '.join(str(error).split())[:200]}); run again when it answers"
+                ) from error
+        time.sleep(pause)
+        pause *= 4
+    raise AssertionError
