@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from portrait_dist.training.trainer import LoopOptions, PortraitTrainer
+    from portrait_dist.training.trainer import LoopOptions, PortraitKDTrainer, PortraitTrainer
 
-__all__ = ["LoopOptions", "PortraitTrainer"]
+__all__ = ["LoopOptions", "PortraitKDTrainer", "PortraitTrainer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -139,9 +139,9 @@ class DeviceBatches:
         batch = next(self._iterator, None)
         self.wait_seconds += time.perf_counter() - begin
         if batch is None or self._copies is None:
-            return _to_device(batch, self.device)
+            return to_device(batch, self.device)
         with torch.cuda.stream(self._copies):
-            batch = _to_device(batch, self.device)
+            batch = to_device(batch, self.device)
         computing = torch.cuda.current_stream(self.device)
         computing.wait_stream(self._copies)
         for tensor in tensors_in(batch):  # else the allocator could reuse them while they are read
@@ -153,14 +153,15 @@ class DeviceBatches:
         return Position(batches, state)
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Copy a batch of any form; one of the stream becomes a :class:`TensorBatch`."""
     if hasattr(batch, "image") and hasattr(batch, "alpha"):
-        image, alpha = (_to_device(tensor, device) for tensor in (batch.image, batch.alpha))
+        image, alpha = (to_device(tensor, device) for tensor in (batch.image, batch.alpha))
         return TensorBatch(image, alpha, batch.keys, batch)
     if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return tuple(_to_device(value, device) for value in batch)
+        return tuple(to_device(value, device) for value in batch)
     return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
 
 

@@ -65,6 +65,7 @@ class EpochFiles:
         state: the checkpoint, on the host.
         latest: name of the checkpoint that a run resumes from.
         best: name of the best checkpoint, where this one is it.
+        best_state: what the best checkpoint holds where it is not ``state``.
         copy: name of a checkpoint to keep.
         average: the average of the best models, where there is one and the epoch is complete.
         averaged: whether this model belongs to it.
@@ -74,6 +75,7 @@ class EpochFiles:
     state: dict[str, Any]
     latest: str
     best: str | None = None
+    best_state: dict[str, Any] | None = None
     copy: str | None = None
     average: AverageOfBest | None = None
     averaged: bool = False
@@ -81,7 +83,11 @@ class EpochFiles:
     def __post_init__(self) -> None:
         self.members = () if self.average is None else self.average.members
 
-    def write(self, write: Callable[[str], None], link: Callable[[str, str], None]) -> None:
+    def write(
+        self,
+        write: Callable[[str, dict[str, Any]], None],
+        link: Callable[[str, str], None],
+    ) -> None:
         """Write the files in the order that a kill may interrupt anywhere.
 
         ``latest`` commits the epoch. The model's snapshot is there before it, and the best
@@ -89,17 +95,19 @@ class EpochFiles:
         the snapshots, and the removal of models that left it come after it.
 
         Args:
-            write: writes the state under a name.
+            write: writes a state under a name.
             link: gives a written file (first argument) another name.
         """
         average = self.average
         if average is not None and self.averaged:
             average.save(self.epoch, self.snapshot())
-        if self.best:
-            write(self.best)
+        if self.best and self.best_state is None:
+            write(self.best, self.state)
             link(self.best, self.latest)
         else:
-            write(self.latest)
+            if self.best and self.best_state is not None:
+                write(self.best, self.best_state)
+            write(self.latest, self.state)
         if self.copy:
             link(self.latest, self.copy)
         if average is not None and self.averaged:
@@ -131,14 +139,14 @@ class Saver(BackgroundWriter):
         if not isinstance(logger, AtomicSGLogger):
             self.join()
 
-            def add(name: str) -> None:
-                logger.add_checkpoint(tag=name, state_dict=files.state, global_step=files.epoch)
+            def add(name: str, state: dict[str, Any]) -> None:
+                logger.add_checkpoint(tag=name, state_dict=state, global_step=files.epoch)
 
-            files.write(add, lambda source, name: add(name))
+            files.write(add, lambda source, name: add(name, files.state))
             return
 
-        def write(name: str) -> None:
-            checkpoints.write(folder / name, files.state)
+        def write(name: str, state: dict[str, Any]) -> None:
+            checkpoints.write(folder / name, state)
 
         def link(source: str, name: str) -> None:
             file_system.link(folder / source, folder / name, durable=True)

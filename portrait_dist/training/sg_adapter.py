@@ -37,9 +37,10 @@ import torch
 from torch import nn
 
 from portrait_dist import checkpoints, distributed
+from portrait_dist.data.stream.loader import StreamLoader
 from portrait_dist.errors import InputError
 from portrait_dist.runs.folder import RunFolder
-from portrait_dist.training import console, sg_losses
+from portrait_dist.training import console, sg_losses, sg_parameters
 from portrait_dist.training.lean_import import lean_import
 from portrait_dist.training.sg_metrics import AccuracyMetric, ConfusionMatrixMetric
 
@@ -185,6 +186,8 @@ from super_gradients.common.registry.registry import LOSSES as _LOSSES  # noqa: 
 from super_gradients.common.sg_loggers import base_sg_logger as _base_sg_logger  # noqa: E402
 from super_gradients.common.sg_loggers.base_sg_logger import BaseSGLogger  # noqa: E402
 from super_gradients.training import Trainer  # noqa: E402
+from super_gradients.training.kd_trainer import KDTrainer  # noqa: E402
+from super_gradients.training.kd_trainer import kd_trainer as _kd_trainer  # noqa: E402
 from super_gradients.training.losses import bce_loss as _bce_loss  # noqa: E402
 from super_gradients.training.losses import dice_loss as _dice_loss  # noqa: E402
 from super_gradients.training.losses import iou_loss as _iou_loss  # noqa: E402
@@ -200,6 +203,9 @@ from super_gradients.training.metrics.metric_utils import (  # noqa: E402
     get_metrics_results_tuple,
     get_train_loop_description_dict,
 )
+from super_gradients.training.params import (  # noqa: E402
+    DEFAULT_TRAINING_PARAMS as _DEFAULT_PARAMETERS,
+)
 from super_gradients.training.sg_trainer import sg_trainer as _sg_trainer  # noqa: E402
 from super_gradients.training.utils import sg_trainer_utils  # noqa: E402
 from super_gradients.training.utils.callbacks import Callback, PhaseContext  # noqa: E402
@@ -207,7 +213,7 @@ from super_gradients.training.utils.checkpoint_utils import (  # noqa: E402
     StrictLoad,
     adaptive_load_state_dict,
 )
-from super_gradients.training.utils.ema import ModelEMA  # noqa: E402
+from super_gradients.training.utils.ema import KDModelEMA, ModelEMA  # noqa: E402
 from super_gradients.training.utils.utils import AverageMeter, unwrap_model  # noqa: E402
 from torchmetrics import MetricCollection  # noqa: E402
 
@@ -218,6 +224,7 @@ __all__ = [
     "AverageMeter",
     "BaseSGLogger",
     "Callback",
+    "KDTrainer",
     "ModelEMA",
     "PhaseContext",
     "Trainer",
@@ -365,6 +372,7 @@ class AdaptedTrainer(Trainer):
     train_monitored_values: dict[str, Any]
     _epoch_start_logging_values: dict[str, float]
     model_weight_averaging: Any
+    ema_class: type[ModelEMA]
     images_per_second: float
     data_wait_share: float
 
@@ -432,6 +440,10 @@ class AdaptedTrainer(Trainer):
         """Write the checkpoints after a validated epoch (called on rank 0)."""
         raise NotImplementedError
 
+    def first_batch(self, batch: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """Return (inputs, targets, additional items) of a loader's batch, before any training."""
+        raise NotImplementedError
+
     def make_average(self) -> Any:
         """Make the object that averages the best models; its ``cleanup()`` removes their files."""
         raise NotImplementedError
@@ -446,13 +458,23 @@ class AdaptedTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> None:
         """Train; arguments and training parameters as of SuperGradients' ``Trainer.train``."""
-        with _console_of(self):
+        with (
+            _console_of(self),
+            # It looks at a first batch, for networks that check the shape of their input.
+            _exchanged(sg_trainer_utils, unpack_batch_items=self.first_batch),
+        ):
             super().train(*args, **kwargs)
 
     @classmethod
     def train_from_config(cls, cfg: Any) -> tuple[nn.Module, Any]:
         """Train by a recipe of SuperGradients, with this class."""
-        with _exchanged(_sg_trainer, Trainer=cls):
+
+        def trainer(**kwargs: Any) -> AdaptedTrainer:
+            # KDTrainer's methods look themselves up under this name.
+            vars(_kd_trainer)["KDTrainer"] = KDTrainer
+            return cls(**kwargs)
+
+        with _exchanged(_sg_trainer, Trainer=cls), _exchanged(_kd_trainer, KDTrainer=trainer):
             return super().train_from_config(cfg)
 
     @classmethod
@@ -537,11 +559,13 @@ class AdaptedTrainer(Trainer):
         self._best_epoch, self._epochs_began = None, None
 
     def _refuse_what_is_not_honoured(self) -> None:
-        if self.training_params.resume_from_remote_sg_logger:
-            raise InputError(
-                "resume_from_remote_sg_logger=True: not supported here; "
-                "download the checkpoint and give its path as resume_path"
-            )
+        params = self.training_params.to_dict()
+        loaders = (self.train_loader, self.valid_loader)
+        stream = any(isinstance(loader, StreamLoader) for loader in loaders)
+        on_gpu = torch.device(device_config.device).type == "cuda"
+        sg_parameters.refuse_parameters(params, on_gpu=on_gpu, stream=stream)
+        for line in sg_parameters.warnings_of(params, _DEFAULT_PARAMETERS):
+            distributed.print0(f"warning: {line}")
 
     def _choose_folder(self) -> tuple[Path, Path | None]:
         """Choose the folder to train into, and the checkpoint to continue from."""
@@ -732,7 +756,7 @@ class AdaptedTrainer(Trainer):
     def _instantiate_ema_model(self, ema_params: dict[str, Any]) -> ModelEMA:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ema = FusedEMA.from_params(self.net, **ema_params)
+            ema = self.ema_class.from_params(self.net, **ema_params)
         if unwrap_model(self.net)._compiled_call_impl is not None:  # a copy is not compiled
             ema.ema.compile(**self.training_params.torch_compile_options)
         return ema
@@ -899,6 +923,10 @@ class FusedEMA(ModelEMA):
         pairs = zip(ours, theirs, strict=True)
         floats = [(one, other) for one, other in pairs if one.dtype.is_floating_point]
         return [one for one, _ in floats], [other.detach() for _, other in floats]
+
+
+class FusedKDEMA(FusedEMA, KDModelEMA):
+    """The same of a student; the teacher is the network's own one, not a copy."""
 
 
 class AtomicSGLogger(BaseSGLogger):

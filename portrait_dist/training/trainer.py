@@ -37,6 +37,7 @@ from portrait_dist.training.device_batches import (
     Position,
     TensorBatch,
     samples_in,
+    to_device,
 )
 from portrait_dist.training.health import Health
 from portrait_dist.training.loop import LossMeter, LossWatch, Step
@@ -53,6 +54,9 @@ from portrait_dist.training.saving import EpochFiles, Saver
 from portrait_dist.training.sg_adapter import (
     AdaptedTrainer,
     Callback,
+    FusedEMA,
+    FusedKDEMA,
+    KDTrainer,
     PhaseContext,
     unwrap_model,
 )
@@ -119,6 +123,8 @@ class PortraitTrainer(AdaptedTrainer):
             What network it is, the size of the images and the hash of the data are added.
         device, multi_gpu: refused with advice, as by SuperGradients' Trainer.
     """
+
+    ema_class = FusedEMA
 
     def __init__(
         self,
@@ -377,6 +383,10 @@ class PortraitTrainer(AdaptedTrainer):
         if self.options.channels_last and getattr(inputs, "ndim", 0) == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return inputs, targets, extra
+
+    def first_batch(self, batch: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """Return what the network, the loss and the callbacks get of a batch of a loader."""
+        return self.inputs(to_device(batch, self.torch_device), epoch=None)
 
     def describe_images(self, batch: Any) -> None:
         """Keep for the checkpoints what the training images are; once, from the first batch."""
@@ -670,6 +680,7 @@ class PortraitTrainer(AdaptedTrainer):
             entries,
             latest=LATEST,
             best=self.ckpt_best_name if better else None,
+            best_state=self.state_of_best(entries) if better else None,
             copy=f"ckpt_epoch_{epoch}.pth" if epoch in epochs else None,
             average=self.average,
             averaged=averaged,
@@ -680,6 +691,14 @@ class PortraitTrainer(AdaptedTrainer):
                 self.saver.join()  # it may read the file
             self.phase_callback_handler.on_validation_end_best_epoch(context)
         self._last_save = time.monotonic()
+
+    def state_of_best(self, entries: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what ``ckpt_best.pth`` holds; None for the whole checkpoint.
+
+        Args:
+            entries: the checkpoint, on the host.
+        """
+        return None
 
     def make_average(self) -> AverageOfBest | None:
         """Return the average of the best models; its ``cleanup()`` removes the snapshots."""
@@ -745,6 +764,32 @@ class PortraitTrainer(AdaptedTrainer):
 
     def _can_save(self, position: Position) -> bool:
         return bool(self.training_params.save_model and position.loader)
+
+
+class PortraitKDTrainer(PortraitTrainer, KDTrainer):
+    """SuperGradients' KDTrainer with the loop, the files and the guarantees of PortraitTrainer.
+
+    ``train`` takes ``student`` and ``teacher``, or a ``KDModule``. The best checkpoint holds the
+    student alone, ``ckpt_latest.pth`` both.
+    """
+
+    ema_class = FusedKDEMA
+
+    def state_of_best(self, entries: dict[str, Any]) -> dict[str, Any]:
+        """Keep the student only: its averaged weights where there are some."""
+        name = "ema_net" if "ema_net" in entries else "net"
+        prefix = "student."
+        student = {
+            key.removeprefix(prefix): value
+            for key, value in entries[name].items()
+            if key.startswith(prefix)
+        }
+        own = {
+            **entries["portrait_dist"],
+            **state.describe_network(unwrap_model(self._training_net).student),
+        }
+        kept = {key: value for key, value in entries.items() if key != "ema_net"}
+        return {**kept, "net": student, "portrait_dist": own}
 
 
 # What SuperGradients gets to know around a batch --------------------------------------------------

@@ -78,4 +78,49 @@ MUTATIONS = [
         "test_cpu_seconds_count_child_processes_that_live_and_that_ended",
         why="CPU seconds count the children that live",
     ),
+    Mutation(
+        file="portrait_dist/training/sg_losses.py",
+        old="    counted = None if ignore_index is None else target != ignore_index",
+        new="    counted = None",
+        test="tests/unit/test_sg_losses.py::test_pixels_of_the_ignored_value_do_not_count[255-IoU]",
+        why="ignored pixels do not count in SuperGradients' losses",
+    ),
+    Mutation(
+        file="portrait_dist/training/sg_losses.py",
+        old="    if loss.dice.apply_sigmoid:",
+        new="    if True:",
+        test="tests/unit/test_sg_losses.py::"
+        "test_bce_dice_is_the_weighted_sum_from_logits_and_from_probabilities",
+        why="BCE-Dice takes probabilities where it was told so",
+    ),
+    Mutation(
+        file="portrait_dist/training/sg_parameters.py",
+        old="        if params.get(name):",
+        new="        if False:",
+        test="tests/unit/test_training_params.py::"
+        "test_what_is_not_supported_is_refused_before_anything_is_written"
+        "[resume_from_remote_sg_logger]",
+        why="a parameter that is not honoured is refused",
+    ),
+    Mutation(
+        file="portrait_dist/training/sg_parameters.py",
+        old="    if unknown:\n",
+        new="    if False:\n",
+        test="tests/unit/test_training_params.py::test_what_nobody_reads_is_warned_of",
+        why="a parameter that nobody knows is warned of",
+    ),
+    Mutation(
+        file=ADAPTER,
+        old="            _exchanged(sg_trainer_utils, unpack_batch_items=self.first_batch),\n",
+        new="",
+        test=DROP_IN + "test_networks_that_check_their_input_are_shown_what_they_will_get",
+        why="networks that check their input see the network's input",
+    ),
+    Mutation(
+        file="portrait_dist/training/trainer.py",
+        old="            best_state=self.state_of_best(entries) if better else None,\n",
+        new="",
+        test=DROP_IN + "test_a_student_is_distilled_as_by_supergradients_own_trainer[False]",
+        why="the best checkpoint of a distillation is the student",
+    ),
 ]

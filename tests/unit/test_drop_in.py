@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from portrait_dist.errors import InputError
 from portrait_dist.metrics import SoftIoU
-from portrait_dist.training import LoopOptions, PortraitTrainer
+from portrait_dist.training import LoopOptions, PortraitKDTrainer, PortraitTrainer
 from portrait_dist.training.recorder import RunRecorder
-from portrait_dist.training.sg_adapter import Trainer, use_device
+from portrait_dist.training.sg_adapter import KDTrainer, Trainer, use_device
 
 torch.set_num_threads(1)
 BOTH = pytest.mark.parametrize("kind", [Trainer, PortraitTrainer], ids=["stock", "ours"])
@@ -347,6 +347,138 @@ def test_recipes_of_supergradients_train_and_evaluate_with_this_class(
     config.checkpoint_params.checkpoint_path = str(path)
     _, found = PortraitTrainer.evaluate_from_config(config)
     assert 0 <= found["Accuracy"] <= 1
+
+
+# Distillation and checks of the input -------------------------------------------------------------
+
+
+def teacher_and_student() -> tuple[nn.Module, nn.Module]:
+    from super_gradients.training.models import SgModule
+
+    class Student(SgModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 1, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.conv(x)
+
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)), Student()
+
+
+def distil(trainer: Any, **params: Any) -> Any:
+    """Train the student for two epochs."""
+    from super_gradients.training.losses import KDLogitsLoss
+
+    use_device(torch.device("cpu"))
+    teacher, student = teacher_and_student()
+    loss = KDLogitsLoss(
+        nn.BCEWithLogitsLoss(), distillation_loss_fn=nn.MSELoss(), distillation_loss_coeff=0.3
+    )
+    defaults: dict[str, Any] = {
+        "max_epochs": 2,
+        "initial_lr": 0.1,
+        "lr_mode": "CosineLRScheduler",
+        "loss": loss,
+        "valid_metrics_list": ["BinaryIOU"],
+        "metric_to_watch": "target_IOU",
+        "average_best_models": False,
+    }
+    trainer.train(
+        training_params=defaults | params,
+        student=student,
+        teacher=teacher,
+        run_teacher_on_eval=True,
+        train_loader=batches(),
+        valid_loader=batches(),
+    )
+    return trainer
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_student_is_distilled_as_by_supergradients_own_trainer(ema: bool, tmp_path: Path) -> None:
+    params: dict[str, Any] = {"ema": ema}
+    if ema:
+        params["ema_params"] = {"decay": 0.5, "decay_type": "constant"}
+    stock = distil(KDTrainer("stock", ckpt_root_dir=str(tmp_path)), **params)
+    ours = distil(PortraitKDTrainer("ours", str(tmp_path)), **params)
+    for name, value in stock.net.state_dict().items():
+        assert torch.equal(ours.net.state_dict()[name], value), name
+    teacher, _ = teacher_and_student()
+    untouched = teacher.state_dict()["0.weight"]
+    assert torch.equal(ours.net.teacher.state_dict()["0.weight"], untouched)
+    if ema:
+        assert ours.ema_model.ema.teacher is ours.net.teacher
+    # The best checkpoint is the student alone; the latest resumes both.
+    student = ours.ema_model.ema.student if ema else ours.net.student
+    best = checkpoint(tmp_path / "ours")
+    assert "ema_net" not in best
+    if best["epoch"] == 2:
+        assert torch.equal(best["net"]["conv.weight"], student.state_dict()["conv.weight"])
+    assert set(best["net"]) == set(student.state_dict())
+    latest = checkpoint(tmp_path / "ours", "ckpt_latest.pth")
+    assert set(latest["net"]) == set(ours.net.state_dict())
+    resumed = distil(PortraitKDTrainer("ours", str(tmp_path)), **params, resume=True, max_epochs=3)
+    assert resumed.start_epoch == 2
+
+
+def test_networks_that_check_their_input_are_shown_what_they_will_get(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    from super_gradients.module_interfaces import SupportsInputShapeCheck
+
+    from portrait_dist.config import Config
+    from portrait_dist.data import build_loader
+    from portrait_dist.training.main import Prepare
+
+    class Checks(Tiny, SupportsInputShapeCheck):
+        def __init__(self, multiple: int) -> None:
+            super().__init__()
+            self.multiple, self.shapes = multiple, list[tuple[int, ...]]()
+
+        def validate_input_shape(self, input_shape: Any) -> None:
+            self.shapes.append(tuple(input_shape))
+            super().validate_input_shape(input_shape)
+
+        def get_input_shape_steps(self) -> tuple[int, int]:
+            return self.multiple, self.multiple
+
+    use_device(torch.device("cpu"))
+    params = {
+        "max_epochs": 1,
+        "initial_lr": 0.1,
+        "lr_mode": "CosineLRScheduler",
+        "loss": nn.BCELoss(),
+        "valid_metrics_list": [SoftIoU()],
+        "metric_to_watch": "SoftIoU",
+        "max_train_batches": 2,
+    }
+
+    def train(model: nn.Module, name: str) -> list[str]:
+        """Train two batches of the stream, and return the sample keys that were seen."""
+        loaders = [
+            build_loader(str(tiny_shards), split, batch_size=4, seed=0, rank=0, world_size=1)
+            for split in ("train", "val")
+        ]
+        trainer = PortraitTrainer(
+            name,
+            str(tmp_path),
+            options=LoopOptions(log_keys=True),
+            prepare=Prepare(Config(), 0),
+        )
+        trainer.train(model, params, *loaders)
+        return (tmp_path / name / "keys-rank0.jsonl").read_text().splitlines()
+
+    fits = Checks(multiple=16)
+    seen = train(fits, "fits")
+    assert fits.shapes == [(4, 3, 32, 32)] * 2, "the network's input, not the stream's bytes"
+    assert seen == train(Tiny(), "without"), "looking takes no sample from the training"
+    with pytest.raises(ValueError, match="multiple of"):
+        train(Checks(multiple=24), "wrong")
+    tuples = Checks(multiple=8)
+    fit(PortraitTrainer("tuples", str(tmp_path)), model=tuples)
+    assert tuples.shapes == [(4, 3, 8, 8)] * 2
 
 
 # Metrics ------------------------------------------------------------------------------------------
