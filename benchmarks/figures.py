@@ -72,6 +72,7 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
         **_training(speed),
         **_remote(_read(results, "2026-11-23-amd-epyc-2-cores-remote.json")),
         **_order(_read(results, "2026-11-29-amd-epyc-2-cores-order.json")),
+        **_matrix(_read(results, "2026-11-29-matrix.json")),
         **_installs(_read(results, "2026-11-29-installs.json")),
         **_quickstart(_read(results, "2026-11-29-amd-epyc-2-cores-quickstart.json")),
         **_recipes(_read(results, "2026-11-23-recipes.json")),
@@ -169,6 +170,16 @@ def _order(part: dict[str, Any]) -> dict[str, str]:
         "order.cpu-seconds": f"{seconds:.2f} s",
         "order.megabytes": f"{max(row['megabytes'] for row in rows):.0f} MB",
     }
+
+
+def _matrix(part: dict[str, Any]) -> dict[str, str]:
+    columns = ("python", "torch", "torchvision", "torchmetrics", "numpy")
+    lines = ["| Python | torch | torchvision | torchmetrics | numpy | result |", "|---" * 6 + "|"]
+    for row in part["rows"]:
+        cells = [row["versions"].get(name, "") for name in columns]
+        result = f"{row['result']}, {row['passed']} tests"
+        lines.append("| " + " | ".join([*cells, result]) + " |")
+    return {"matrix.table": "\n\n" + "\n".join(lines) + "\n\n"}
 
 
 def _installs(part: dict[str, Any]) -> dict[str, str]:

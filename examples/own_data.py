@@ -3,9 +3,10 @@
     python examples/own_data.py photos/ masks/ --out shards
     portrait-dist train data.shards=shards run.name=own
 
-``photos/`` and ``masks/`` hold files of the same names, in any format that Pillow reads; masks are
-white where the person is. They are laid out as ``portrait-dist prepare`` wants them: a JPEG, and a
-PNG whose alpha channel is the mask.
+Layouts that ``portrait-dist prepare --raw`` knows, such as ``images/`` and ``masks/`` in one
+folder, need no program; this is the way for all others. ``photos/`` and ``masks/`` hold files of
+the same names, in any format that Pillow reads; masks are white where the person is. They are laid
+out as AISegment's: a JPEG, and a PNG whose alpha channel is the mask.
 """
 
 from __future__ import annotations
