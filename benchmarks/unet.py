@@ -76,7 +76,9 @@ def _model(features: int, checkpoint: Path | None) -> UNet:
     if checkpoint is not None:
         from portrait_dist.checkpoints import load_model
 
-        return load_model(checkpoint)[0]
+        found, _ = load_model(checkpoint)
+        assert isinstance(found, UNet)
+        return found
     torch.manual_seed(0)
     model = UNet(init_features=features)
     for module in model.modules():

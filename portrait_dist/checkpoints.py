@@ -26,7 +26,7 @@ from portrait_dist.preprocessing import DEFAULT_ASPECT, DEFAULT_SIZE
 from portrait_dist.runs.folder import BEST, LATEST
 
 if TYPE_CHECKING:
-    from portrait_dist.models import UNet
+    from portrait_dist.models import MaskNetwork, UNet
 
 log = logging.getLogger("portrait_dist.checkpoints")
 
@@ -116,6 +116,23 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
+class BuildInfo:
+    """How to build a network that is not the U-Net, and what is known of it.
+
+    Attributes:
+        name: as ``model.name``; never code.
+        args: plain values.
+        output: ``logits`` or ``probabilities``.
+        stride: height and width are multiples of it; 0: only the size of training.
+    """
+
+    name: str
+    args: Mapping[str, Any]
+    output: str
+    stride: int
+
+
+@dataclass(frozen=True)
 class CheckpointInfo:
     """What a checkpoint says besides its weights; None is what it does not say.
 
@@ -123,6 +140,7 @@ class CheckpointInfo:
         path: the file.
         model: arguments of ``UNet``; None where the network is another one.
         network: name of the network's class.
+        build: how to build it; None for the U-Net, and for networks that no name was given of.
         size: (H, W) in pixels of the training images as the network saw them.
         aspect: width / height of the training images before they were resized to ``size``.
         data: hash of each split's content, by split.
@@ -143,6 +161,7 @@ class CheckpointInfo:
     path: str = ""
     model: Mapping[str, int | str] | None = None
     network: str | None = None
+    build: BuildInfo | None = None
     size: tuple[int, int] | None = None
     aspect: float | None = None
     data: Mapping[str, str] = field(default_factory=dict)
@@ -212,6 +231,19 @@ class _Checks:
         self.need(number is None or 0.01 <= number <= 100, f"aspect {_short(value)}")
         return number
 
+    def build(self, value: Any) -> BuildInfo | None:
+        if value is None:
+            return None
+        found = self.mapping(value, "build")
+        name, output = found.get("name"), found.get("output")
+        self.need(isinstance(name, str) and 0 < len(name) <= 1000, "the network's name")
+        self.need(output in ("logits", "probabilities"), "the network's output")
+        args = self.mapping(found.get("args"), "the network's arguments")
+        self.need(all(isinstance(key, str) for key in args), "the network's arguments")
+        stride = self.integer(found.get("stride"), "the network's stride")
+        self.need(stride <= MAX_SIDE, "the network's stride")
+        return BuildInfo(str(name), args, str(output), stride)
+
     def averaged(self, value: Any) -> tuple[Snapshot, ...] | None:
         if value is None:
             return None
@@ -257,6 +289,7 @@ def info_of(state: Mapping[str, Any], path: str | Path = "") -> CheckpointInfo:
         path=str(path),
         model=checks.mapping(model, "model") if model is not None else None,
         network=network,
+        build=checks.build(own.get("build")),
         size=checks.size(own.get("size")),
         aspect=checks.aspect(own.get("aspect")),
         data={str(split): str(identity) for split, identity in data.items()},
@@ -488,30 +521,76 @@ def _check_words(checks: _Checks, words: Any, count: int) -> None:
     )
 
 
-# The U-Net ----------------------------------------------------------------------------------------
+# The network --------------------------------------------------------------------------------------
 
 
-def load_model(path: str | Path) -> tuple[UNet, CheckpointInfo]:
-    """Build the U-Net of a checkpoint, in evaluation mode on the CPU.
+def weights_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return a checkpoint's weights for use: the averaged ones where there are some."""
+    weights: dict[str, torch.Tensor] = state.get("ema_net") or state["net"]
+    return weights
+
+
+def load_model(
+    path: str | Path, *, trust_code: bool = False
+) -> tuple[UNet | MaskNetwork, CheckpointInfo]:
+    """Build the network of a checkpoint, in evaluation mode on the CPU.
 
     The averaged weights (``ema_net``) are taken where there are some.
 
+    Args:
+        path: a .pth file.
+        trust_code: import the network's code where it is none of this package or a known library.
+
     Returns:
-        The model, and what the checkpoint says of it.
+        The U-Net, or any other network under its interface; and what the checkpoint says of it.
 
     Raises:
-        InputError: no such file, or a checkpoint of another model.
+        InputError: no such file, a checkpoint whose network cannot be built again, or code that
+            nobody vouches for.
         DamagedDataError: the file is damaged.
     """
-    return model_of(read(path), path)
+    return model_of(read(path), path, trust_code=trust_code)
 
 
-def model_of(state: Mapping[str, Any], path: str | Path) -> tuple[UNet, CheckpointInfo]:
-    """Build the U-Net of a checkpoint that was read; see :func:`load_model`."""
+def model_of(
+    state: Mapping[str, Any], path: str | Path, *, trust_code: bool = False
+) -> tuple[UNet | MaskNetwork, CheckpointInfo]:
+    """Build the network of a checkpoint that was read; see :func:`load_model`."""
+    info = info_of(state, path)
+    if info.build is None:
+        return _unet_of(weights_of(state), info, path), info
+    return _other_of(weights_of(state), info, info.build, path, trust_code), info
+
+
+def _other_of(
+    weights: Mapping[str, torch.Tensor],
+    info: CheckpointInfo,
+    build: BuildInfo,
+    path: str | Path,
+    trust_code: bool,
+) -> MaskNetwork:
+    """Build a network by its name, and give it the weights."""
+    from portrait_dist.models import Contract, MaskNetwork
+    from portrait_dist.models import build as build_network
+
+    try:
+        network = build_network(build.name, build.args, trust_code=trust_code)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{path}: its weights do not fit the network that {build.name} builds now "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+    contract = Contract("logits" if build.output == "logits" else "probabilities", build.stride)
+    return MaskNetwork(network, contract).eval()
+
+
+def _unet_of(weights: Mapping[str, torch.Tensor], info: CheckpointInfo, path: str | Path) -> UNet:
     from portrait_dist.models import UNet
     from portrait_dist.models.unet import STRIDE
-
-    weights, info = state.get("ema_net") or state["net"], info_of(state, path)
 
     def refuse(reason: str) -> InputError:
         network = f"{info.network}, " if info.network else ""
@@ -531,7 +610,7 @@ def model_of(state: Mapping[str, Any], path: str | Path) -> tuple[UNet, Checkpoi
         model.load_state_dict(weights)
     except (RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise refuse(str(error)) from error
-    return model.eval(), info
+    return model.eval()
 
 
 def _unet_settings(
@@ -620,7 +699,8 @@ def _check_given_size(size: tuple[int, int], info: CheckpointInfo) -> None:
             f"{info.path}: was trained at {info.size[0]}x{info.size[1]}, not at "
             f"{size[0]}x{size[1]}; leave --size out"
         )
-    if any(side < STRIDE or side % STRIDE or side > MAX_SIDE for side in size):
+    step = (info.build.stride or 1) if info.build else STRIDE
+    if any(side < step or side % step or side > MAX_SIDE for side in size):
         raise InputError(
-            f"--size {size[0]}x{size[1]}: each side is a multiple of {STRIDE}, up to {MAX_SIDE}"
+            f"--size {size[0]}x{size[1]}: each side is a multiple of {step}, up to {MAX_SIDE}"
         )

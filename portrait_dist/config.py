@@ -219,20 +219,45 @@ class AugmentConfig:
     ] = 0.0
 
 
+Args = dict[str, Any]
+"""Arguments of a part that has a name: plain values by argument, set as ``SECTION.args.NAME``."""
+
+
 @dataclass
 class ModelConfig:
     """The network."""
 
-    init_features: Annotated[int, Ge(1), Le(4096), FIXED, Doc("channels of the first level")] = 32
+    name: Annotated[
+        str,
+        FIXED,
+        Doc(
+            "network: unet, sg:NAME of SuperGradients, package.module.Name, package.module:Name, "
+            "or file.py:Name"
+        ),
+    ] = "unet"
+    args: Annotated[Args, FIXED, Doc("its arguments, model.args.NAME=VALUE")] = field(
+        default_factory=dict
+    )
+    output: Annotated[
+        Literal["auto", "logits", "probabilities"],
+        FIXED,
+        Doc("what another network than the U-Net returns; auto measures it"),
+    ] = "auto"
+    init_features: Annotated[
+        int, Ge(1), Le(4096), FIXED, Doc("U-Net: channels of the first level")
+    ] = 32
     norm: Annotated[
         Literal["batch", "group"],
         FIXED,
-        Doc("normalisation layers: batch, or group (nothing shared across samples)"),
+        Doc("U-Net: normalisation layers, batch, or group (nothing shared across samples)"),
     ] = "batch"
     weights: Annotated[
         PathText,
         Doc("checkpoint whose weights a new run starts with (fine-tuning); random when empty"),
     ] = ""
+    strict: Annotated[
+        bool, Doc("refuse weights that do not fit; if false, take those that do and name the rest")
+    ] = True
 
 
 @dataclass
@@ -246,6 +271,75 @@ class LossConfig:
     ] = "soft_iou"
     bce_weight: Annotated[Weight, ASK, Doc("weight of binary cross-entropy")] = 0.5
     iou_weight: Annotated[Weight, ASK, Doc("weight of the IoU term")] = 0.5
+    name: Annotated[
+        str,
+        ASK,
+        Doc("another loss: torch.nn.Name, sg:NAME, package.module:Name, file.py:Name; else kind"),
+    ] = ""
+    args: Annotated[Args, ASK, Doc("its arguments, loss.args.NAME=VALUE")] = field(
+        default_factory=dict
+    )
+    input: Annotated[
+        Literal["auto", "logits", "probabilities"],
+        ASK,
+        Doc("what that loss takes; auto knows torch's and those with takes_logits or from_logits"),
+    ] = "auto"
+    aux_weight: Annotated[
+        Weight, ASK, Doc("weight of the loss of each auxiliary output of a network")
+    ] = 0.4
+
+
+@dataclass
+class MetricsConfig:
+    """What is measured in each epoch."""
+
+    names: Annotated[
+        str,
+        Doc(
+            "metrics beside SoftIoU, comma between them: torchmetrics.classification.Name, "
+            "sg:NAME, package.module:Name, file.py:Name"
+        ),
+    ] = ""
+    args: Annotated[Args, Doc("their arguments, metrics.args.CLASS.NAME=VALUE")] = field(
+        default_factory=dict
+    )
+    watch: Annotated[
+        str, FIXED, Doc("metric that decides which checkpoint is the best, or loss")
+    ] = "SoftIoU"
+    watch_for: Annotated[
+        Literal["auto", "max", "min"], FIXED, Doc("what is best; auto asks the metric")
+    ] = "auto"
+
+
+@dataclass
+class OptimizerConfig:
+    """An optimiser by name, in place of train.optimizer."""
+
+    name: Annotated[
+        str,
+        FIXED,
+        Doc("torch.optim.Name, sg:NAME, package.module:Name, file.py:Name; else train.optimizer"),
+    ] = ""
+    args: Annotated[Args, ASK, Doc("its arguments, optimizer.args.NAME=VALUE")] = field(
+        default_factory=dict
+    )
+
+
+@dataclass
+class ScheduleConfig:
+    """A learning-rate schedule by name, in place of the cosine."""
+
+    name: Annotated[
+        str,
+        FIXED,
+        Doc("torch.optim.lr_scheduler.Name, sg:NAME, package.module:Name, file.py:Name"),
+    ] = ""
+    args: Annotated[Args, ASK, Doc("its arguments, schedule.args.NAME=VALUE")] = field(
+        default_factory=dict
+    )
+    each: Annotated[Literal["epoch", "step"], FIXED, Doc("when a schedule of torch advances")] = (
+        "epoch"
+    )
 
 
 @dataclass
@@ -352,6 +446,9 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
         # No field: what was given is not part of what the run is, and is not written down.
@@ -378,6 +475,8 @@ class Config:
 def _redacted(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _redacted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
     return redact(value) if isinstance(value, str) else value
 
 
@@ -387,7 +486,7 @@ class Setting:
 
     Args:
         name: its key, such as ``train.lr``.
-        kind: ``bool``, ``int``, ``float`` or ``str``.
+        kind: ``bool``, ``int``, ``float`` or ``str``; ``dict`` for arguments of a named part.
         default: its value without recipe and arguments.
         help: its meaning, with the unit.
         choices: the allowed values, where there are few.
@@ -409,8 +508,8 @@ class Setting:
         if self.choices:
             return "|".join(self.choices)
         bounds = [mark for mark in self.annotation.__metadata__ if isinstance(mark, (Ge, Gt, Le))]
-        if self.kind in (bool, str):
-            return {bool: "true|false", str: "text"}[self.kind]
+        if self.kind in (bool, str, dict):
+            return {bool: "true|false", str: "text", dict: "NAME=VALUE"}[self.kind]
         texts = []
         for mark in bounds:
             if isinstance(mark, Gt):
@@ -432,18 +531,31 @@ def settings() -> dict[str, Setting]:
             inner = typing.get_type_hints(hints[section.name], include_extras=True)
             for item in dataclasses.fields(hints[section.name]):
                 key = f"{section.name}.{item.name}"
-                found[key] = _setting(key, inner[item.name], item.default)
+                found[key] = _setting(key, inner[item.name], _default(item))
         else:
             found[section.name] = _setting(section.name, hints[section.name], section.default)
     return found
 
 
+def _default(item: dataclasses.Field[Any]) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return item.default
+
+
+def owner_of(key: str) -> str:
+    """Return the setting that a key belongs to: ``model.args`` for ``model.args.depth``."""
+    section, args, _ = key.partition(".args.")
+    return f"{section}.args" if args else key
+
+
 def _setting(name: str, annotation: Any, default: Any) -> Setting:
     marks = annotation.__metadata__
-    choices = typing.get_args(annotation.__origin__)
+    kind = annotation.__origin__
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     return Setting(
         name=name,
-        kind=str if choices else annotation.__origin__,
+        kind=str if choices else typing.get_origin(kind) or kind,
         default=default,
         help=next(mark.documentation for mark in marks if isinstance(mark, Doc)),
         choices=choices,
@@ -476,21 +588,25 @@ def load(recipe: str | None = None, overrides: Sequence[str] = ()) -> Config:
         config.recipe = "" if _wrong_run_name(path.stem) else path.stem
         leaves = reading.read(path)
         for leaf in leaves:
-            _set(config, leaf.key, leaf.text, where=f"{path}, line {leaf.line}: ")
+            _set(config, leaf.key, leaf.text, leaf.value, where=f"{path}, line {leaf.line}: ")
         if recipe not in recipes.names():
             given += [leaf.key for leaf in leaves]
     for argument in overrides:
         key, equals, text = argument.partition("=")
         if not equals:
             raise InputError(f"'{_shown(argument)}': write key=value, for example train.lr=3e-4")
-        _set(config, key, text)
+        _set(config, key, text, reading.parse(text) if ".args." in key else None)
         given.append(key)
     config.given = frozenset(given)
     return config
 
 
-def _set(config: Config, key: str, text: str | None, where: str = "") -> None:
+def _set(config: Config, key: str, text: str | None, value: Any, where: str = "") -> None:
     known = settings()
+    owner = owner_of(key)
+    if owner != key and owner in known:
+        _set_argument(value_of(config, owner), key, key.removeprefix(f"{owner}."), value, where)
+        return
     if key not in known:
         raise InputError(
             f"{where}there is no key '{_shown(key)}'.{nearest(key, list(known))} "
@@ -499,6 +615,31 @@ def _set(config: Config, key: str, text: str | None, where: str = "") -> None:
     section, _, name = key.rpartition(".")
     target = getattr(config, section) if section else config
     setattr(target, name, _validate(known[key], text, where))
+
+
+def _set_argument(args: Args, key: str, path: str, value: Any, where: str) -> None:
+    """Set an argument of a named part; ``path`` may name one of a mapping, ``BinaryF1.beta``."""
+    if not _is_plain(value):
+        raise InputError(
+            f"{where}{_shown(key)}: a value is a number, true, false, null, a text, or a list or "
+            f"mapping of these, not {_shown(str(value))}"
+        )
+    *outer, name = path.split(".")
+    for one in outer:
+        args = args.setdefault(one, {})
+        if not isinstance(args, dict):
+            raise InputError(f"{where}{_shown(key)}: '{_shown(one)}' has a value already")
+    if not name or not all(outer):
+        raise InputError(f"{where}{_shown(key)}: the name of the argument is missing")
+    args[name] = value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 _NUMBER = {
@@ -519,6 +660,8 @@ def _validate(setting: Setting, text: str | None, where: str) -> Any:
     Raises:
         InputError: wrong type, out of bounds, not one of the choices, or a failed check.
     """
+    if setting.kind is dict:
+        raise InputError(f"{where}{setting.name}: write {setting.name}.NAME=VALUE")
     pattern = _NUMBER.get(setting.kind)
     if text is None or (pattern and not pattern.fullmatch(text.strip(" "))):
         raise _wrong_kind(setting, text, where)

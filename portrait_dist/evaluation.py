@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from portrait_dist.checkpoints import CheckpointInfo
     from portrait_dist.data.stream.dataset import AISegmentIterableDataset
     from portrait_dist.data.stream.loader import Batch, StreamLoader
-    from portrait_dist.models import UNet
+    from portrait_dist.models import MaskNetwork, UNet
 
 EXAMPLES = 4
 """Samples in each of the two pictures of examples."""
@@ -197,13 +197,14 @@ class ScoringOptions(TypedDict, total=False):
     workers: int
     device: str
     size: tuple[int, int] | None
+    trust_code: bool
 
 
 class Scorer:
     """Score batches sample by sample and add up what is pooled over samples.
 
     Args:
-        model: a U-Net in evaluation mode; it is moved to ``device``.
+        model: a network in evaluation mode; it is moved to ``device``.
         device: where to compute.
         group_errors: count the wrong pixels of every sample by where they are, on the host.
 
@@ -214,7 +215,9 @@ class Scorer:
         samples: how many samples were seen, of this rank.
     """
 
-    def __init__(self, model: UNet, device: torch.device, *, group_errors: bool = False) -> None:
+    def __init__(
+        self, model: UNet | MaskNetwork, device: torch.device, *, group_errors: bool = False
+    ) -> None:
         self.model, self.device = model.to(device), device
         self.group_errors = group_errors
         self.pooled = SoftIoU().to(device)
@@ -322,6 +325,7 @@ def evaluate(
     device: str = "auto",
     size: tuple[int, int] | None = None,
     group_errors: bool = False,
+    trust_code: bool = False,
 ) -> Evaluation | None:
     """Score a checkpoint on a split; under torchrun every rank calls it.
 
@@ -334,6 +338,7 @@ def evaluate(
         device: ``auto``, ``cpu`` or ``cuda``.
         size: (H, W) of training, for a checkpoint that does not say it.
         group_errors: count wrong pixels by where they are.
+        trust_code: import the network's code where it is the user's.
 
     Returns:
         The evaluation on rank 0, None on the other ranks.
@@ -345,7 +350,7 @@ def evaluate(
     keep_freed_memory()
     chosen = distributed.pick_device(device)
     distributed.start(chosen)
-    model, info = distributed.on_every_rank(lambda: load_model(checkpoint))
+    model, info = distributed.on_every_rank(lambda: load_model(checkpoint, trust_code=trust_code))
     loader = distributed.on_every_rank(
         lambda: _open_split(shards, split, batch_size, workers, chosen, checkpoint, info, size)
     )
@@ -449,6 +454,7 @@ def write_examples(
     *,
     device: str = "auto",
     size: tuple[int, int] | None = None,
+    trust_code: bool = False,
 ) -> list[str]:
     """Draw the worst and the median samples by IoU: image, matte, prediction, cut-out, errors.
 
@@ -458,6 +464,7 @@ def write_examples(
         shards: likewise.
         device: likewise.
         size: likewise.
+        trust_code: likewise.
         folder: for ``SPLIT-worst.png`` and ``SPLIT-median.png``; made where it does not exist.
 
     Returns:
@@ -472,7 +479,13 @@ def write_examples(
         if rows:
             positions = [row.position for row in rows]
             samples = score_positions(
-                checkpoint, shards, split, positions, device=device, size=size
+                checkpoint,
+                shards,
+                split,
+                positions,
+                device=device,
+                size=size,
+                trust_code=trust_code,
             )
             paths.append(folder / f"{split}-{name}.png")
             _draw(samples, paths[-1])
@@ -503,6 +516,7 @@ def score_positions(
     *,
     device: str = "auto",
     size: tuple[int, int] | None = None,
+    trust_code: bool = False,
 ) -> list[ScoredSample]:
     """Score a few samples of a split, such as the worst ones; only these are read and decoded.
 
@@ -512,9 +526,10 @@ def score_positions(
         split: likewise.
         device: likewise.
         size: likewise.
+        trust_code: likewise.
         positions: numbers of the samples in the split.
     """
-    model, info = load_model(checkpoint)
+    model, info = load_model(checkpoint, trust_code=trust_code)
     size = size_of_shards(shards, split, input_geometry(info, size).size, checkpoint)
     loader = build_loader(
         shards, split, 1, rank=0, world_size=1, shuffle=False, size=size, drop_last=False

@@ -100,6 +100,7 @@ def _errors_line(errors: dict[str, int] | None) -> str:
     type=click.Path(path_type=Path),
     help="Folder for pictures of the worst and the median samples.",
 )
+@shared.trust_code
 def evaluate(
     checkpoint: str,
     shards: str,
@@ -124,9 +125,14 @@ def evaluate(
     _write_tables(found, table, curve)
     drawn = None
     if pictures:
-        device, size = options["device"], options["size"]
         drawn = evaluation.write_examples(
-            found, checkpoint, shards, pictures, device=device, size=size
+            found,
+            checkpoint,
+            shards,
+            pictures,
+            device=options["device"],
+            size=options["size"],
+            trust_code=options["trust_code"],
         )
     return evaluation.EvaluateResult.of(found, drawn)
 

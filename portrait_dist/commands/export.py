@@ -38,8 +38,14 @@ def _summary(result: ExportResult) -> str:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
 @options.trained_size
+@options.trust_code
 def export(
-    checkpoint: str, kind: ExportFormat, out: Path, force: bool, size: tuple[int, int] | None
+    checkpoint: str,
+    kind: ExportFormat,
+    out: Path,
+    force: bool,
+    size: tuple[int, int] | None,
+    trust_code: bool,
 ) -> ExportResult:
     """Write the network for other programs and check the file against it.
 
@@ -48,4 +54,4 @@ def export(
     """
     from portrait_dist.inference.export import export as write
 
-    return write(checkpoint, out, kind, force=force, size=size)
+    return write(checkpoint, out, kind, force=force, size=size, trust_code=trust_code)

@@ -24,6 +24,12 @@ trained_size = click.option(
     type=Size(),
     help="Size of training, for an old checkpoint that does not say it.  [default: 256x256]",
 )
+trust_code = click.option(
+    "--trust-code",
+    is_flag=True,
+    help="Import the checkpoint's network where its code is none of this package or a known "
+    "library; it is executed.",
+)
 folder_to_fill = click.option(
     "--out",
     required=True,

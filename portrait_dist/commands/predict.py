@@ -81,6 +81,7 @@ def _kinds(
 @options.segmenter("auto", "fp32", "bf16", "int8")
 @options.part("Do the photos", "all; under torchrun, auto")
 @options.trained_size
+@options.trust_code
 def predict(
     checkpoint: str,
     paths: tuple[str, ...],
@@ -92,6 +93,7 @@ def predict(
     kinds: tuple[str, ...],
     image_format: ImageFormat,
     size: tuple[int, int] | None,
+    trust_code: bool,
     **network: Unpack[SegmenterOptions],
 ) -> PredictResult | None:
     """Write mask, cut-out and side-by-side image of photos, at their own resolution.
@@ -105,7 +107,7 @@ def predict(
     from portrait_dist import distributed
     from portrait_dist.inference import batch
 
-    images = batch.ImageOptions(background, kinds, image_format, size, network)
+    images = batch.ImageOptions(background, kinds, image_format, size, network, trust_code)
     if out == "-":
         photo = _only_photo(paths, kinds)
         sys.stdout.buffer.write(batch.predict_to_bytes(checkpoint, photo, images))

@@ -54,8 +54,15 @@ def _summary(result: Report) -> str:
     help="Score only so many validation samples.  [default: all]",
 )
 @options.device
+@options.trust_code
 def report(
-    run: Path, out: Path | None, shards: str | None, samples: int, at_most: int, device: str
+    run: Path,
+    out: Path | None,
+    shards: str | None,
+    samples: int,
+    at_most: int,
+    device: str,
+    trust_code: bool,
 ) -> Report:
     """Write curves, images, worst cases and settings of a run into one HTML file.
 
@@ -64,4 +71,12 @@ def report(
     """
     from portrait_dist.runs.report import write_report
 
-    return write_report(run, out, shards=shards, samples=samples, at_most=at_most, device=device)
+    return write_report(
+        run,
+        out,
+        shards=shards,
+        samples=samples,
+        at_most=at_most,
+        device=device,
+        trust_code=trust_code,
+    )

@@ -86,6 +86,7 @@ def _summary(result: ServeResult) -> str:
 )
 @options.segmenter("auto", "fp32", "bf16")
 @options.trained_size
+@options.trust_code
 def serve(
     checkpoint: str,
     host: str,
@@ -96,6 +97,7 @@ def serve(
     max_megapixels: float,
     timeout_seconds: float,
     size: tuple[int, int] | None,
+    trust_code: bool,
     **network: Unpack[SegmenterOptions],
 ) -> ServeResult:
     """Answer photos with masks and cut-outs over HTTP, and show a page to try it.
@@ -117,7 +119,9 @@ def serve(
         timeout_seconds=timeout_seconds,
     )
     with service.listen(host, port) as socket:
-        segmenter = PortraitSegmenter.from_checkpoint(checkpoint, size=size, **network)
+        segmenter = PortraitSegmenter.from_checkpoint(
+            checkpoint, size=size, trust_code=trust_code, **network
+        )
         address = service.address_of(socket)
         click.echo(f"listening at {address}, Ctrl-C ends it", err=True)
         return ServeResult(address, service.run(segmenter, limits, socket))

@@ -52,7 +52,8 @@ class Keys:
 def _train_summary(result: Keys | TrainResult) -> str:
     if isinstance(result, Keys):
         return _table(result)
-    best = "unknown" if result.best_iou is None else f"{result.best_iou:.4f}"
+    best = "unknown" if result.best is None else f"{result.best:.4f}"
+    watched = "IoU" if result.watched == "SoftIoU" else result.watched
     trained = f"{result.epochs} epochs, {result.steps} steps ({result.samples_seen} samples"
     first = (
         f"trained {trained}, {result.images_per_second} images/s)"
@@ -61,7 +62,7 @@ def _train_summary(result: Keys | TrainResult) -> str:
     )
     return (
         f"{first}\n"
-        f"best validation IoU {best}\n"
+        f"best validation {watched} {best}\n"
         f"checkpoint {result.checkpoint}\n"
         f"look: tensorboard --logdir {result.run_dir}, "
         f"or portrait-dist report {result.run_dir}"

@@ -63,6 +63,7 @@ class ImageOptions:
         size: (H, W) of training, for a checkpoint that does not say it.
         network: options of :class:`portrait_dist.inference.segmenter.PortraitSegmenter`;
             ``precision`` may also be ``int8``.
+        trust_code: import the network's code where it is the user's.
     """
 
     background: str = "transparent"
@@ -70,6 +71,7 @@ class ImageOptions:
     image_format: ImageFormat = "png"
     size: tuple[int, int] | None = None
     network: SegmenterOptions = field(default_factory=SegmenterOptions)
+    trust_code: bool = False
 
     @property
     def int8(self) -> bool:
@@ -87,7 +89,9 @@ class ImageOptions:
         network = self.network.copy()
         if self.int8:
             network["precision"] = "auto"
-        return PortraitSegmenter.from_checkpoint(checkpoint, size=self.size, **network)
+        return PortraitSegmenter.from_checkpoint(
+            checkpoint, size=self.size, trust_code=self.trust_code, **network
+        )
 
     def fingerprint(self, segmenter: PortraitSegmenter, checkpoint: str | Path) -> str:
         """Hash everything that decides the outputs' bytes; the device is not meant to."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from portrait_dist import files
 from portrait_dist.errors import InputError, PortraitDistError
-from portrait_dist.models import UNet
+from portrait_dist.models import MaskNetwork, UNet
 from portrait_dist.preprocessing import MEAN, STD
 
 ExportFormat = Literal["onnx", "pt2"]
@@ -65,7 +65,7 @@ class Normalised(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: UNet) -> None:
+    def __init__(self, network: UNet | MaskNetwork) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
@@ -101,6 +101,7 @@ def export(
     *,
     force: bool = False,
     size: tuple[int, int] | None = None,
+    trust_code: bool = False,
 ) -> ExportResult:
     """Write a checkpoint's network as ``format`` and check the file against it.
 
@@ -110,6 +111,7 @@ def export(
         format: ``onnx`` or ``pt2``.
         force: overwrite a file that exists.
         size: (H, W) of training, for a checkpoint that does not say it.
+        trust_code: import the network's code where it is the user's.
 
     Raises:
         InputError: no such checkpoint or format, the file exists, or it cannot be written.
@@ -120,7 +122,7 @@ def export(
 
     out = Path(out)
     _check_options(out, format, force)
-    network, info = load_model(checkpoint)
+    network, info = load_model(checkpoint, trust_code=trust_code)
     trained = input_geometry(info, size)
     model, metadata = Normalised(network).eval(), describe(trained.size)
     make, read = (_make_onnx, _read_onnx) if format == "onnx" else (_make_pt2, _read_pt2)

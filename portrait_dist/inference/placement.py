@@ -37,7 +37,7 @@ class Placement:
     """Where a photo lies in the network's input.
 
     Attributes:
-        height, width: of the network's input, multiples of 16.
+        height, width: of the network's input, multiples of its stride.
         inner: (top, left, height, width) of the photo within it.
     """
 
@@ -46,7 +46,9 @@ class Placement:
     inner: tuple[int, int, int, int]
 
 
-def fit_photo(height: int, width: int, size: tuple[int, int], fit: Fit, aspect: float) -> Placement:
+def fit_photo(
+    height: int, width: int, size: tuple[int, int], fit: Fit, aspect: float, stride: int = STRIDE
+) -> Placement:
     """Lay a photo of ``height`` × ``width`` pixels into the network's input.
 
     Args:
@@ -55,6 +57,7 @@ def fit_photo(height: int, width: int, size: tuple[int, int], fit: Fit, aspect: 
         size: (H, W) of the training images.
         fit: see this module's docstring.
         aspect: width / height of the training images before they were resized to ``size``.
+        stride: the network's; height and width of its input are multiples of it.
     """
     if fit == "squash":
         return Placement(*size, (0, 0, *size))
@@ -66,12 +69,15 @@ def fit_photo(height: int, width: int, size: tuple[int, int], fit: Fit, aspect: 
         return Placement(*size, ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2, *inner))
     scale = max(1.0, size[1] / wide)
     limit = (LARGEST_STRETCH * size[0], LARGEST_STRETCH * size[1])
-    inner = (min(limit[0], _rounded(size[0] * scale)), min(limit[1], _rounded(wide * scale)))
+    inner = (
+        min(limit[0], _rounded(size[0] * scale, stride)),
+        min(limit[1], _rounded(wide * scale, stride)),
+    )
     return Placement(*inner, (0, 0, *inner))
 
 
-def _rounded(side: float) -> int:
-    return max(STRIDE, round(side / STRIDE) * STRIDE)
+def _rounded(side: float, stride: int) -> int:
+    return max(stride, round(side / stride) * stride)
 
 
 def shrink(photo: ImageArray, placement: Placement) -> ImageArray:

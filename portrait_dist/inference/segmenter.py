@@ -21,8 +21,7 @@ from portrait_dist.errors import InputError
 from portrait_dist.inference.photos import PhotoSource, read_photo
 from portrait_dist.inference.placement import FITS, Fit, Placement, enlarge, fit_photo, shrink
 from portrait_dist.inference.refine import keep_largest, refine_alpha
-from portrait_dist.models import fused, int8
-from portrait_dist.models.unet import STRIDE, UNet
+from portrait_dist.models import MaskNetwork, UNet, fused, int8
 from portrait_dist.preprocessing import DEFAULT_ASPECT, DEFAULT_SIZE, Alpha, normalise_levels
 from portrait_dist.system.info import cores
 from portrait_dist.system.malloc import keep_freed_memory
@@ -67,7 +66,7 @@ class PortraitSegmenter:
     """Predict the soft alpha of portraits.
 
     Args:
-        model: a trained network; it is not changed.
+        model: a trained network: the U-Net, or any other in a ``MaskNetwork``; it is not changed.
         size: (H, W) of its training images.
         device: ``auto`` (the GPU if there is one), ``cpu`` or ``cuda``.
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it, see
@@ -86,13 +85,14 @@ class PortraitSegmenter:
             person and background stays where it was, at 0.5.
 
     Raises:
-        InputError: an unknown ``fit`` or ``precision``, a ``size`` that the network cannot take, an
-            ``aspect`` that is not positive, or ``levels`` that are not 0 <= low < high <= 1.
+        InputError: an unknown ``fit`` or ``precision``, a ``size`` that the network cannot take,
+            ``fit="cover"`` with a network of one size, an ``aspect`` that is not positive, or
+            ``levels`` that are not 0 <= low < high <= 1.
     """
 
     def __init__(
         self,
-        model: UNet,
+        model: UNet | MaskNetwork,
         size: tuple[int, int] = DEFAULT_SIZE,
         *,
         device: str = "auto",
@@ -113,9 +113,13 @@ class PortraitSegmenter:
                 "levels are two numbers, 0 <= low < high <= 1, for example 0.3 0.7; "
                 f"not {levels[0]:g} {levels[1]:g}"
             )
-        if any(side < STRIDE or side % STRIDE for side in size):
+        if any(side < model.stride or side % (model.stride or 1) for side in size):
             raise InputError(
-                f"size {size[0]}x{size[1]}: the network takes sides that are multiples of {STRIDE}"
+                f"size {size[0]}x{size[1]}: the network takes multiples of {model.stride}"
+            )
+        if fit == "cover" and not model.stride:
+            raise InputError(
+                f"fit 'cover': this network takes {size[0]}x{size[1]} only; give letterbox"
             )
         if not 0 < aspect < float("inf"):
             raise InputError(f"aspect is width / height, a positive number, not {aspect:g}")
@@ -128,7 +132,9 @@ class PortraitSegmenter:
 
     def __repr__(self) -> str:
         """Show what decides the masks."""
-        network = f"UNet of {sum(weight.numel() for weight in self.model.parameters()):,} weights"
+        own = self.model.network if isinstance(self.model, MaskNetwork) else self.model
+        count = sum(weight.numel() for weight in self.model.parameters())
+        network = f"{type(own).__name__} of {count:,} weights"
         names = ("size", "aspect", "fit", "refine", "mirror", "largest", "levels", "precision")
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"PortraitSegmenter({network}, {options}, device={str(self.device)!r})"
@@ -139,6 +145,7 @@ class PortraitSegmenter:
         path: str | Path,
         *,
         size: tuple[int, int] | None = None,
+        trust_code: bool = False,
         **options: Unpack[SegmenterOptions],
     ) -> PortraitSegmenter:
         """Make a segmenter from a checkpoint; its size and aspect are those of training.
@@ -146,15 +153,16 @@ class PortraitSegmenter:
         Args:
             path: a .pth file.
             size: (H, W) of the training images, for a checkpoint that does not say it.
+            trust_code: import the network's code where it is the user's, which executes it.
             options: see :class:`PortraitSegmenter`.
 
         Raises:
-            InputError: no such file, a checkpoint of another model, or wrong options.
+            InputError: no such file, a network that cannot be built again, or wrong options.
             DamagedDataError: the file is damaged.
         """
         from portrait_dist.checkpoints import input_geometry, load_model
 
-        model, info = load_model(path)
+        model, info = load_model(path, trust_code=trust_code)
         trained = input_geometry(info, size, aspect_matters=True)
         return cls(model, trained.size, aspect=trained.aspect, **options)
 
@@ -221,7 +229,9 @@ class PortraitSegmenter:
         Args:
             photo: RGB uint8 [H, W, 3] of any size.
         """
-        placement = fit_photo(photo.shape[0], photo.shape[1], self.size, self.fit, self.aspect)
+        height, width = photo.shape[:2]
+        stride = self.model.stride or 1
+        placement = fit_photo(height, width, self.size, self.fit, self.aspect, stride)
         return PreparedPhoto(photo, shrink(photo, placement), placement)
 
     def predict_prepared(
@@ -260,7 +270,7 @@ class PortraitSegmenter:
         """Run the network, without ``levels``.
 
         Args:
-            inputs: uint8 RGB [B, H, W, 3], H and W multiples of 16, on any device.
+            inputs: uint8 RGB [B, H, W, 3], H and W multiples of the stride, on any device.
 
         Returns:
             float32 [B, H, W] on ``device``.
@@ -311,8 +321,8 @@ class PortraitSegmenter:
             segmenter stays as it was.
 
         Raises:
-            InputError: fewer than 2 photos, a GPU, a CPU without 8-bit dot products, or a network
-                with group norms.
+            InputError: fewer than 2 photos, a GPU, a CPU without 8-bit dot products, another
+                network than the U-Net, or one with group norms.
             DamagedDataError: a photo cannot be read.
         """
         self._check_int8()
@@ -327,6 +337,7 @@ class PortraitSegmenter:
                 f"{len(small)} photos are too few to calibrate with; give at least 2, better 64"
             )
         x = self._normalised(torch.from_numpy(np.stack(small)))
+        assert isinstance(self.model, UNet)
         network = int8.quantise(self.model, x[::2])
         exact = fused.for_inference(self.model, self.device, "fp32")
         agreement = fused.mask_iou(
@@ -341,6 +352,11 @@ class PortraitSegmenter:
             raise InputError(
                 "8-bit integers are for CPUs with VNNI or AMX instructions; "
                 "this segmenter stays as it is without them"
+            )
+        if isinstance(self.model, MaskNetwork):
+            raise InputError(
+                "only the U-Net of this package can compute in 8-bit integers; "
+                "give another precision, or export to ONNX and quantise there"
             )
         if self.model.norm != "batch":
             raise InputError(

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from portrait_dist.models.contract import MaskNetwork
 from portrait_dist.models.unet import LEVELS, UNet
 
 Network = Callable[[Tensor], Tensor]
@@ -197,7 +198,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def for_inference(
-    model: UNet,
+    model: UNet | MaskNetwork,
     device: torch.device | str,
     precision: str = "auto",
     compile: bool | str = "auto",
@@ -206,7 +207,8 @@ def for_inference(
     """Return the network as a fast function for inference; ``model`` itself is not changed.
 
     Args:
-        model: in any mode.
+        model: in any mode. Of another network than the U-Net nothing is rewritten: it runs as it
+            is, in fp32 where ``precision`` is ``auto``, because nobody has compared its masks.
         device: where it runs.
         precision: see :func:`pick_precision`. bf16 keeps the masks of fp32 within ``MIN_MASK_IOU``.
         compile: use torch.compile with frozen weights: 20 to 60 seconds at the first batch for
@@ -219,6 +221,8 @@ def for_inference(
         probabilities, float32 [B, 1, H, W] on ``device``.
     """
     device = torch.device(device)
+    if isinstance(model, MaskNetwork):
+        return _as_it_is(model, device, bf16=precision == "bf16", compile=compile is True)
     dtype = pick_precision(device, precision)
     merged = merge_up_convolutions(fold_batch_norm(model)).to(
         device, dtype, memory_format=torch.channels_last
@@ -234,6 +238,20 @@ def for_inference(
 
     if batch_shape is not None:
         run(torch.zeros(batch_shape))
+    return run
+
+
+def _as_it_is(model: MaskNetwork, device: torch.device, *, bf16: bool, compile: bool) -> Network:
+    own = copy.deepcopy(model).eval().to(device)
+    if compile:
+        own.compile()
+
+    @torch.no_grad()
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            logits = own(x.to(device, non_blocking=True), return_logits=True)
+        return torch.sigmoid(logits.float())
+
     return run
 
 

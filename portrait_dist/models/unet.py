@@ -107,6 +107,11 @@ class UNet(nn.Module):
             self.add_module(f"decoder{level}", _block(f"dec{level}", 2 * width, width, norm))
         self.conv = nn.Conv2d(init_features, out_channels, kernel_size=1)
 
+    @property
+    def stride(self) -> int:
+        """Height and width of the input are multiples of it."""
+        return STRIDE
+
     def logits(self, x: Tensor) -> Tensor:
         """Return the output before the sigmoid, from which a loss is stable in low precision."""
         if x.shape[-2] % STRIDE or x.shape[-1] % STRIDE:

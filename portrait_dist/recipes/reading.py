@@ -6,15 +6,18 @@ keys, bounded in size and depth, so that a hostile file ends in one line and not
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from portrait_dist import files
 from portrait_dist.errors import InputError, shorten
 
+_EXPONENT = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{0,20})?[eE][+-]?[0-9]{1,3}")
 MOST_BYTES = 1_000_000
 MOST_DEPTH = 8
 """Settings are two levels deep; values of ``model.args`` and the like may nest further."""
@@ -28,11 +31,13 @@ class Leaf:
         key: its setting, such as ``train.lr``.
         text: as written, without quotes; None for a list.
         line: of the key, from 1.
+        value: what YAML makes of it, for settings that take values of any type.
     """
 
     key: str
     text: str | None
     line: int
+    value: Any = None
 
 
 def read(path: Path) -> list[Leaf]:
@@ -113,7 +118,42 @@ def _leaves(
             yield from _leaves(path, value_node, f"{key}.", lines)
         else:
             scalar = isinstance(value_node, yaml.ScalarNode)
-            yield Leaf(key, value_node.value if scalar else None, line)
+            value = _value(path, value_node, line)
+            yield Leaf(key, value_node.value if scalar else None, line, value)
+
+
+def _value(path: Path, node: yaml.Node, line: int) -> Any:
+    try:
+        return _plain(yaml.constructor.SafeConstructor().construct_object(node, deep=True))
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # such as a date of month 13
+        raise _refuse(path, line, f"no value ({' '.join(str(error).split())[:80]})") from error
+
+
+def parse(text: str) -> Any:
+    """Return what a value of an argument stands for: YAML, in which 1e-3 is a number too.
+
+    Raises:
+        InputError: it is too long or too deep, or a list or mapping that does not end.
+    """
+    if len(text) > MOST_BYTES:
+        raise InputError(f"'{shorten(text)}': too long for a value")
+    try:
+        _check_events(Path("value"), text)
+        return _plain(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        reason = getattr(error, "problem", None) or error
+        raise InputError(f"'{shorten(text)}': no value ({reason}); quote a text") from error
+
+
+def _plain(value: Any) -> Any:
+    """Read texts such as ``1e-3``, which YAML 1.1 takes for no number, as numbers."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    return value
 
 
 def _refuse(path: Path, line: int, what: str) -> InputError:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from portrait_dist import distributed
+from portrait_dist.models.contract import Contract, Masks
 
 Loss = Callable[[Any, Any], tuple[torch.Tensor, torch.Tensor]]
 """(outputs, targets) → (scalar to minimise, detached values to log [n])."""
@@ -54,19 +55,37 @@ class Forward:
         device: for autocast.
         bf16: whether to compute in bfloat16 where autocast allows it.
         logits: whether the loss wants the output before the sigmoid.
+        contract: what the network gives; None: whatever the loss takes, and logits where it has
+            ``return_logits``.
     """
 
     device: torch.device
     bf16: bool = False
     logits: bool = False
+    contract: Contract | None = None
 
     def __call__(self, net: nn.Module, inputs: Any) -> tuple[Any, Any]:
         """Return (what the loss takes, predictions), all in float32."""
+        if self.contract is not None:
+            return self._by_contract(self.contract, net, inputs)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             outputs = net(inputs, return_logits=True) if self.logits else net(inputs)
         if self.bf16:  # the loss is outside autocast: in bfloat16 it would lose what it adds up
             outputs = to_float32(outputs)
         return outputs, torch.sigmoid(outputs.detach()) if self.logits else outputs
+
+    def _by_contract(
+        self, contract: Contract, net: nn.Module, inputs: torch.Tensor
+    ) -> tuple[Masks | torch.Tensor, torch.Tensor]:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            raw = net(inputs)
+        if self.bf16:
+            raw = to_float32(raw)
+        size = (inputs.shape[-2], inputs.shape[-1])
+        masks = contract.read(raw, size, logits=self.logits, training=net.training)
+        main = masks.main.detach()
+        predictions = torch.sigmoid(main) if self.logits else main
+        return masks if masks.auxiliary else masks.main, predictions
 
 
 def to_float32(outputs: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from portrait_dist import checkpoints, distributed, files
-from portrait_dist.config import Config
+from portrait_dist.config import AugmentConfig, Config
 from portrait_dist.data import build_loader
 from portrait_dist.data.augment import Augment
 from portrait_dist.errors import InputError
@@ -25,7 +25,7 @@ from portrait_dist.preprocessing import normalise
 from portrait_dist.runs.folder import RunFolder, RunLock
 from portrait_dist.system.address import is_address, redact
 from portrait_dist.system.info import cores, environment_number
-from portrait_dist.training import averaging, resume
+from portrait_dist.training import averaging, components, resume
 from portrait_dist.training.device_batches import TensorBatch
 from portrait_dist.training.failures import FailureReport, reporting_failures
 from portrait_dist.training.health import record_collectives
@@ -40,12 +40,14 @@ class Prepare:
     Images become float32 [B, 3, H, W], normalised; mattes float32 [B, 1, H, W] in [0, 1].
 
     Args:
-        config: augmentation in training; validation gets none.
+        augment: what training images go through; validation gets none.
         seed: seed of the augmentation.
     """
 
-    def __init__(self, config: Config, seed: int) -> None:
-        self.augment = Augment(config.augment, seed)
+    def __init__(self, augment: AugmentConfig | Config | None = None, seed: int = 0) -> None:
+        # A whole configuration is taken as before.
+        chosen = augment.augment if isinstance(augment, Config) else augment
+        self.augment = Augment(chosen or AugmentConfig(), seed)
 
     def __call__(
         self, batch: TensorBatch, training: bool, epoch: int | None
@@ -100,17 +102,20 @@ def _train(
         if distributed.world_size() > environment_number("LOCAL_WORLD_SIZE", 1, minimum=1):
             distributed.on_every_rank(lambda: distributed.check_shared_folder(config.run_dir))
         start = _decide(config, plan, loaders)
-        model = distributed.on_every_rank(lambda: make_model(config, new=start.info is None))
-        trainer = _make_trainer(config, plan, device, signals)
+        size = tuple(loaders[0].dataset.size)
+        made = distributed.on_every_rank(
+            lambda: components.make(config, size, plan.batch_size, new=start.info is None)
+        )
+        trainer = _make_trainer(config, plan, device, signals, made.network)
         if start.finished:
             distributed.on_every_rank(lambda: _complete(config))
         else:
             _begin(config, report)
-            _print_plan(config, plan, loaders, device, start)
-            params = _training_params(config, plan, trainer, resuming=start.info is not None)
+            _print_plan(config, plan, loaders, device, start, made.network)
+            params = _training_params(config, plan, trainer, made, resuming=start.info is not None)
             if plan.batches_per_epoch < len(loaders[0]):
                 params["max_train_batches"] = plan.batches_per_epoch
-            trainer.train(model, params, *loaders)
+            trainer.train(made.network.module, params, *loaders)
             if distributed.rank() == 0:
                 RunFolder(config.run_dir).append("end", world_size=distributed.world_size())
         return _result(config, trainer, plan) if distributed.rank() == 0 else None
@@ -230,10 +235,16 @@ def _check_device(config: Config, device: torch.device) -> None:
 
 
 def _print_plan(
-    config: Config, plan: Plan, loaders: tuple[Any, Any], device: torch.device, start: resume.Start
+    config: Config,
+    plan: Plan,
+    loaders: tuple[Any, Any],
+    device: torch.device,
+    start: resume.Start,
+    network: components.Network,
 ) -> None:
     """Print the derived numbers as one short table."""
     rows = plan.rows()
+    rows["network"] = network.described
     rows["validation samples"] = f"{loaders[1].dataset.samples:,}"
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     rows["device, precision"] = f"{device}{gpu}, {config.train.precision}"
@@ -254,34 +265,13 @@ def _expected_time(config: Config, plan: Plan, start: resume.Start) -> str:
     return f"about {minutes // 60} h {minutes % 60:02d} min at the last {speed:.0f} images/s"
 
 
-def make_model(config: Config, new: bool) -> torch.nn.Module:
-    """Build the network.
-
-    Args:
-        config: the configuration.
-        new: a new run, which starts with ``model.weights`` where they are given.
-
-    Raises:
-        InputError: ``model.weights`` is no checkpoint, or one of a network of another form.
-    """
-    from portrait_dist.models import UNet
-
-    torch.manual_seed(config.train.seed)  # the same weights on every rank
-    form = {"init_features": config.model.init_features, "norm": config.model.norm}
-    model = UNet(init_features=config.model.init_features, norm=config.model.norm)
-    if config.model.weights and new:
-        given, _ = checkpoints.load_model(config.model.weights)
-        found = {"init_features": given.init_features, "norm": given.norm}
-        if found != form:
-            keys = " ".join(f"model.{name}={value}" for name, value in found.items())
-            raise InputError(
-                f"model.weights={config.model.weights}: a network of another form; give {keys}"
-            )
-        model.load_state_dict(given.state_dict())
-    return model
-
-
-def _make_trainer(config: Config, plan: Plan, device: torch.device, signals: StopSignals) -> Any:
+def _make_trainer(
+    config: Config,
+    plan: Plan,
+    device: torch.device,
+    signals: StopSignals,
+    network: components.Network,
+) -> Any:
     from portrait_dist.training.sg_adapter import use_device
     from portrait_dist.training.trainer import LoopOptions, PortraitTrainer
 
@@ -300,32 +290,34 @@ def _make_trainer(config: Config, plan: Plan, device: torch.device, signals: Sto
         if is_address(config.data.shards)
         else 0.0,
     )
-    metadata = {"config": config.to_dict(), "global_batch": plan.global_batch}
+    numbers = {"config": config.to_dict(), "global_batch": plan.global_batch}
     trainer = PortraitTrainer(
         config.run_dir.name,
         str(config.run_dir.parent),
         options=options,
         signals=signals,
-        prepare=Prepare(config, train.seed),
-        metadata=metadata,
+        prepare=Prepare(config.augment, train.seed),
+        contract=network.contract,
+        metadata={**numbers, **network.entries},
     )
     trainer.fixed_folder = True  # locked here, and resumed by the rules here
     return trainer
 
 
-def _training_params(config: Config, plan: Plan, trainer: Any, *, resuming: bool) -> dict[str, Any]:
+def _training_params(
+    config: Config, plan: Plan, trainer: Any, made: components.Components, *, resuming: bool
+) -> dict[str, Any]:
     """Return SuperGradients' training parameters."""
-    from portrait_dist.metrics import SoftIoU
     from portrait_dist.training.recorder import RunRecorder
 
     train = config.train
     params: dict[str, Any] = {
         "max_epochs": train.max_epochs,
-        "loss": _make_loss(config),
-        "train_metrics_list": [SoftIoU()],
-        "valid_metrics_list": [SoftIoU()],
-        "metric_to_watch": "SoftIoU",
-        "greater_metric_to_watch_is_better": True,
+        "loss": made.loss,
+        "train_metrics_list": made.train_metrics,
+        "valid_metrics_list": made.valid_metrics,
+        "metric_to_watch": made.watched.name,
+        "greater_metric_to_watch_is_better": made.watched.greater_is_better,
         "zero_weight_decay_on_bias_and_bn": not train.decay_norms,
         "batch_accumulate": plan.accumulate,
         "clip_grad_norm": train.clip_grad_norm or None,
@@ -345,15 +337,13 @@ def _training_params(config: Config, plan: Plan, trainer: Any, *, resuming: bool
         "kill_ddp_pgroup_on_end": False,
         "log_installed_packages": False,
     }
-    return params | _learning_rate(config, plan) | _optimizer(config)
+    return {**params, **_warmup(plan), **made.params}
 
 
-def _learning_rate(config: Config, plan: Plan) -> dict[str, Any]:
-    """Return the parameters of the learning rate's way over the run."""
+def _warmup(plan: Plan) -> dict[str, Any]:
+    """Return the parameters of the learning rate and its way to the schedule."""
     return {
         "initial_lr": plan.lr,
-        "lr_mode": "CosineLRScheduler",
-        "cosine_final_lr_ratio": config.train.lr_final_ratio,
         "lr_warmup_steps": plan.warmup_batches,
         # Without warm-up the one by epochs, which does nothing.
         "warmup_mode": "LinearBatchLRWarmup" if plan.warmup_batches else "LinearEpochLRWarmup",
@@ -367,29 +357,6 @@ def _location(shards: str) -> str:
     return redact(shards) if is_address(shards) else os.path.abspath(shards)
 
 
-def _optimizer(config: Config) -> dict[str, Any]:
-    train = config.train
-    kinds: dict[str, Any] = {
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-        "sgd": torch.optim.SGD,
-    }
-    extra: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if train.optimizer == "sgd" else {}
-    return {
-        "optimizer": kinds[train.optimizer],
-        "optimizer_params": {"weight_decay": train.weight_decay, "fused": True, **extra},
-    }
-
-
-def _make_loss(config: Config) -> torch.nn.Module:
-    from portrait_dist.losses import CustomSegLoss, SoftIoULoss
-
-    loss = config.loss
-    if loss.kind == "tutorial":
-        return CustomSegLoss(loss.bce_weight, loss.iou_weight, from_logits=True)
-    return SoftIoULoss(loss.bce_weight, loss.iou_weight)
-
-
 def _result(config: Config, trainer: Any, plan: Plan) -> TrainResult:
     folder = RunFolder(config.run_dir)
     latest = checkpoints.read_info(folder.latest)
@@ -398,7 +365,9 @@ def _result(config: Config, trainer: Any, plan: Plan) -> TrainResult:
         epochs=epochs,
         steps=epochs * plan.steps_per_epoch,
         samples_seen=latest.samples_seen,
-        best_iou=latest.best_metric,
+        best_iou=latest.best_metric if config.metrics.watch == "SoftIoU" else None,
+        watched=config.metrics.watch,
+        best=latest.best_metric,
         checkpoint=str(folder.checkpoint),
         run_dir=str(folder.path),
         images_per_second=round(trainer.images_per_second, 2),

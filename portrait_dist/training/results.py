@@ -13,7 +13,7 @@ class TrainResult:
         epochs: complete epochs.
         steps: optimiser steps in them.
         samples_seen: training samples over all ranks.
-        best_iou: best validation IoU.
+        best_iou: best validation IoU; None where another value decides which model is the best.
         checkpoint: the best checkpoint.
         run_dir: the run's folder.
         images_per_second: over all ranks, in the last epoch.
@@ -21,6 +21,8 @@ class TrainResult:
         global_batch: samples of an optimiser step, over all ranks.
         batches_per_epoch: batches of each rank in an epoch.
         steps_per_epoch: optimiser steps in an epoch.
+        watched: the value that decides which model is the best.
+        best: its best value.
     """
 
     epochs: int
@@ -34,3 +36,5 @@ class TrainResult:
     global_batch: int
     batches_per_epoch: int
     steps_per_epoch: int
+    watched: str = "SoftIoU"
+    best: float | None = None

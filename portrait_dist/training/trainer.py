@@ -24,7 +24,7 @@ from torch import nn
 from portrait_dist import checkpoints, distributed
 from portrait_dist.checkpoints import CheckpointInfo
 from portrait_dist.errors import DivergedError, InputError, Stopped
-from portrait_dist.models import UNet
+from portrait_dist.models import Contract, UNet
 from portrait_dist.runs.folder import LATEST, RunFolder
 from portrait_dist.runs.health import Activity
 from portrait_dist.system.info import versions
@@ -119,6 +119,9 @@ class PortraitTrainer(AdaptedTrainer):
         signals: recorded stop signals, looked at between two steps.
         prepare: turns a batch of the stream into (inputs, targets) on the device; plain (inputs,
             targets) batches need none.
+        contract: of a network that is not the U-Net, from :func:`portrait_dist.models.check`: its
+            output is read as that says, auxiliary outputs included. None: the loss takes the output
+            as it is.
         metadata: entries for the checkpoints' ``portrait_dist`` dict, such as the configuration.
             What network it is, the size of the images and the hash of the data are added.
         device, multi_gpu: refused with advice, as by SuperGradients' Trainer.
@@ -134,6 +137,7 @@ class PortraitTrainer(AdaptedTrainer):
         options: LoopOptions | None = None,
         signals: StopSignals | None = None,
         prepare: Prepare | None = None,
+        contract: Contract | None = None,
         metadata: dict[str, Any] | None = None,
         device: str | None = None,
         multi_gpu: Any = None,
@@ -143,6 +147,7 @@ class PortraitTrainer(AdaptedTrainer):
         self.options = options or LoopOptions()
         self.signals = signals or StopSignals()
         self.prepare = prepare
+        self.contract = contract
         self.metadata = metadata or {}
         self.agreement = Agreement(self.options.timeout_seconds)
         self.notice = StopNotice()
@@ -216,6 +221,7 @@ class PortraitTrainer(AdaptedTrainer):
             self.torch_device,
             bf16=bool(self.training_params and self.training_params.mixed_precision),
             logits=getattr(self.criterion, "takes_logits", False),
+            contract=self.contract,
         )
 
     # Training -------------------------------------------------------------------------------------

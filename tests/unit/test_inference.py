@@ -24,6 +24,7 @@ from portrait_dist.inference.photos import read_photo
 from portrait_dist.inference.placement import FITS, Fit, fit_photo, shrink
 from portrait_dist.inference.refine import keep_largest, refine_alpha
 from portrait_dist.inference.segmenter import PortraitSegmenter
+from portrait_dist.models import UNet
 from portrait_dist.preprocessing import Alpha, ImageArray
 from tests import blobs
 
@@ -96,6 +97,7 @@ def test_paths_pil_images_and_arrays_of_one_photo_give_one_alpha(
 def test_size_and_aspect_of_the_training_images_come_from_the_checkpoint(
     segmenter: PortraitSegmenter, tmp_path: Path
 ) -> None:
+    assert isinstance(segmenter.model, UNet)
     square = blobs.save(segmenter.model, tmp_path / "ckpt.pth", size=(48, 64), aspect=1.0)
     found = PortraitSegmenter.from_checkpoint(square, device="cpu", precision="fp32")
     assert (found.size, found.aspect) == ((48, 64), 1.0)

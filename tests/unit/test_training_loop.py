@@ -380,9 +380,10 @@ def test_warm_up_climbs_to_the_learning_rate(batches: TensorDataset, tmp_path: P
 
 
 def model_of(*keys: str, new: bool = True) -> torch.nn.Module:
-    from portrait_dist.training import main
+    from portrait_dist.training import components
 
-    return main.make_model(config.load(None, ["model.init_features=2", *keys]), new)
+    loaded = config.load(None, ["model.init_features=2", *keys])
+    return components.make_network(loaded, (32, 32), 2, new=new).module
 
 
 def test_a_new_run_starts_with_the_weights_it_is_given_and_a_resumed_one_does_not(

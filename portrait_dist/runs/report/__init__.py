@@ -47,6 +47,7 @@ def write_report(
     samples: int = 8,
     at_most: int = 0,
     device: str = "auto",
+    trust_code: bool = False,
 ) -> Report:
     """Write the report of a run, whole or not at all.
 
@@ -57,6 +58,7 @@ def write_report(
         samples: images in the gallery, and as many worst cases; 0 scores nothing.
         at_most: validation samples to score, spread evenly over the split; 0 means all.
         device: ``auto``, ``cpu`` or ``cuda``.
+        trust_code: import the network's code where it is the user's.
 
     Raises:
         InputError: no run there; ``shards`` was given and is none; ``out`` cannot be written.
@@ -71,7 +73,9 @@ def write_report(
     scored, reason = None, _why_not(run, location, samples)
     if not reason:
         try:
-            scored = collect.score_run(run, location.path, samples, at_most, device)
+            scored = collect.score_run(
+                run, location.path, samples, at_most, device, trust_code=trust_code
+            )
         except InputError as error:
             if shards:
                 raise

@@ -17,7 +17,7 @@ from portrait_dist.system.address import is_address, redact
 if TYPE_CHECKING:
     from portrait_dist.data.stream.loader import Batch
     from portrait_dist.evaluation import SampleScores, ScoredSample
-    from portrait_dist.models import UNet
+    from portrait_dist.models import MaskNetwork, UNet
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,15 @@ def _folder_of_training(run: Run) -> Path | None:
     return folder.parents[len(parts)]
 
 
-def score_run(run: Run, shards: str, images: int, at_most: int, device: str) -> ScoredRun:
+def score_run(
+    run: Run,
+    shards: str,
+    images: int,
+    at_most: int,
+    device: str,
+    *,
+    trust_code: bool = False,
+) -> ScoredRun:
     """Score a run's checkpoint on the validation split of its shards.
 
     Args:
@@ -170,6 +178,7 @@ def score_run(run: Run, shards: str, images: int, at_most: int, device: str) -> 
         images: how many samples to keep for the gallery, and how many of the worst.
         at_most: samples to score, spread evenly over the split; 0 for all.
         device: ``auto``, ``cpu`` or ``cuda``.
+        trust_code: import the network's code where it is the user's.
 
     Raises:
         InputError: no shards there, shards of another size, or an empty split.
@@ -180,7 +189,7 @@ def score_run(run: Run, shards: str, images: int, at_most: int, device: str) -> 
     from portrait_dist.evaluation import size_of_shards
 
     assert run.checkpoint is not None
-    model, info = load_model(run.checkpoint)
+    model, info = load_model(run.checkpoint, trust_code=trust_code)
     found = ShardSet(shards, "val")
     if not found.samples:
         raise InputError(f"{found.shown}: the validation split is empty; there is nothing to score")
@@ -196,7 +205,7 @@ def score_run(run: Run, shards: str, images: int, at_most: int, device: str) -> 
 
 
 def score(
-    model: UNet,
+    model: UNet | MaskNetwork,
     shards: str,
     size: tuple[int, int],
     images: int,
@@ -206,7 +215,7 @@ def score(
     """Score a model on the validation split, sample by sample.
 
     Args:
-        model: a U-Net in evaluation mode.
+        model: a network in evaluation mode.
         shards: folder or address.
         size: (H, W) of the network's input, in pixels.
         images: how many samples to keep for the gallery, and how many of the worst.

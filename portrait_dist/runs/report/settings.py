@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,10 @@ class RunSettings:
         known, base = config.settings(), config.load(self.recipe or None)
         found = []
         for key, text in self.values.items():
-            setting = known.get(key)
+            setting = known.get(config.owner_of(key))
+            if setting is not None and setting.kind is dict:  # no recipe of the package has any
+                found.append(Row(key, text, "", setting.help, changed=True))
+                continue
             if setting is None:
                 found.append(Row(key, text, "", "", changed=False))
                 continue
@@ -91,7 +95,13 @@ def read_settings(path: Path) -> RunSettings:
         return RunSettings(path, problem=str(error))
     except (OSError, UnicodeDecodeError) as error:
         return RunSettings(path, problem=f"{path}: cannot be read ({error})")
-    return RunSettings(path, {leaf.key: leaf.text or "" for leaf in leaves}, text)
+    return RunSettings(path, {leaf.key: _text(leaf) for leaf in leaves}, text)
+
+
+def _text(leaf: reading.Leaf) -> str:
+    if leaf.text is not None:
+        return leaf.text
+    return json.dumps(leaf.value)  # a list; JSON is YAML
 
 
 def plain(value: object) -> str:

@@ -1,0 +1,231 @@
+"""What a network has to be, whoever wrote it, and the check that it is that.
+
+1. It is a ``torch.nn.Module``. Its input is one tensor, float32 [B, 3, H, W]: RGB, normalised with
+   :data:`portrait_dist.preprocessing.MEAN` and ``STD``.
+2. Its output is one mask, float [B, 1, h, w] (or [B, h, w]): *logits*, or *probabilities* from 0 to
+   1. Which of them is measured where ``model.output=auto``, and said before training. A mask that
+   is smaller than the image is enlarged to it, bilinearly.
+3. In place of the tensor it may return a tuple or list whose first entry is that mask, or a dict
+   with it under ``out``, ``logits``, ``mask`` or ``pred`` (else its first entry). The other masks
+   are *auxiliary outputs*: in training the loss of each is added with ``loss.aux_weight``;
+   otherwise they are ignored.
+4. It takes images of the size of training in batches of any number, in training and in evaluation.
+   What other sizes it takes is measured: multiples of 16, of 32, or none.
+5. Its initial weights follow from torch's global seed, and evaluation is a function of the image.
+   Only a network without batch statistics gives the same training on any number of ranks.
+
+A network whose ``forward`` has ``return_logits``, as :class:`portrait_dist.models.UNet`, is asked
+for the form that is wanted, without a conversion.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from portrait_dist.errors import InputError
+from portrait_dist.parts import one_line
+
+Output = Literal["logits", "probabilities"]
+MAIN_NAMES = ("out", "logits", "mask", "pred")
+STRIDES = (16, 32)
+"""Strides that the check tries; 0 stands for a network that takes one size only."""
+CHECKED_IMAGES = 2
+"""Images of the check's training batch at most: enough for batch statistics, and cheap."""
+SMALLEST_PROBABILITY = 1e-6
+"""Probabilities are kept so far from 0 and 1 where a loss wants logits."""
+STRONG = 100.0
+"""Factor of the check's second input: what is a probability stays within 0 and 1 for it too."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """A network's output.
+
+    Attributes:
+        main: float [B, 1, H, W].
+        auxiliary: the same each; empty outside of training.
+    """
+
+    main: Tensor
+    auxiliary: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What is known of a network.
+
+    Attributes:
+        output: what it gives.
+        stride: height and width are multiples of it; 0: only the size of training.
+    """
+
+    output: Output = "logits"
+    stride: int = 0
+
+    def read(self, raw: Any, size: tuple[int, int], *, logits: bool, training: bool) -> Masks:
+        """Read what a network returned.
+
+        Args:
+            raw: its return value.
+            size: (H, W) of its input.
+            logits: give logits, else probabilities.
+            training: keep auxiliary outputs.
+
+        Raises:
+            InputError: it is no mask.
+        """
+        main, *others = masks_in(raw)
+        read = [self._as_wanted(_enlarged(main, size), logits)]
+        if training:
+            read += [self._as_wanted(_enlarged(one, size), logits) for one in others]
+        return Masks(read[0], tuple(read[1:]))
+
+    def _as_wanted(self, mask: Tensor, logits: bool) -> Tensor:
+        if logits == (self.output == "logits"):
+            return mask
+        return mask.logit(eps=SMALLEST_PROBABILITY) if logits else torch.sigmoid(mask)
+
+
+def masks_in(raw: Any) -> list[Tensor]:
+    """Return all masks of a network's output as [B, 1, h, w], the main one first.
+
+    Raises:
+        InputError: there is none, or one of another shape.
+    """
+    if isinstance(raw, Mapping):
+        names = sorted(raw, key=lambda name: name not in MAIN_NAMES)  # stable: the rest as it is
+        raw = [raw[name] for name in names]
+    if isinstance(raw, Tensor):
+        raw = [raw]
+    if not isinstance(raw, (tuple, list)) or not raw:
+        raise InputError(f"it returns {type(raw).__name__}, not a mask [B, 1, H, W]")
+    return [_as_mask(one) for one in raw if one is not None]
+
+
+def _as_mask(one: Any) -> Tensor:
+    if isinstance(one, Tensor) and one.ndim == 3:
+        one = one.unsqueeze(1)
+    if not isinstance(one, Tensor) or one.ndim != 4 or one.shape[1] != 1:
+        found = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
+        raise InputError(f"it returns {found}, not a mask with one channel, [B, 1, H, W]")
+    return one
+
+
+def _enlarged(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(mask.shape[-2:]) == size:
+        return mask
+    return F.interpolate(mask, size, mode="bilinear", align_corners=False)
+
+
+def speaks_logits(network: nn.Module) -> bool:
+    """Whether a network's ``forward`` has ``return_logits``, and gives probabilities otherwise."""
+    return "return_logits" in inspect.signature(network.forward).parameters
+
+
+class MaskNetwork(nn.Module):
+    """Any network under the U-Net's interface, for everything that comes after training.
+
+    Args:
+        network: of any class.
+        contract: what is known of it.
+    """
+
+    def __init__(self, network: nn.Module, contract: Contract) -> None:
+        super().__init__()
+        self.network, self.contract = network, contract
+
+    @property
+    def stride(self) -> int:
+        """Height and width are multiples of it; 0: only the size of training."""
+        return self.contract.stride
+
+    def forward(self, x: Tensor, return_logits: bool = False) -> Tensor:
+        """Return probabilities or logits, [B, 1, H, W], of images [B, 3, H, W]."""
+        size = (x.shape[-2], x.shape[-1])
+        raw = self.network(x)
+        return self.contract.read(raw, size, logits=return_logits, training=False).main
+
+
+def check(
+    network: nn.Module,
+    size: tuple[int, int],
+    batch_size: int = CHECKED_IMAGES,
+    *,
+    name: str = "",
+    output: str = "auto",
+) -> Contract:
+    """Pass noise of the real size through a copy of a network, and see what comes out.
+
+    The network itself, its statistics and torch's random state stay as they were.
+
+    Args:
+        network: to check.
+        size: (H, W) of the training images.
+        batch_size: samples of a training batch; of 2 and more, 2 are tried.
+        name: of the network, for messages.
+        output: ``logits``, ``probabilities``, or ``auto``: measured.
+
+    Raises:
+        InputError: it breaks the contract; one line says where.
+    """
+    where = f"model.name={name or type(network).__name__}"
+    if not isinstance(network, nn.Module):
+        raise InputError(f"{where}: it is no torch.nn.Module")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        images = torch.randn(
+            min(batch_size, CHECKED_IMAGES), 3, *size, generator=torch.Generator().manual_seed(0)
+        )
+        tried = copy.deepcopy(network).cpu()
+        _try(tried.train(), images, f"{where}, in training")
+        masks = [_try(tried.eval(), images[:1] * by, where) for by in (1.0, STRONG)]
+        found = _output_of(masks, where, output)
+        return Contract(found, _stride_of(tried, size))
+
+
+def _try(network: nn.Module, images: Tensor, where: str) -> Tensor:
+    """Return the main mask, [B, 1, h, w]."""
+    shape = "×".join(map(str, images.shape))
+    try:
+        main, *_ = masks_in(network(images))
+    except InputError as error:
+        raise InputError(f"{where}: {error}; see docs/networks.md") from error
+    except Exception as error:  # anybody's code
+        raise InputError(
+            f"{where}: fails for images {shape} ({type(error).__name__}: {one_line(error)}); "
+            "see docs/networks.md, or pack another --size"
+        ) from error
+    if len(main) != len(images):
+        raise InputError(f"{where}: {len(main)} masks for {len(images)} images")
+    return main
+
+
+def _output_of(masks: list[Tensor], where: str, wanted: str) -> Output:
+    outside = any(bool((mask < 0).any() or (mask > 1).any()) for mask in masks)
+    if wanted == "probabilities" and outside:
+        raise InputError(
+            f"{where}: model.output=probabilities, but it gives values outside of 0 to 1"
+        )
+    if wanted == "auto":
+        return "logits" if outside else "probabilities"
+    return "logits" if wanted == "logits" else "probabilities"
+
+
+def _stride_of(network: nn.Module, size: tuple[int, int]) -> int:
+    for stride in STRIDES:
+        if any(side % stride for side in size):
+            continue
+        try:
+            for more in ((stride, 0), (0, stride)):
+                masks_in(network(torch.zeros(1, 3, size[0] + more[0], size[1] + more[1])))
+        except Exception:  # anybody's code: it does not take this size
+            continue
+        return stride
+    return 0

@@ -1,0 +1,101 @@
+"""Networks, losses and metrics as users write them, named as ``tests/nets.py:Name``."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from portrait_dist.losses import SoftIoULoss
+
+STOP_IN_STEP = "TESTS_STOP_IN_STEP"
+"""Environment variable: training step in which :class:`Stopping` sends this process SIGTERM."""
+
+
+class Halved(nn.Module):
+    """A mask of half the size and an auxiliary one, logits in a dict; no batch statistics.
+
+    Args:
+        width: channels.
+    """
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(2, width)
+        self.auxiliary = nn.Conv2d(width, 1, 1)
+        self.main = nn.Conv2d(width, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = torch.relu(self.norm(self.first(x)))
+        return {"deep": self.auxiliary(features), "out": self.main(features)}
+
+
+class Probabilities(nn.Module):
+    """One mask of the full size, probabilities; takes multiples of 32 only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 32 or x.shape[-2] % 32:
+            raise ValueError("sides are multiples of 32")
+        return torch.sigmoid(self.layer(x))
+
+
+class Classes(nn.Module):
+    """Breaks the contract: two channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Stopping(SoftIoULoss):
+    """SoftIoULoss that stops its process in a step, as SLURM would."""
+
+    def __init__(self, **weights: float) -> None:
+        super().__init__(**weights)
+        self.steps = 0
+
+    def forward(self, preds: Tensor, target: Tensor) -> Tensor:
+        self.steps += torch.is_grad_enabled()
+        # The convention's trial call, and the validation's, are none of training's steps.
+        if str(self.steps) == os.environ.get(STOP_IN_STEP) and len(preds) and preds.shape[-1] > 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().forward(preds, target)
+
+
+def squared(preds: Tensor, target: Tensor) -> Tensor:
+    """A loss that is a plain function of probabilities."""
+    return (preds - target).square().mean()
+
+
+class Foreground(Metric):
+    """Mean of the predicted alpha."""
+
+    higher_is_better = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        self.total += preds.double().sum() * self.scale
+        self.count += preds.numel()
+
+    def compute(self) -> Any:
+        return self.total / self.count
