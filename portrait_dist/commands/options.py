@@ -93,6 +93,39 @@ def part(what: str, default: str) -> Callable[[Function], Function]:
     )
 
 
+MASK_OPTIONS = (
+    click.option(
+        "--refine/--no-refine",
+        default=True,
+        show_default=True,
+        help="Let alpha follow the photo's edges at full resolution.",
+    ),
+    click.option(
+        "--mirror/--no-mirror",
+        default=True,
+        show_default=True,
+        help="Average with the mirrored photo's mask.",
+    ),
+    click.option(
+        "--fit",
+        default="letterbox",
+        show_default=True,
+        type=click.Choice(["letterbox", "cover", "squash"]),
+        help="How photos of other shapes than training's are brought to the network.",
+    ),
+    click.option(
+        "--levels",
+        default=(0.0, 1.0),
+        show_default=True,
+        type=(float, float),
+        metavar="LOW HIGH",
+        help="The network's alpha at which the mask is 0 and 1; 0.3 0.7 removes haze.",
+    ),
+    click.option("--largest", is_flag=True, help="Keep the largest person only; drop islands."),
+)
+"""What decides the masks, beside the network and its arithmetic."""
+
+
 def segmenter(*precisions: str) -> Callable[[Function], Function]:
     """Make the options of a segmenter: what decides the masks, and where they are computed.
 
@@ -108,34 +141,7 @@ def segmenter(*precisions: str) -> Callable[[Function], Function]:
             "keep IoU 0.999 with fp32's."
         )
     return _all(
-        click.option(
-            "--refine/--no-refine",
-            default=True,
-            show_default=True,
-            help="Let alpha follow the photo's edges at full resolution.",
-        ),
-        click.option(
-            "--mirror/--no-mirror",
-            default=True,
-            show_default=True,
-            help="Average with the mirrored photo's mask.",
-        ),
-        click.option(
-            "--fit",
-            default="letterbox",
-            show_default=True,
-            type=click.Choice(["letterbox", "cover", "squash"]),
-            help="How photos of other shapes than training's are brought to the network.",
-        ),
-        click.option(
-            "--levels",
-            default=(0.0, 1.0),
-            show_default=True,
-            type=(float, float),
-            metavar="LOW HIGH",
-            help="The network's alpha at which the mask is 0 and 1; 0.3 0.7 removes haze.",
-        ),
-        click.option("--largest", is_flag=True, help="Keep the largest person only; drop islands."),
+        *MASK_OPTIONS,
         device,
         click.option(
             "--precision",

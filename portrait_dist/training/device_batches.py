@@ -140,10 +140,11 @@ class DeviceBatches:
         self.wait_seconds += time.perf_counter() - begin
         if batch is None or self._copies is None:
             return to_device(batch, self.device)
+        # On a stream of its own the copy runs beside the computation of the step before.
         with torch.cuda.stream(self._copies):
             batch = to_device(batch, self.device)
         computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self._copies)
+        computing.wait_stream(self._copies)  # the device waits, the host does not
         for tensor in tensors_in(batch):  # else the allocator could reuse them while they are read
             tensor.record_stream(computing)
         return batch

@@ -125,9 +125,8 @@ def find_straggler(times: Sequence[RankTimes], slow: float = SLOW) -> Straggler 
     """Find the slowest rank, None where it is not slower than ``slow`` times the median.
 
     All steps take equally long, because the ranks wait for each other in the backward. A rank's own
-    time is therefore all that it
-    does outside of it, and its own part of the backward: proportional to its forward, by the factor
-        of the rank that waits least.
+    time is therefore all that it does outside of it, and its own part of the backward: proportional
+    to its forward, by the factor of the rank that waits least.
 
     Args:
         times: of every rank, in the order of ranks.
@@ -135,6 +134,7 @@ def find_straggler(times: Sequence[RankTimes], slow: float = SLOW) -> Straggler 
     """
     if len(times) < 2 or min(one.compute for one in times) <= 0:
         return None
+    # The rank that waits least shows how long a backward is without waiting.
     backward = min((t.step - t.data - t.compute - t.other) / t.compute for t in times)
     factor = 1 + max(0.0, backward)
     own = [t.data + t.other + factor * t.compute for t in times]

@@ -163,10 +163,12 @@ def train_epoch(
         group = learner.group(index)
         last = index == group[-1]
         inputs, targets = hooks.batch_start(index, batch)
+        # Averaged over the ranks in the last backward of a group: one all-reduce a step.
         with learner.gradients_synchronised(last):
             outputs, predictions = learner.forward(learner.net, inputs)
             loss, items = learner.loss(outputs, targets)
             hooks.loss_end(index, loss, items, predictions)
+            # By the length of its own group: the last one of an epoch may be short.
             (loss / len(group)).backward()
         hooks.backward_end()
         if last:

@@ -95,6 +95,8 @@ def _use_threads(threads: int, device: torch.device) -> None:
 def _train(
     config: Config, device: torch.device, signals: StopSignals, report: FailureReport
 ) -> TrainResult | None:
+    # Each step that may fail on one rank alone is agreed upon before the next one begins: a rank
+    # that went further would wait in a collective for one that has ended.
     plan, loaders = distributed.on_every_rank(lambda: make_loaders(config, device))
     distributed.on_every_rank(loaders[0].check_ranks)
     distributed.on_every_rank(lambda: _check_device(config, device))

@@ -94,6 +94,15 @@ class _Batches:
     notes: tuple[str, ...] = ()
 
 
+def steps_of(batches: int, accumulate: int) -> int:
+    """Return the optimiser steps of an epoch's first batches, rounded up.
+
+    Gradients do not stay over the end of an epoch: what is left of a group of ``accumulate``
+    batches is a step of its own.
+    """
+    return -(-batches // accumulate)
+
+
 def make_plan(config: Config, train_samples: int, world_size: int) -> Plan:
     """Derive the numbers of a run.
 
@@ -120,7 +129,7 @@ def make_plan(config: Config, train_samples: int, world_size: int) -> Plan:
         accumulate=batches.accumulate,
         global_batch=global_batch,
         batches_per_epoch=batches.per_epoch,
-        steps_per_epoch=-(-batches.per_epoch // batches.accumulate),
+        steps_per_epoch=steps_of(batches.per_epoch, batches.accumulate),
         max_epochs=train.max_epochs,
         train_samples=train_samples,
         dropped=train_samples - batches.per_epoch * batches.size * world_size,

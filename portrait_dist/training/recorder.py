@@ -11,6 +11,7 @@ from portrait_dist import distributed
 from portrait_dist.metrics import sample_iou
 from portrait_dist.runs.folder import RunFolder
 from portrait_dist.system.info import machine
+from portrait_dist.training.plan import steps_of
 from portrait_dist.training.sg_adapter import Callback, PhaseContext
 
 
@@ -128,12 +129,12 @@ class RunRecorder(Callback):
         """How far the run is, ``batches`` of each rank into an epoch."""
         trainer = self.trainer
         per_epoch, accumulate = trainer.steps_per_epoch, trainer.batch_accumulate
-        steps_per_epoch = -(-per_epoch // accumulate)
+        steps_per_epoch = steps_of(per_epoch, accumulate)
         return {
             "epoch": epoch,
             "batch": epoch * per_epoch + batches,
             "batches_per_epoch": per_epoch,
-            "step": epoch * steps_per_epoch + -(-batches // accumulate),
+            "step": epoch * steps_per_epoch + steps_of(batches, accumulate),
             "steps_per_epoch": steps_per_epoch,
             "max_epochs": trainer.max_epochs,
             "samples_seen": trainer.samples_seen,

@@ -41,6 +41,7 @@ from portrait_dist.training.device_batches import (
 )
 from portrait_dist.training.health import Health
 from portrait_dist.training.loop import LossMeter, LossWatch, Step
+from portrait_dist.training.plan import steps_of
 from portrait_dist.training.preemption import (
     FAIL,
     NOTHING,
@@ -282,7 +283,7 @@ class PortraitTrainer(AdaptedTrainer):
             self._update_ema(context.epoch) if self.ema else None,
         )
         self.losses = LossWatch()
-        self.agreement.start_epoch(-(-(total - done) // self.batch_accumulate))
+        self.agreement.start_epoch(steps_of(total - done, self.batch_accumulate))
         title = f"epoch {context.epoch + 1}/{self.max_epochs}"
         health = self.start_health()
         with health.training():
@@ -468,7 +469,7 @@ class PortraitTrainer(AdaptedTrainer):
         context.update_context(stop_training=True)
         name = self.signals.received or "a signal to another rank"
         batches, accumulate = self._last_position.batches, self.batch_accumulate
-        steps_per_epoch = -(-self.steps_per_epoch // accumulate)
+        steps_per_epoch = steps_of(self.steps_per_epoch, accumulate)
         saved = f"saved in {self.checkpoints_dir_path}; the same command resumes there"
         if not self._can_save(self._last_position):
             saved = (
@@ -479,7 +480,7 @@ class PortraitTrainer(AdaptedTrainer):
             f"stopped by {name} at {where}, {saved}",
             epoch=context.epoch,
             batch=context.epoch * self.steps_per_epoch + batches,
-            step=context.epoch * steps_per_epoch + -(-batches // accumulate),
+            step=context.epoch * steps_per_epoch + steps_of(batches, accumulate),
             samples_seen=self.samples_seen,
         )
 

@@ -10,7 +10,7 @@ import shutil
 import socket
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,6 @@ IMPATIENT = DownloadOptions(
     wait_for_server_seconds=0.3, first_delay_seconds=0.01, timeout_seconds=0.2
 )
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture
-def folder(tiny_shards: Path, tmp_path: Path) -> Path:
-    """A copy of the small shards, to be served."""
-    return Path(shutil.copytree(tiny_shards, tmp_path / "served"))
-
-
-@pytest.fixture
-def server(folder: Path) -> Iterator[ShardServer]:
-    with serving(folder) as started:
-        yield started
 
 
 @pytest.fixture

@@ -23,23 +23,11 @@ from portrait_dist.data.shards.verify import verify
 from portrait_dist.data.stream.loader import StreamLoader, build_loader
 from portrait_dist.errors import InputError
 from portrait_dist.system.address import join
-from tests.shard_server import ShardServer, content, serving
+from tests.shard_server import ShardServer, content
 from tests.waiting import wait_for
 
 # A server that is away is waited for 20 s at most, and asked again after 10 ms.
 DOWNLOADS = DownloadOptions(wait_for_server_seconds=10, first_delay_seconds=0.01)
-
-
-@pytest.fixture
-def folder(tiny_shards: Path, tmp_path: Path) -> Path:
-    """A copy of the small shards, to be served."""
-    return Path(shutil.copytree(tiny_shards, tmp_path / "served"))
-
-
-@pytest.fixture
-def server(folder: Path) -> Iterator[ShardServer]:
-    with serving(folder) as started:
-        yield started
 
 
 @pytest.fixture

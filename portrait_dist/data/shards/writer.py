@@ -393,12 +393,15 @@ def write_missing(
     encode = functools.partial(encode_pair, settings=settings)
     sources = (split.pair(plan.split, key) for plan in plans for key in plan.keys)
     entries: dict[str, ShardEntry] = {}
+    # Closed where writing fails: otherwise the threads would encode what nobody takes.
     with contextlib.closing(map_in_order(encode, sources, workers)) as encoded:
         total = sum(len(plan.keys) for plan in plans)
         pairs = iter(track(encoded, total=total, what="pairs"))
         for plan in plans:
             # Hashed before the files are read: one that changes meanwhile is newer than the index.
             source = made_from(plan, split, settings)
+            # One iterator over all shards, cut into shards: the threads encode the first pairs of
+            # the next shard while the last ones of this shard are written.
             pairs_of_shard = itertools.islice(pairs, len(plan.keys))
             entries[plan.name] = _write_shard(out, plan, pairs_of_shard, settings.codec, source)
     return entries

@@ -114,7 +114,10 @@ def _feistel(values: Hashes, bits: int, secret: int | Hashes) -> Hashes:
     low_bits, high_bits = np.uint64(bits // 2), np.uint64(bits - bits // 2)
     low = values & ((np.uint64(1) << low_bits) - np.uint64(1))
     high = values >> low_bits
+    # Each round changes one half by a hash of the other. The same round undoes that, whatever the
+    # hash, so any rounds together are a bijection; more rounds only mix better.
     for number in range(ROUNDS):
+        # A key of its own for each round: two equal rounds on equal halves would undo each other.
         offset = np.uint64((number + 1) * _GOLDEN & _MASK)
         if isinstance(secret, int):
             round_key: Hashes | np.uint64 = np.uint64((secret + int(offset)) & _MASK)

@@ -82,6 +82,7 @@ class BufferPool:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         size = int(np.prod(shape))
         free = self._free.setdefault(size, [])
+        # Popped without a look at the length first: a finaliser may run between the two.
         with contextlib.suppress(IndexError):
             return self._lend(free.pop(), free, shape)
         return self._lend(np.empty(size, np.uint8), free, shape)
@@ -91,6 +92,7 @@ class BufferPool:
     ) -> torch.Tensor:
         """Lend a buffer by a view, which the tensor's storage holds and whose end returns it."""
         view = buffer.reshape(shape)
+        # Not at the interpreter's exit: nobody takes buffers then.
         weakref.finalize(view, _give_back, buffer, free, self._spare).atexit = False
         return torch.from_numpy(view)
 
@@ -154,6 +156,7 @@ class PendingBatch:
                     self._skipped.add(row)
         except Exception as error:
             self._errors[row] = error
+        # ``-=`` is a read and a write: of two tasks that end together none might see the last one.
         with self._lock:
             self._tasks_left -= 1
             if self._tasks_left == 0:
