@@ -66,14 +66,16 @@ def one_hot_labels(
     if target.shape != predict.shape:
         if target.ndim == predict.ndim - 1:
             target = target.unsqueeze(1)
-        if target.shape != (len(predict), 1, *predict.shape[2:]):
+        # One prediction for several targets is broadcast, as in SuperGradients.
+        fits = target.shape[1:] == (1, *predict.shape[2:])
+        if not fits or len(predict) not in (1, len(target)):
             raise ValueError(
                 f"a target of shape {tuple(target.shape)} does not fit predictions of shape "
                 f"{tuple(predict.shape)}: give classes [B, H, W] or [B, 1, H, W], or a mask for "
                 "each predicted channel"
             )
     counted = None if ignore_index is None else target != ignore_index
-    if target.shape == predict.shape:
+    if target.shape[1] == channels:
         labels = target.to(predict.dtype)
         return labels if counted is None else labels * counted, counted
     classes = target[:, 0].round().long() if target.is_floating_point() else target[:, 0].long()

@@ -103,6 +103,10 @@ def test_the_binary_losses_take_soft_masks_with_or_without_a_channel(kind: str) 
             assert float(make(f"Binary{kind}Loss")(logits, target)) == pytest.approx(
                 expected, rel=1e-5
             )
+        one = logits[:1]  # for all targets, as in SuperGradients
+        value = make(f"Binary{kind}Loss")(one, truth)
+        expected_of_one = score(kind, one.sigmoid()[:, 0].expand_as(truth), truth.float())
+        assert float(value) == pytest.approx(expected_of_one, rel=1e-5)
         given = make({f"Binary{kind}Loss": {"apply_sigmoid": False}})
         assert float(given(logits.sigmoid(), truth[:, None])) == pytest.approx(expected, rel=1e-5)
 
