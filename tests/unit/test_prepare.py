@@ -530,3 +530,16 @@ def test_a_folder_that_is_not_prepared_gets_the_command_that_would(
     ):
         with pytest.raises(InputError, match=message):
             split.read_split(folder)
+
+
+@pytest.mark.parametrize(
+    "address", ["nowhere://a/b.jpg", "s3fs-is-missing://a/b.jpg", "a+b://x.jpg"]
+)
+def test_an_address_in_a_list_that_nothing_here_opens_is_one_line(
+    address: str, tmp_path: Path
+) -> None:
+    names = tmp_path / "list.csv"
+    names.write_text(f"image,mask\n{address},{address.replace('jpg', 'png')}\n")
+    refused = call("prepare", "--raw", names, "--out", tmp_path / "out")
+    assert_one_line(refused, 2, address)
+    assert not (tmp_path / "out").exists()

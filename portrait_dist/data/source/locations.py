@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from portrait_dist.errors import DamagedDataError, UnreachableError
+from portrait_dist.errors import DamagedDataError, InputError, UnreachableError
 from portrait_dist.files import open_regular, read_regular
 from portrait_dist.system.address import is_address, redact
 
@@ -59,11 +59,28 @@ def open_binary(location: Location) -> IO[bytes]:
     """
     if isinstance(location, Path):
         return open(open_regular(location), "rb")
-    from fsspec.core import url_to_fs
-
-    system, path = url_to_fs(location)
+    system, path = file_system(location)
     opened: IO[bytes] = _attempt(location, lambda: system.open(path, "rb"))
     return opened
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """Return fsspec's file system of an address, and the path in it.
+
+    Raises:
+        InputError: its package is not installed here, or the address is none.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        system, path = url_to_fs(address)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{redact(address)}: cannot be opened here ({redact(reason)}); "
+            "install what it names, or give a folder"
+        ) from error
+    return system, path
 
 
 def size_of(location: Location) -> tuple[int, int]:
@@ -75,9 +92,7 @@ def size_of(location: Location) -> tuple[int, int]:
     if isinstance(location, Path):
         status = location.stat()
         return status.st_size, status.st_mtime_ns
-    from fsspec.core import url_to_fs
-
-    system, path = url_to_fs(location)
+    system, path = file_system(location)
     return int(_attempt(location, lambda: system.info(path)).get("size") or 0), 0
 
 
