@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.browser import Browser
 
@@ -29,21 +31,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what shares a fixture in one process of ``pytest -n 2 --dist loadgroup``.
-
-    A file is a group, and so is all of tests/slurm: it has one cluster. The long groups begin
-    first, so that no process is left with one of them at the end.
-    """
+    """Begin with the long rooms, so that no process is left with one of them at the end."""
 
     def room(item: pytest.Item) -> str:
         return item.path.relative_to(REPOSITORY / "tests").parts[0]
 
-    for item in items:
-        group = "slurm" if room(item) == "slurm" else str(item.path.relative_to(REPOSITORY))
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: {"slurm": 0, "ranks": 1}.get(room(item), 2))
+
+
+class OneRoomOfSlurm(LoadScopeScheduling):
+    """Each file of tests runs in one process, and so does all of tests/slurm: it has one cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "tests/slurm" if path.startswith("tests/slurm/") else path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Divide the tests among the processes of ``pytest -n``."""
+    return OneRoomOfSlurm(config, log)
 
 
 @pytest.fixture(scope="session")
