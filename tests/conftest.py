@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class OneRoomOfSlurm(LoadScopeScheduling):
-    """Each file of tests runs in one process, and so does all of tests/slurm: it has one cluster."""
+    """One process runs a file of tests, and one runs all of tests/slurm with its one cluster."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
