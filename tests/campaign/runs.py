@@ -21,9 +21,10 @@ FILES = (
 )
 OTHER_SETTINGS = (
     *("model.init_features=4", "model.norm=group", "loss.kind=tutorial", "train.seed=9"),
-    *("train.lr=0.5", "train.batch_size=2", "train.optimizer=sgd", "data.size=16"),
+    *("train.weight_decay=0.5", "augment.flip=0.9", "train.optimizer=sgd", "data.size=16"),
     *("train.precision=bf16", "data.order=block", "run.resume=false"),
 )
+"""What a run may not change; the learning rate and, between epochs, the batch it may."""
 LITTER = (
     *(".tmp-0badc0de-1-0", ".tmp-0badc0de-1-7.onnx", ".ckpt_latest.pth.123.tmp", "x.txt"),
     *("averaging_snapshots/.tmp-0badc0de-1-1", "averaging_snapshots/epoch-77.pth", "health.json"),
