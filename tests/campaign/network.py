@@ -33,7 +33,8 @@ def _read_from(
 def hostile_servers(world: World, random: Random, folder: Path) -> Generator[Case, None, None]:
     """Servers of shards that cut, lie, drip, send too much or redirect."""
     while True:
-        way, cache = random.choice(servers.WAYS), folder / "cache"
+        # From this cache ``./../../outside`` of a hostile manifest is the folder ``outside``.
+        way, cache = random.choice(servers.WAYS), folder / "home" / "cache"
         precious = folder / "outside" / "precious.tar"
         precious.parent.mkdir()
         precious.write_bytes(b"mine")
@@ -47,7 +48,7 @@ def hostile_servers(world: World, random: Random, folder: Path) -> Generator[Cas
                 lambda _: _small(cache),  # noqa: B023
             ),
         )
-        for path in (cache, precious.parent):
+        for path in (cache.parent, precious.parent):
             shutil.rmtree(path, ignore_errors=True)
 
 

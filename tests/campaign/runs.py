@@ -131,7 +131,8 @@ def _resume(
 
     def unchanged(outcome: Outcome) -> str:
         changed = sorted(set(before.items()) ^ set(_digests(run).items()))
-        refused = outcome.code in (INPUT, DAMAGED)
+        # A damaged snapshot is found when the average is made, after an epoch.
+        refused = outcome.code == INPUT or (outcome.code == DAMAGED and "epoch-" not in what)
         return f"refused, but {changed[0][0]} changed" if refused and changed else ""
 
     train = command(*words)

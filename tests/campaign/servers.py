@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from portrait_dist.data.shards.format import DIGEST
+
 WAYS = (
     "is honest",
     "cuts bodies",
@@ -74,6 +76,7 @@ def _manifest(way: str, data: bytes) -> bytes:
 
 def _edited(data: bytes, field: str, value: str) -> bytes:
     manifest = json.loads(data)
+    manifest.pop(DIGEST, None)  # an attacker would write a right one
 
     def visit(item: Any) -> None:
         if isinstance(item, dict):
