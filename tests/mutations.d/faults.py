@@ -2,26 +2,7 @@
 
 from tests.mutation import Mutation
 
-OUTAGE = (
-    "tests/ranks/test_outage.py"
-    "::test_a_signal_during_an_outage_saves_and_ends_all_ranks_and_no_sample_is_lost"
-)
-
 MUTATIONS = [
-    Mutation(
-        file="portrait_dist/training/trainer.py",
-        old="            give_up=lambda: bool(self.signals.received),\n",
-        new="",
-        test=OUTAGE,
-        why="a stop signal ends the wait for a server of shards",
-    ),
-    Mutation(
-        file="portrait_dist/training/trainer.py",
-        old="            agree=self._agree_before_step,\n",
-        new="",
-        test=OUTAGE,
-        why="ranks agree before a step whether everyone has a batch",
-    ),
     Mutation(
         file="portrait_dist/distributed.py",
         old="    _check_torchrun_is_there()\n    timeout",
