@@ -124,20 +124,15 @@ def test_a_loader_that_is_closed_while_it_waits_for_a_server_ends_at_once(
     server.failures = [503] * 10_000
     # The consumer waits in a thread, as the main one would until a signal.
     threading.Thread(target=next_batch, args=(loader,), daemon=True).start()
+
+    def running(*names: str) -> int:
+        started = [thread for thread in threading.enumerate() if thread not in others]
+        return sum(thread.name.startswith(names) for thread in started)
+
     wait_for(lambda: len(server.asked) >= 3, what="requests that fail")
+    wait_for(lambda: running("decode-") == 2, what="all threads are there")
     pipeline._close_all()
-    names = ("decode-", "prefetch-")
-    wait_for(
-        lambda: (
-            not any(
-                thread.name.startswith(names)
-                for thread in threading.enumerate()
-                if thread not in others
-            )
-        ),
-        timeout=20,
-        what="the end of the threads",
-    )
+    wait_for(lambda: not running("decode-", "prefetch-"), what="the end of the threads")
 
 
 def test_a_missing_shard_is_damage_and_is_asked_for_again_after_a_while(
