@@ -320,10 +320,11 @@ class DecodePipeline:
         self._tasks, self._stop = queue.SimpleQueue(), threading.Event()
         for number in range(self._threads_wanted):
             arguments = (self._tasks, self._dataset, self._stop)
-            self._threads.append(
-                threading.Thread(target=_work, args=arguments, name=f"decode-{number}", daemon=True)
+            thread = threading.Thread(
+                target=_work, args=arguments, name=f"decode-{number}", daemon=True
             )
-            self._threads[-1].start()
+            thread.start()  # before close() may see it: what has not started cannot be joined
+            self._threads.append(thread)
 
     def _plan_ahead(self) -> None:
         """Put batches in the making until there are enough; without threads, decode one here."""
