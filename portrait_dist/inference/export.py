@@ -8,7 +8,6 @@ written, and says itself what goes in and comes out: ONNX in its metadata, .pt2 
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from portrait_dist import files
 from portrait_dist.errors import InputError, PortraitDistError
 from portrait_dist.models import MaskNetwork, UNet
 from portrait_dist.preprocessing import MEAN, STD
+from portrait_dist.system.info import check_extra
 
 ExportFormat = Literal["onnx", "pt2"]
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -180,12 +180,7 @@ def check_onnx_installed() -> None:
     Raises:
         InputError: one is missing.
     """
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"--format onnx needs {', '.join(missing)}: pip install 'portrait-dist[export]', "
-            "or give --format pt2"
-        )
+    check_extra("--format onnx", ONNX_PACKAGES, "export", ", or give --format pt2")
 
 
 def _make_onnx(model: nn.Module, example: Tensor, metadata: dict[str, str]) -> bytes:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import math
 import queue
 import signal
@@ -34,7 +33,7 @@ from portrait_dist.inference.outputs import ImageFormat, OutputPlan, plan_output
 from portrait_dist.inference.photos import KINDS, read_photo_bytes
 from portrait_dist.inference.segmenter import PortraitSegmenter, PreparedPhoto
 from portrait_dist.preprocessing import Alpha
-from portrait_dist.system.info import cores
+from portrait_dist.system.info import check_extra, cores
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -76,9 +75,7 @@ def check_service_installed() -> None:
     Raises:
         InputError: one is missing.
     """
-    missing = [name for name in SERVICE_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"serve needs {', '.join(missing)}: pip install 'portrait-dist[serve]'")
+    check_extra("serve", SERVICE_PACKAGES, "serve")
 
 
 class Batcher:

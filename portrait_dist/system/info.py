@@ -5,11 +5,12 @@ All values are plain ones, fit for JSON.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,25 @@ def versions(*more: str) -> dict[str, str]:
     if torch and torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
+
+
+def check_extra(what: str, packages: Iterable[str], extra: str, otherwise: str = "") -> None:
+    """Check that the packages of an extra are installed.
+
+    Args:
+        what: needs them.
+        packages: names of their modules.
+        extra: of this package.
+        otherwise: what else can be done, after the comma.
+
+    Raises:
+        InputError: one is missing.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"{what} needs {', '.join(missing)}: pip install 'portrait-dist[{extra}]'{otherwise}"
+        )
 
 
 def cpu_name() -> str:
