@@ -293,15 +293,27 @@ class Roofline:
 
     def _best(self, case: tuple[Work, float]) -> float:
         work, amount = case
-        work()
         return max(self.bench.measure(work, 1).rate * amount for _ in range(15))
 
     def _product(self, kind: str) -> tuple[Work, float]:
-        side = 8192 if self.bench.cuda else 2048
+        """Double the side until a product takes long enough to be timed.
+
+        A CPU without bf16 instructions needs minutes for the size that suits another.
+        """
+        side = 8192 if self.bench.cuda else 128
+        while True:
+            product = self._product_of(kind, side)
+            product()
+            seconds = 1 / self.bench.measure(product, 1).rate
+            if self.bench.cuda or side == 2048 or seconds > 0.05:
+                return product, 2.0 * side**3
+            side *= 2
+
+    def _product_of(self, kind: str, side: int) -> Work:
         dtype = torch.bfloat16 if kind == "bf16" else torch.float32
         a = torch.randn(side, side, device=self.bench.device).to(dtype)
         precision = "tf32" if kind == "tf32" else "ieee"
-        return _in_fp32(lambda: a @ a, precision, self.bench.cuda), 2.0 * side**3
+        return _in_fp32(lambda: a @ a, precision, self.bench.cuda)
 
     def _copy(self) -> tuple[Work, float]:
         source = torch.zeros((1 << 28) if self.bench.cuda else (1 << 25), device=self.bench.device)
