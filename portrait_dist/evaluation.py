@@ -347,15 +347,21 @@ def evaluate(
         InputError: no such checkpoint or shards, or shards of another size than the checkpoint's.
         DamagedDataError: one of them is damaged.
     """
-    keep_freed_memory()
-    chosen = distributed.pick_device(device)
-    distributed.start(chosen)
+    chosen = _start(device)
     model, info = distributed.on_every_rank(lambda: load_model(checkpoint, trust_code=trust_code))
     loader = distributed.on_every_rank(
         lambda: _open_split(shards, split, batch_size, workers, chosen, checkpoint, info, size)
     )
     scorer = Scorer(model, chosen, group_errors=group_errors)
     return _gathered(scorer, split, [sample.row() for sample in scorer.score(loader)])
+
+
+def _start(device: str) -> torch.device:
+    """Join the process group; return where this rank computes."""
+    keep_freed_memory()
+    chosen = distributed.pick_device(device)
+    distributed.start(chosen)
+    return chosen
 
 
 def _open_split(
@@ -471,25 +477,22 @@ def write_examples(
         The written files; none without samples.
     """
     split = found.scores.split
-    ranked = sorted(found.rows, key=lambda row: row.scores.iou)
+    paths = []
+    for name, positions in _positions_to_draw(found.rows).items():
+        samples = score_positions(
+            checkpoint, shards, split, positions, device=device, size=size, trust_code=trust_code
+        )
+        paths.append(folder / f"{split}-{name}.png")
+        _draw(samples, paths[-1])
+    return [str(path) for path in paths]
+
+
+def _positions_to_draw(rows: Sequence[SampleRow]) -> dict[str, list[int]]:
+    """Return the positions of the worst and of the median samples; nothing without samples."""
+    ranked = [row.position for row in sorted(rows, key=lambda row: row.scores.iou)]
     middle = max(0, (len(ranked) - EXAMPLES) // 2)
     groups = {"worst": ranked[:EXAMPLES], "median": ranked[middle : middle + EXAMPLES]}
-    paths = []
-    for name, rows in groups.items():
-        if rows:
-            positions = [row.position for row in rows]
-            samples = score_positions(
-                checkpoint,
-                shards,
-                split,
-                positions,
-                device=device,
-                size=size,
-                trust_code=trust_code,
-            )
-            paths.append(folder / f"{split}-{name}.png")
-            _draw(samples, paths[-1])
-    return [str(path) for path in paths]
+    return groups if ranked else {}
 
 
 def _draw(samples: Sequence[ScoredSample], path: Path) -> None:

@@ -124,18 +124,25 @@ def export(
     _check_options(out, format, force)
     network, info = load_model(checkpoint, trust_code=trust_code)
     trained = input_geometry(info, size)
-    model, metadata = Normalised(network).eval(), describe(trained.size)
-    make, read = (_make_onnx, _read_onnx) if format == "onnx" else (_make_pt2, _read_pt2)
-    # In memory first: torch.export.save aborts the process where a disk refuses to take more.
-    data = make(model, torch.rand(2, 3, *trained.size), metadata)
-    difference = largest_difference(model, read(data), trained.size)
-    # The way round that NaN fails too.
+    metadata = describe(trained.size)
+    data, difference = _make(Normalised(network).eval(), trained.size, format, metadata)
+    # Not "difference > TOLERANCE": every comparison with NaN is false, and NaN must fail too.
     if not difference <= TOLERANCE:
         raise PortraitDistError(
             f"{out}: not written, the {format} file differs from the network by {difference:.2g}"
         )
     _write(out, data)
     return ExportResult(str(out), format, len(data), difference, **metadata)
+
+
+def _make(
+    model: Normalised, size: tuple[int, int], format: ExportFormat, metadata: dict[str, str]
+) -> tuple[bytes, float]:
+    """Return the file's content, and the largest difference of what it computes."""
+    make, read = (_make_onnx, _read_onnx) if format == "onnx" else (_make_pt2, _read_pt2)
+    # In memory first: torch.export.save aborts the process where a disk refuses to take more.
+    data = make(model, torch.rand(2, 3, *size), metadata)
+    return data, largest_difference(model, read(data), size)
 
 
 def _write(out: Path, data: bytes) -> None:

@@ -326,17 +326,7 @@ class PortraitSegmenter:
             DamagedDataError: a photo cannot be read.
         """
         self._check_int8()
-        fit: Fit = "letterbox" if self.fit == "cover" else self.fit  # all of one size
-        read = map(read_photo, photos)
-        small = [
-            shrink(photo, fit_photo(photo.shape[0], photo.shape[1], self.size, fit, self.aspect))
-            for photo in read
-        ]
-        if len(small) < 2:
-            raise InputError(
-                f"{len(small)} photos are too few to calibrate with; give at least 2, better 64"
-            )
-        x = self._normalised(torch.from_numpy(np.stack(small)))
+        x = self._calibration_images(photos)
         assert isinstance(self.model, UNet)
         network = int8.quantise(self.model, x[::2])
         exact = fused.for_inference(self.model, self.device, "fp32")
@@ -346,6 +336,20 @@ class PortraitSegmenter:
         if agreement >= fused.MIN_MASK_IOU:
             self.network, self.precision = network, "int8"
         return agreement
+
+    def _calibration_images(self, photos: Iterable[PhotoSource]) -> Tensor:
+        """Read the photos as the network gets them, float32 [N, 3, H, W]."""
+        # "cover" gives photos of different aspects different sizes; these must fit one tensor.
+        fit: Fit = "letterbox" if self.fit == "cover" else self.fit
+        small = []
+        for photo in map(read_photo, photos):
+            height, width = photo.shape[:2]
+            small.append(shrink(photo, fit_photo(height, width, self.size, fit, self.aspect)))
+        if len(small) < 2:
+            raise InputError(
+                f"{len(small)} photos are too few to calibrate with; give at least 2, better 64"
+            )
+        return self._normalised(torch.from_numpy(np.stack(small)))
 
     def _check_int8(self) -> None:
         if self.device.type != "cpu" or not int8.is_supported():

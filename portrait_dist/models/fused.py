@@ -224,12 +224,7 @@ def for_inference(
     if isinstance(model, MaskNetwork):
         return _as_it_is(model, device, bf16=precision == "bf16", compile=compile is True)
     dtype = pick_precision(device, precision)
-    merged = merge_up_convolutions(fold_batch_norm(model)).to(
-        device, dtype, memory_format=torch.channels_last
-    )  # type: ignore[call-overload]
-    logits: Network = merged
-    if compile is True:
-        logits = torch.compile(merged, options=_compile_options(device))
+    logits = _rewritten(model, device, dtype, compile=compile is True)
 
     @torch.no_grad()
     def run(x: Tensor) -> Tensor:
@@ -239,6 +234,14 @@ def for_inference(
     if batch_shape is not None:
         run(torch.zeros(batch_shape))
     return run
+
+
+def _rewritten(model: UNet, device: torch.device, dtype: torch.dtype, *, compile: bool) -> Network:
+    """Return a function to logits: batch norms folded, up-convolutions merged, channels last."""
+    merged = merge_up_convolutions(fold_batch_norm(model)).to(
+        device, dtype, memory_format=torch.channels_last
+    )  # type: ignore[call-overload]
+    return torch.compile(merged, options=_compile_options(device)) if compile else merged
 
 
 def _as_it_is(model: MaskNetwork, device: torch.device, *, bf16: bool, compile: bool) -> Network:

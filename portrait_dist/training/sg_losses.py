@@ -63,17 +63,7 @@ def one_hot_labels(
         Labels, float [B, C, H, W]; and a mask that broadcasts with them, None where all count.
     """
     channels = predict.shape[1]
-    if target.shape != predict.shape:
-        if target.ndim == predict.ndim - 1:
-            target = target.unsqueeze(1)
-        # One prediction for several targets is broadcast, as in SuperGradients.
-        fits = target.shape[1:] == (1, *predict.shape[2:])
-        if not fits or len(predict) not in (1, len(target)):
-            raise ValueError(
-                f"a target of shape {tuple(target.shape)} does not fit predictions of shape "
-                f"{tuple(predict.shape)}: give classes [B, H, W] or [B, 1, H, W], or a mask for "
-                "each predicted channel"
-            )
+    target = _with_channels(predict, target)
     counted = None if ignore_index is None else target != ignore_index
     if target.shape[1] == channels:
         labels = target.to(predict.dtype)
@@ -89,6 +79,23 @@ def one_hot_labels(
         kept = [channel for channel in range(channels + 1) if channel != ignored]
         labels = F.one_hot(classes, channels + 1)[..., kept]
     return labels.movedim(-1, 1).to(predict.dtype), counted
+
+
+def _with_channels(predict: Tensor, target: Tensor) -> Tensor:
+    """Return targets as [B, C, H, W] or [B, 1, H, W], checked against the predictions."""
+    if target.shape == predict.shape:
+        return target
+    if target.ndim == predict.ndim - 1:
+        target = target.unsqueeze(1)
+    # One prediction for several targets is broadcast, as in SuperGradients.
+    fits = target.shape[1:] == (1, *predict.shape[2:])
+    if not fits or len(predict) not in (1, len(target)):
+        raise ValueError(
+            f"a target of shape {tuple(target.shape)} does not fit predictions of shape "
+            f"{tuple(predict.shape)}: give classes [B, H, W] or [B, 1, H, W], or a mask for "
+            "each predicted channel"
+        )
+    return target
 
 
 def binary_cross_entropy(loss: Any, predict: Tensor, target: Tensor) -> Tensor:

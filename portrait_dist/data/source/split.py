@@ -294,12 +294,18 @@ def prepare(
     report = find_pairs(_written_down(raw, mode), names)
     split, report.pairs = _split_of(report, folder, redact(str(raw)), settings, given)
     split = _where_prepared(split, mode)
-    again = _is_there(split)
-    check_folder_writable(folder)
-    if check or (check is None and mode != REFERENCE):
-        check_pairs(report.pairs)
-    _write(report.pairs, split, mode, again)
+    _check_and_write(report.pairs, split, mode, check)
     return split, report
+
+
+def _check_and_write(pairs: PairTable, split: Split, mode: str, check: bool | None) -> None:
+    """Check the folder, then the files, then arrange or list the pairs."""
+    # The folder first: reading the files of 34,000 pairs takes minutes, which must not be in vain.
+    again = _is_there(split)
+    check_folder_writable(Path(split.data))
+    if check or (check is None and mode != REFERENCE):
+        check_pairs(pairs)
+    _write(pairs, split, mode, again)
 
 
 def _mode_for(raw: str | Path, mode: str | None) -> str:

@@ -17,7 +17,7 @@ from portrait_dist import files
 from portrait_dist.errors import InputError
 
 if TYPE_CHECKING:
-    from portrait_dist.runs.report.collect import Run, ShardsLocation
+    from portrait_dist.runs.report.collect import Run, ScoredRun, ShardsLocation
 
 
 @dataclass(frozen=True)
@@ -68,21 +68,41 @@ def write_report(
 
     run = collect.read_run(folder)
     out = out or run.folder.report
-    files.check_writable(out)
+    files.check_writable(out)  # before the scoring, which takes minutes
     location = collect.find_shards(run, shards)
-    scored, reason = None, _why_not(run, location, samples)
-    if not reason:
-        try:
-            scored = collect.score_run(
-                run, location.path, samples, at_most, device, trust_code=trust_code
-            )
-        except InputError as error:
-            if shards:
-                raise
-            reason = str(error)
+    scored, reason = _score(
+        run, location, samples, at_most, device, trust_code=trust_code, must=bool(shards)
+    )
     files.write_text(out, page.render(run, location, scored, reason))
     count, iou = (scored.scores.samples, scored.scores.iou) if scored else (0, None)
     return Report(str(out), count, iou, no_pictures=reason, no_settings=run.settings.problem)
+
+
+def _score(
+    run: Run,
+    location: ShardsLocation,
+    samples: int,
+    at_most: int,
+    device: str,
+    *,
+    trust_code: bool,
+    must: bool,
+) -> tuple[ScoredRun | None, str]:
+    """Score the run, or say why that cannot be; for shards that must be read, raise instead."""
+    from portrait_dist.runs.report import collect
+
+    if reason := _why_not(run, location, samples):
+        return None, reason
+    try:
+        found = collect.score_run(
+            run, location.path, samples, at_most, device, trust_code=trust_code
+        )
+        return found, ""
+    except InputError as error:
+        # Shards that moved since training: a report without images is better than none.
+        if must:
+            raise
+        return None, str(error)
 
 
 def _why_not(run: Run, location: ShardsLocation, samples: int) -> str:

@@ -15,6 +15,7 @@ from portrait_dist.runs.status import RunStatus, run_status
 from portrait_dist.system.address import is_address, redact
 
 if TYPE_CHECKING:
+    from portrait_dist.data.shards.reader import ShardSet
     from portrait_dist.data.stream.loader import Batch
     from portrait_dist.evaluation import SampleScores, ScoredSample
     from portrait_dist.models import MaskNetwork, UNet
@@ -194,14 +195,18 @@ def score_run(
     if not found.samples:
         raise InputError(f"{found.shown}: the validation split is empty; there is nothing to score")
     size = size_of_shards(shards, "val", input_geometry(info).size, run.checkpoint)
-    stored = f"{found.size[0]}x{found.size[1]}" if found.size else "their own size"
-    counts = {name: f"{entry.samples:,}" for name, entry in found.manifest.splits.items()}
-    facts = {
-        "stored": f"{stored}, {found.codec}",
+    return ScoredRun(score(model, shards, size, images, at_most, device), _facts_of(found))
+
+
+def _facts_of(shards: ShardSet) -> dict[str, str]:
+    """Return what the report says about the shards, by what it calls it."""
+    stored = f"{shards.size[0]}x{shards.size[1]}" if shards.size else "their own size"
+    counts = {name: f"{entry.samples:,}" for name, entry in shards.manifest.splits.items()}
+    return {
+        "stored": f"{stored}, {shards.codec}",
         **counts,
-        "sha256 of the validation split": str(found.identity),
+        "sha256 of the validation split": str(shards.identity),
     }
-    return ScoredRun(score(model, shards, size, images, at_most, device), facts)
 
 
 def score(
