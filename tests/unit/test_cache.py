@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import os
 import shutil
 import threading
@@ -12,10 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from portrait_dist.data.shards import cache as cache_module
+from portrait_dist.data.shards import writer
 from portrait_dist.data.shards.cache import Cache
+from portrait_dist.data.shards.download import open_part
 from portrait_dist.data.shards.reader import ShardSet
 from portrait_dist.errors import InputError, PortraitDistError
-from tests.shard_server import ShardServer, serving
+from tests.shard_server import Handler, ShardServer, serving
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -92,7 +97,7 @@ def test_lock_and_part_files_that_are_links_are_refused(
     victim = tmp_path / "victim"
     victim.write_text("mine")
     shard = ShardSet(server.address, "val", cache=cache).shards[0]
-    name = f".lock-{shard.sha256[:2]}" if kind == "lock" else f".{shard.sha256}.{shard.bytes}.part"
+    name = ".lock" if kind == "lock" else f".{shard.sha256}.{shard.bytes}.part"
     cache.folder.mkdir()
     (cache.folder / name).symlink_to(victim)
     with pytest.raises(InputError, match=r"is a link\); give a local folder"):
@@ -180,7 +185,7 @@ def test_a_wait_for_the_download_of_another_process_can_be_cancelled(
     shard = ShardSet(server.address, "val", cache=cache).shards[0]
     cache.folder.mkdir()
     cancelled = threading.Event()
-    with (cache.folder / f".lock-{shard.sha256[:2]}").open("w") as lock:
+    with (cache.folder / f".{shard.sha256}.{shard.bytes}.part").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         waiter = threading.Thread(
             target=ShardSet(server.address, "val", cache=cache).fetch, args=(0, cancelled)
@@ -190,3 +195,67 @@ def test_a_wait_for_the_download_of_another_process_can_be_cancelled(
         waiter.join(timeout=30)
         assert not waiter.is_alive()
     assert "val-00000.tar" not in server.asked
+
+
+def test_downloads_that_wait_for_their_server_hold_up_no_other(
+    tmp_path: Path, split_dir: Path, cache: Cache
+) -> None:
+    """Of so many files the hashes of some that are there and some that are away begin alike."""
+    writer.pack(split_dir, tmp_path / "shards", size=(16, 16), samples_per_shard=1)
+    with serving(tmp_path / "shards") as server:
+        shards = ShardSet(server.address, "train", cache=cache)
+        absent = {shard.name for shard in shards.shards[::2]}
+        refused: set[str] = set()
+
+        def away(handler: Handler, name: str) -> bool:
+            if name in absent:
+                refused.add(name)
+                handler.send_error(503)
+            return name in absent
+
+        server.instead = away
+        cancelled = threading.Event()
+        threads = [
+            threading.Thread(target=shards.fetch, args=(number, cancelled), daemon=True)
+            for number in range(len(shards.shards))
+        ]
+        for thread in threads[::2]:
+            thread.start()
+        wait_for(lambda: refused == absent, what="every absent shard to be asked for")
+        for thread in threads[1::2]:
+            thread.start()
+        for thread in threads[1::2]:
+            thread.join(timeout=30)
+        assert [thread.is_alive() for thread in threads[:4]] == [True, False, True, False]
+        assert len(list(cache.folder.glob("*.tar"))) == len(threads) // 2
+        cancelled.set()
+        for thread in threads:
+            thread.join(timeout=30)
+    assert not [thread for thread in threads if thread.is_alive()]
+
+
+def test_who_waited_for_a_part_that_was_renamed_meanwhile_claims_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    opened = threading.Event()
+    claimed: list[int] = []
+
+    def open_and_tell(path: Path) -> io.FileIO:
+        file = open_part(path)
+        opened.set()
+        return file
+
+    def second() -> None:
+        with cache_module._claimed(part, None):
+            claimed.append(part.stat().st_ino)
+
+    with cache_module._claimed(part, None):
+        monkeypatch.setattr(cache_module, "open_part", open_and_tell)
+        waiter = threading.Thread(target=second, daemon=True)
+        waiter.start()
+        assert opened.wait(30)
+        part.replace(whole)
+    waiter.join(timeout=30)
+    assert claimed
+    assert claimed[0] != whole.stat().st_ino

@@ -133,10 +133,17 @@ class Cache:
         cancelled: threading.Event | None,
     ) -> None:
         """Download a file, unless another process or thread does it first."""
-        with _locked(self.folder / _lock_name(sha256), cancelled=cancelled):
+        if size is not None and size > self.limit:
+            raise InputError(
+                f"{self.folder}: the cache of {self.limit / 1e9:g} GB is smaller than one shard of "
+                f"{size / 1e9:.3g} GB; raise data.cache_gigabytes"
+            )
+        part = self.folder / _Part(sha256, size or 0).name
+        with _claimed(part, cancelled):
             if self._has(path, sha256, size):
+                # The one before has renamed the part; this is a new, empty one.
+                part.unlink(missing_ok=True)
                 return
-            part = self.folder / _Part(sha256, size or 0).name
             self._make_room(size or 0, part)
             download(
                 address,
@@ -220,26 +227,18 @@ class Cache:
             write_text(_marker(path), state)
 
     def _make_room(self, size: int, part: Path) -> None:
-        """Evict files until there is room for ``size`` bytes, and reserve it by an empty ``part``.
-
-        Raises:
-            InputError: the whole cache is smaller.
-        """
-        if size > self.limit:
-            raise InputError(
-                f"{self.folder}: the cache of {self.limit / 1e9:g} GB is smaller than one shard of "
-                f"{size / 1e9:.3g} GB; raise data.cache_gigabytes"
-            )
+        """Evict files until there is room for ``size`` bytes, which ``part`` stands for."""
         with _locked(self.folder / ".lock"):
             entries = [entry for entry in _entries(self.folder) if entry.path != part]
             total = sum(entry.bytes for entry in entries)
             for entry in sorted(entries):
                 if total + size <= self.limit:
                     break
-                if not (entry.partial and _is_being_downloaded(entry.path)):
+                if not entry.partial:
                     self._remove(entry.path)
-                    total -= entry.bytes
-            open_part(part).close()
+                elif not _remove_abandoned(entry.path):
+                    continue
+                total -= entry.bytes
 
     def _remove(self, path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -325,24 +324,49 @@ def _state(found: os.stat_result) -> str:
     )
 
 
-def _is_being_downloaded(path: Path) -> bool:
-    """Whether a live process is downloading it; the kernel releases a killed process's lock."""
-    part = _Part.of(path.name)
+def _remove_abandoned(part: Path) -> bool:
+    """Remove a partial download that nobody is at; the kernel releases a killed process's lock."""
     try:
-        with _locked(path.with_name(_lock_name(part.sha256 if part else "")), fcntl.LOCK_NB):
-            return False
+        with _locked(part, fcntl.LOCK_NB):
+            part.unlink(missing_ok=True)
+            return True
     except BlockingIOError:
-        return True
-
-
-def _lock_name(sha256: str) -> str:
-    """Name of one of 256 locks: a file for each hash would pile up."""
-    return f".lock-{sha256[:2]}"
+        return False
 
 
 @contextlib.contextmanager
-def _locked(path: Path, flags: int = 0, cancelled: threading.Event | None = None) -> Iterator[None]:
+def _claimed(part: Path, cancelled: threading.Event | None) -> Iterator[None]:
+    """Let one thread of this machine at a time download a file.
+
+    The lock is on the part itself: a lock that several files shared would let a download that is
+    due wait for one whose server is away. The holder before may have renamed or removed what was
+    locked here, so the name must still lead to it.
+
+    Raises:
+        CancelledDownloadError: ``cancelled`` was set.
+    """
+    while True:
+        with _locked(part, cancelled=cancelled) as file:
+            if _is_at(part, file):
+                yield
+                return
+
+
+def _is_at(path: Path, file: io.FileIO) -> bool:
+    """Whether a path leads to an open file."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _locked(
+    path: Path, flags: int = 0, cancelled: threading.Event | None = None
+) -> Iterator[io.FileIO]:
     """Let in one thread of this machine at a time; the kernel releases a dead process's lock.
+
+    Yields the locked file.
 
     Args:
         path: lock file, made if need be.
@@ -360,7 +384,7 @@ def _locked(path: Path, flags: int = 0, cancelled: threading.Event | None = None
             while not _try_lock(file):  # flock itself cannot be cancelled
                 if cancelled.wait(LOCK_POLL_SECONDS):
                     raise CancelledDownloadError
-        yield
+        yield file
 
 
 def _try_lock(file: io.FileIO) -> bool:
