@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from portrait_dist import distributed, files
-from portrait_dist.checkpoints import input_geometry, load_model
+from portrait_dist.checkpoints import input_geometry, load_model, read_info
 from portrait_dist.data import build_loader
+from portrait_dist.data.shards.reader import ShardSet
 from portrait_dist.errors import InputError
 from portrait_dist.losses import SoftIoULoss
 from portrait_dist.metrics import BOUNDARY_RATIO, PrecisionRecall, SoftIoU, per_sample
@@ -362,6 +363,17 @@ def _start(device: str) -> torch.device:
     chosen = distributed.pick_device(device)
     distributed.start(chosen)
     return chosen
+
+
+def check_inputs(checkpoint: str | Path, shards: str, split: str) -> None:
+    """Check that a checkpoint and a split can be opened, before a job for them is queued.
+
+    Raises:
+        InputError: no such checkpoint, shards or split.
+        DamagedDataError: one of them is damaged.
+    """
+    read_info(Path(checkpoint))
+    ShardSet(shards, split)
 
 
 def _open_split(

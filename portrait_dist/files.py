@@ -318,6 +318,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+SECONDS_FOR_A_DEAD_NODE = 120.0
+"""NFSv4 keeps the lock of a node that died for its lease, 90 s by default."""
+
+
 class ExclusiveLock:
     """An advisory lock; the kernel releases it when the process exits, however it exits.
 

@@ -24,7 +24,11 @@ import click
 
 
 def command(
-    name: str, *, summary: Callable[[Any], str], epilog: str | None = None
+    name: str,
+    *,
+    summary: Callable[[Any], str],
+    epilog: str | None = None,
+    passes_on: bool = False,
 ) -> Callable[[Callable[..., object]], click.Command]:
     """Make a click command with ``--json`` and ``--debug`` out of a function.
 
@@ -35,6 +39,7 @@ def command(
         name: the command's name on the command line.
         summary: makes the lines that a person reads on stdout out of the result.
         epilog: examples and exit codes, below the help text.
+        passes_on: take unknown options as arguments, for another command.
     """
 
     def decorate(function: Callable[..., object]) -> click.Command:
@@ -55,7 +60,8 @@ def command(
         decorated = click.option(
             "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else."
         )(decorated)
-        return click.command(name, epilog=epilog)(decorated)
+        settings = {"ignore_unknown_options": True} if passes_on else {}
+        return click.command(name, epilog=epilog, context_settings=settings)(decorated)
 
     return decorate
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from portrait_dist.commands import command
+from portrait_dist.commands import command, to_json
 from portrait_dist.commands import options as shared
 
 if TYPE_CHECKING:
@@ -90,6 +90,11 @@ def _errors_line(errors: dict[str, int] | None) -> str:
     help="CSV file for precision, recall and IoU over thresholds.",
 )
 @click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="JSON file for the result, which --json prints.",
+)
+@click.option(
     "--errors",
     is_flag=True,
     help="Count the wrong pixels by where they are: at the edge, person missed, background "
@@ -107,16 +112,17 @@ def evaluate(
     split: str,
     table: Path | None,
     curve: Path | None,
+    out: Path | None,
     errors: bool,
     pictures: Path | None,
     **options: Unpack[ScoringOptions],
 ) -> EvaluateResult | None:
     """Score a checkpoint on a split, alone or under torchrun; every sample counts exactly once."""
-    from portrait_dist import distributed, evaluation
+    from portrait_dist import distributed, evaluation, files
 
     try:
         distributed.start(distributed.pick_device(options["device"]))
-        distributed.on_every_rank(lambda: _check_outputs(table, curve, pictures))
+        distributed.on_every_rank(lambda: _check_outputs((table, curve, out), pictures))
         found = evaluation.evaluate(checkpoint, shards, split, group_errors=errors, **options)
     finally:
         distributed.stop()
@@ -134,16 +140,19 @@ def evaluate(
             size=options["size"],
             trust_code=options["trust_code"],
         )
-    return evaluation.EvaluateResult.of(found, drawn)
+    result = evaluation.EvaluateResult.of(found, drawn)
+    if out:
+        files.write_text(out, to_json(result) + "\n")
+    return result
 
 
-def _check_outputs(table: Path | None, curve: Path | None, pictures: Path | None) -> None:
+def _check_outputs(paths: Iterable[Path | None], pictures: Path | None) -> None:
     """Refuse before the long work what could not be written after it."""
     from portrait_dist import distributed, files
 
     if distributed.rank() != 0:
         return
-    for path in (table, curve):
+    for path in paths:
         if path:
             files.check_writable(path)
     if pictures:

@@ -33,6 +33,8 @@ Examples:
 
 def _summary(result: PredictResult) -> str:
     before = f"; {result.done_before} were done before" if result.done_before else ""
+    if not result.files and result.done_before:
+        return f"all {result.done_before} photos are done"
     return (
         f"{len(result.files)} images of {result.photos} photos written, "
         f"{result.photos_per_second:.1f} photos/s{before}"
@@ -80,6 +82,11 @@ def _kinds(
 @options.batch_size(8, "Photos that go through the network together.")
 @options.segmenter("auto", "fp32", "bf16", "int8")
 @options.part("Do the photos", "all; under torchrun, auto")
+@click.option(
+    "--finish",
+    is_flag=True,
+    help="Do nothing: check that every photo is done, else name what is missing.",
+)
 @options.trained_size
 @options.trust_code
 def predict(
@@ -87,6 +94,7 @@ def predict(
     paths: tuple[str, ...],
     out: str,
     part: tuple[int, int] | None,
+    finish: bool,
     force: bool,
     batch_size: int,
     background: str,
@@ -112,6 +120,8 @@ def predict(
         photo = _only_photo(paths, kinds)
         sys.stdout.buffer.write(batch.predict_to_bytes(checkpoint, photo, images))
         return None
+    if finish:
+        return batch.check_finished(checkpoint, paths, out, images, part=part)
     predict_part = functools.partial(
         batch.predict_files, checkpoint, paths, out, images, force=force, batch_size=batch_size
     )

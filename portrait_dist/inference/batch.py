@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from portrait_dist import distributed, files
+from portrait_dist.checkpoints import read_info
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
 from portrait_dist.inference.journal import Journal, fingerprint
 from portrait_dist.inference.outputs import ImageFormat, OutputPlan, plan_outputs
@@ -183,6 +184,62 @@ def _predict_found(
     if journal.parts == 1:
         journal.remove()  # nothing is left to continue; a part's journal is read by the others
     return result
+
+
+def count_photos(checkpoint: str | Path, paths: Sequence[str], out: str | Path) -> int:
+    """Check what a prediction needs, before a job for it is queued; return how many photos.
+
+    Raises:
+        InputError: no such checkpoint, no photos, or an output folder that cannot be written.
+        DamagedDataError: the checkpoint is damaged.
+    """
+    read_info(Path(checkpoint))
+    files.check_folder_writable(out)
+    return len(find_photos(paths, Path(out)).photos)
+
+
+def check_finished(
+    checkpoint: str | Path,
+    paths: Sequence[str],
+    out: str | Path,
+    images: ImageOptions = DEFAULTS,
+    *,
+    part: tuple[int, int] | None = None,
+) -> PredictResult:
+    """Check that parts of a prediction have done every photo; write nothing.
+
+    Args:
+        checkpoint: a .pth file of a run.
+        paths: photos, folders and patterns.
+        out: folder of the outputs.
+        images: what the outputs are.
+        part: not to be given.
+
+    Raises:
+        InputError: photos are missing; the message names them and their parts.
+    """
+    if part:
+        raise InputError("--part with --finish: a part predicts, --finish only looks")
+    plan = images.plan(Path(out))
+    found = find_photos(paths, plan.folder)
+    segmenter = images.segmenter(checkpoint)
+    journal = Journal(plan.folder, images.fingerprint(segmenter, checkpoint))
+    missing = [
+        (number, photo)
+        for number, photo in enumerate(found.photos)
+        if not journal.is_done(photo, list(plan.targets(photo.name).values()))
+    ]
+    if missing:
+        named = [
+            f"{photo.path}" + (f" (part {number % journal.most_parts}/{journal.most_parts})")
+            for number, photo in missing[:FAILURES_NAMED]
+        ]
+        more = f" and {len(missing) - len(named)} more" if len(missing) > len(named) else ""
+        raise InputError(
+            f"{out}: {len(missing)} of {len(found.photos)} photos are not done: "
+            f"{', '.join(named)}{more}; run their parts, then --finish again"
+        )
+    return PredictResult([], [], 0, 0.0, len(found.photos), dict(found.skipped))
 
 
 def predict_to_bytes(checkpoint: str | Path, path: str, images: ImageOptions = DEFAULTS) -> bytes:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from portrait_dist import files
 from portrait_dist.inference.photos import STDIN, Photo
 
 PATTERN = ".predict*.jsonl"
+OF_PART = re.compile(r"\.predict-[0-9]+-of-([0-9]{1,9})\.jsonl")
 
 
 def journal_name(part: int, parts: int) -> str:
@@ -42,6 +44,9 @@ class Journal:
         folder: of the outputs.
         settings: from :func:`fingerprint`; what other settings have done does not count.
         part, parts: which part of how many.
+
+    Attributes:
+        most_parts: the largest number of parts of which a journal is there.
     """
 
     def __init__(self, folder: Path, settings: str, part: int = 0, parts: int = 1) -> None:
@@ -50,7 +55,10 @@ class Journal:
         self._done: dict[str, str] = {}
         self._begun: set[str] = set()
         self._descriptor = -1
+        self.most_parts = 1
         for path in sorted(folder.glob(PATTERN)) if folder.is_dir() else ():
+            if of_part := OF_PART.fullmatch(path.name):
+                self.most_parts = max(self.most_parts, int(of_part[1]))
             for entry in _lines(path):
                 if entry.get("settings") == settings and isinstance(entry.get("name"), str):
                     self._begun.add(entry["name"])

@@ -21,6 +21,7 @@ from typing import Any
 
 from portrait_dist import files
 from portrait_dist.errors import InputError
+from portrait_dist.files import SECONDS_FOR_A_DEAD_NODE
 from portrait_dist.system.info import environment_number
 
 LATEST = "ckpt_latest.pth"
@@ -30,9 +31,6 @@ CONFIG = "config.yaml"
 EVENTS = "metrics.jsonl"
 REPORT = "report.html"
 LOCK = ".lock"
-
-SECONDS_FOR_A_DEAD_NODE = 120.0
-"""NFSv4 keeps the lock of a node that died for its lease, 90 s by default."""
 
 LARGEST_TIME = 253_402_300_799.0
 """The last second of the year 9999, after which neither ``time.gmtime`` nor ``datetime`` works."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
 from portrait_dist.errors import InputError
 from portrait_dist.runs.folder import Event, Events, RunFolder
 from portrait_dist.runs.health import find_stall
+from portrait_dist.runs.steps import StepStatus, steps_of
 
 SILENT_SECONDS = 900.0
 """Longer without a line than this, and than ten usual gaps: nobody seems to be training."""
@@ -61,6 +62,7 @@ class RunStatus:
         stall: which rank the others wait for, where they wait for long.
         straggler: the last report of a slow rank in this attempt.
         straggler_age_seconds: since that report.
+        steps: jobs that ``submit`` queued for this run, beside or instead of a training.
     """
 
     run_dir: str
@@ -86,6 +88,7 @@ class RunStatus:
     stall: str | None = None
     straggler: str | None = None
     straggler_age_seconds: float | None = None
+    steps: list[StepStatus] = field(default_factory=list)
 
     def table(self) -> str:
         """Return the lines that a person reads."""
@@ -112,7 +115,50 @@ class RunStatus:
             rows["last error"] = f"{duration(self.last_error_age_seconds)} ago: {self.last_error}"
         if self.skipped_lines:
             rows["not readable"] = f"{self.skipped_lines} line(s) of metrics.jsonl, skipped"
-        return "\n".join([self.run_dir, *(f"  {name:16s} {row}" for name, row in rows.items())])
+        lines = [f"  {name:16s} {row}" for name, row in rows.items()]
+        return "\n".join([self.run_dir, *lines, *_step_lines(self.steps)])
+
+
+@dataclass(frozen=True)
+class StepsStatus:
+    """Where jobs stand that write shards or masks, or a run that has not begun.
+
+    Args:
+        target: the folder.
+        steps: the jobs, oldest submission first.
+    """
+
+    target: str
+    steps: list[StepStatus]
+
+    def table(self) -> str:
+        """Return the lines that a person reads."""
+        return "\n".join([self.target, *_step_lines(self.steps)])
+
+
+def _step_lines(steps: list[StepStatus]) -> list[str]:
+    return [f"  {step.name:16s} {step.describe()}" for step in steps]
+
+
+def status(folder: Path) -> RunStatus | StepsStatus:
+    """Read where a run stands, or jobs that write a folder.
+
+    Raises:
+        InputError: neither a run nor anything that ``submit`` has jobs for.
+    """
+    steps = steps_of(folder)
+    try:
+        run = run_status(folder)
+    except InputError:
+        if not steps:
+            raise
+        return StepsStatus(str(folder), steps)
+    # A training writes its own events.
+    steps = [
+        dataclasses.replace(step, tasks={str(run.state): 1}) if step.name == "train" else step
+        for step in steps
+    ]
+    return dataclasses.replace(run, steps=steps)
 
 
 def run_status(run_dir: Path, now: float | None = None) -> RunStatus:

@@ -9,7 +9,7 @@ from portrait_dist.errors import PortraitDistError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run ``job ARGUMENTS…``, ``check LOGS DEVICE`` or ``node ADDRESS LOGS ARGUMENTS…``."""
+    """Run ``job [--step LOGS] ARGUMENTS…``, ``check LOGS DEVICE`` or ``node ADDRESS LOGS …``."""
     try:
         if arguments[0] == "node":
             from portrait_dist.slurm.node import run_node
@@ -19,6 +19,10 @@ def main(arguments: Sequence[str]) -> int:
             from portrait_dist.slurm.node_check import check_node
 
             return check_node(arguments[1], arguments[2])
+        if arguments[1:2] == ["--step"]:
+            from portrait_dist.slurm.step_job import run_step
+
+            return run_step(arguments[2:])
         from portrait_dist.slurm.job import run_job
 
         return run_job(arguments[1:])

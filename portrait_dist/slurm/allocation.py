@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,6 +124,11 @@ def host_names(allocation: Allocation) -> list[str]:
             "see that SLURM's commands work on the nodes"
         )
     return hosts.stdout.split()
+
+
+def node_name() -> str:
+    """Return this node's name as SLURM knows it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def job_state(job: int) -> str:

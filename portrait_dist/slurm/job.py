@@ -191,7 +191,8 @@ def run_job(arguments: Sequence[str]) -> int:
         f"{allocation.describe()}; rendezvous port {allocation.port}; run {settings.run_dir}; "
         f"logs {logs}"
     )
-    command = srun_command(allocation, first_address(allocation), logs, arguments)
+    ranks = ["train", *arguments]
+    command = srun_command(allocation, first_address(allocation), logs, ranks)
     folder, relay = RunFolder(settings.run_dir), SignalRelay()
     sick: Sequence[NodeReport] = ()
     if settings.run.check_nodes:

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from portrait_dist.errors import Stopped
-from portrait_dist.slurm.allocation import Allocation
+from portrait_dist.slurm.allocation import Allocation, node_name
 from portrait_dist.slurm.job import FAILURES
 from portrait_dist.system.info import environment_number
 from portrait_dist.training.launch import SECONDS_TO_SAVE, SIGNALS, TELLING
@@ -71,7 +70,7 @@ def run_node(address: str, logs: str, arguments: Sequence[str]) -> int:
     Args:
         address: of the first node, which hosts the rendezvous.
         logs: folder for the ranks' logs.
-        arguments: those of ``portrait-dist train``.
+        arguments: those of ``portrait-dist``, the command first.
 
     Returns:
         0; an exit code of a failed rank that tells something (2, 3, 75); 75 after a signal; else 1.
@@ -80,7 +79,7 @@ def run_node(address: str, logs: str, arguments: Sequence[str]) -> int:
     threads = max(1, allocation.cpus // allocation.ranks_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
-    command = ["-u", "-m", "portrait_dist", "train", *arguments]
+    command = ["-u", "-m", "portrait_dist", *arguments]
     with tempfile.TemporaryDirectory(prefix="torchrun-") as scratch:
         launch = launch_config(allocation, environment_number("SLURM_NODEID"), address)
         launch.logs_specs = RankLogs(Path(logs), allocation.attempt, scratch)
@@ -140,8 +139,3 @@ def _report(error: ChildFailedError, logs: Path, allocation: Allocation) -> int:
         with contextlib.suppress(OSError), open(logs / FAILURES, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(record) + "\n")
     return 1
-
-
-def node_name() -> str:
-    """Return this node's name as SLURM knows it."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -106,7 +106,7 @@ def submit(
         for one, task in zip(settings, tasks, strict=True)
     ]
     run_dirs = [str(one.run_dir.parent / name) for one, name in zip(settings, names, strict=True)]
-    job = None if dry_run else _queue(command, settings[0])
+    job = None if dry_run else queue(command, log_folder(settings[0]))
     shown = "JOB" if job is None else str(job)
     log = f"{shown}_*.log" if request.array else f"{shown}.log"
     return Submission(
@@ -118,7 +118,7 @@ def submit(
         global_batch=plans[0].global_batch,
         batches_per_epoch=plans[0].batches_per_epoch,
         steps_per_epoch=plans[0].steps_per_epoch,
-        logs=str(_log_folder(settings[0]) / log),
+        logs=str(log_folder(settings[0]) / log),
         watch=f"portrait-dist status {shlex.quote(run_dirs[0])}",
         stop=f"scancel {shown}",
         resume=shlex.join(command),
@@ -137,32 +137,70 @@ def script() -> Path:
 
 
 def sbatch_command(
-    recipe: str, overrides: Sequence[str], request: Request, settings: config.Config
+    recipe: str,
+    overrides: Sequence[str],
+    request: Request,
+    settings: config.Config,
+    after: Sequence[str] = (),
 ) -> list[str]:
-    """Return sbatch with its options, the script, and the arguments of ``train``."""
-    name = "%A_%a" if request.array else "%j"
-    cpus = request.cpus_per_node or 8 * request.gpus_per_node
+    """Return sbatch with its options, the script, and the arguments of ``train``.
+
+    Args:
+        recipe: name or file of the recipe.
+        overrides: ``key=value`` settings.
+        request: what to ask SLURM for.
+        settings: of the first run.
+        after: options that make it wait for another job.
+    """
     tasks = len(combinations(request.array))
+    sweeps = [argument for choice in request.array for argument in ("--sweep", choice)]
+    return sbatch_line(
+        request,
+        name=settings.run_dir.name,
+        log=f"{log_folder(settings)}/{'%A_%a' if request.array else '%j'}.log",
+        arguments=[*sweeps, "--recipe", recipe, *overrides],
+        array=f"0-{tasks - 1}" if request.array else "",
+        after=after,
+    )
+
+
+def sbatch_line(
+    request: Request,
+    *,
+    name: str,
+    log: str,
+    arguments: Sequence[str],
+    array: str = "",
+    after: Sequence[str] = (),
+) -> list[str]:
+    """Return sbatch with its options, the script and the script's arguments.
+
+    Args:
+        request: what to ask SLURM for.
+        name: of the job.
+        log: its output file.
+        arguments: of the script.
+        array: sbatch's ``--array``.
+        after: options that make it wait for another job.
+    """
     wanted = {
-        "job-name": settings.run_dir.name,
+        "job-name": name,
         "nodes": request.nodes,
-        "output": f"{_log_folder(settings)}/{name}.log",
+        "output": log,
         # the job runs this Python, whatever comes first on PATH
         "export": f"ALL,PYTHON={sys.executable}",
         "gpus-per-node": request.gpus_per_node,
-        "cpus-per-task": cpus,
+        "cpus-per-task": request.cpus_per_node or 8 * request.gpus_per_node,
         "time": request.time,
         "partition": request.partition,
         "account": request.account,
-        "array": f"0-{tasks - 1}" if request.array else "",
+        "array": array,
     }
     options = [f"--{option}={value}" for option, value in wanted.items() if value]
-    sweeps = [argument for choice in request.array for argument in ("--sweep", choice)]
-    arguments = [*sweeps, "--recipe", recipe, *overrides]
-    return ["sbatch", *options, *request.extra, str(script()), *arguments]
+    return ["sbatch", *options, *after, *request.extra, str(script()), *arguments]
 
 
-def _log_folder(settings: config.Config) -> Path:
+def log_folder(settings: config.Config) -> Path:
     """Return the folder that the job uses for its ranks' logs, too."""
     return Path(settings.run.root).resolve() / "slurm"
 
@@ -179,7 +217,7 @@ def check(settings: config.Config, ranks: int) -> Plan:
             cannot be written.
     """
     plan = make_plan(settings, _train_samples(settings.data.shards), ranks)
-    _check_run_folder(settings)
+    check_run_folder(settings)
     return plan
 
 
@@ -213,7 +251,12 @@ def _train_samples(location: str) -> int:
     return sets[0].samples
 
 
-def _check_run_folder(settings: config.Config) -> None:
+def check_run_folder(settings: config.Config) -> None:
+    """Check before anything is queued that the run can be written, and may be resumed.
+
+    Raises:
+        InputError: it cannot.
+    """
     folder = settings.run_dir.resolve()
     if not settings.run.resume and RunFolder(folder).latest.exists():
         raise InputError(
@@ -227,13 +270,21 @@ def _check_run_folder(settings: config.Config) -> None:
         )
 
 
-def _queue(command: Sequence[str], settings: config.Config) -> int:
+def queue(command: Sequence[str], folder: Path) -> int:
+    """Queue a job and return its number.
+
+    Args:
+        command: sbatch's.
+        folder: for the job's log; made where it does not exist.
+
+    Raises:
+        InputError: sbatch is not here or refuses.
+    """
     if shutil.which("sbatch") is None:
         raise InputError(
             "sbatch is not here: submit from a node where SLURM's commands are, "
             "or add --dry-run to see the command"
         )
-    folder = _log_folder(settings)
     with files.explained(folder):  # SLURM does not make it, and would lose the log
         folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(

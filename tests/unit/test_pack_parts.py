@@ -24,7 +24,7 @@ from portrait_dist.data.shards.plan import part_of, plan_shards
 from portrait_dist.data.shards.writer import pack
 from portrait_dist.data.source.split import Split, read_split
 from portrait_dist.errors import InputError
-from portrait_dist.files import create_text, remove_abandoned_files, temporary_path
+from portrait_dist.files import ExclusiveLock, create_text, remove_abandoned_files, temporary_path
 from tests.cli import PORTRAIT_DIST, assert_one_line, call
 from tests.damage import cut, flip_bit
 from tests.unit.test_pack import write_tree
@@ -277,6 +277,43 @@ def test_a_part_that_is_being_packed_is_refused_and_so_is_all_of_it(
         assert pack_tiny(tree, out, part=(2, 3)).packed > 0
         holder.communicate("\n")
     assert pack_tiny(tree, out, part=(1, 3)).finished
+    assert hashes(out) == whole
+
+
+def test_a_requeued_part_waits_for_the_lock_of_a_node_that_died(
+    tree: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    code = (
+        "import sys; from pathlib import Path; from portrait_dist.files import ExclusiveLock;"
+        "lock = ExclusiveLock(Path(sys.argv[1]), str); print('held', flush=True); input()"
+    )
+    folder = pack_folder.PackFolder(out, read_split(tree), Settings((16, 16), "jpeg", 95, 3))
+    folder.begin(parts=1)
+    lock = out / pack_folder.Part(0, 1).lock_name
+    refusals: list[Path] = []
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+
+        def try_lock(path: Path, *arguments: Any, **options: Any) -> ExclusiveLock:
+            try:
+                return ExclusiveLock(path, *arguments, **options)
+            except InputError:
+                refusals.append(path)
+                holder.communicate("\n")  # the lease of the dead node ends
+                raise
+
+        monkeypatch.setattr(pack_folder, "ExclusiveLock", try_lock)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        assert pack_tiny(tree, out, part=(0, 1)).finished
+    assert refusals == [lock]
     assert hashes(out) == whole
 
 

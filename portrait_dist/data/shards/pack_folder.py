@@ -13,7 +13,8 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from portrait_dist.data.source.assignment import SPLITS
 from portrait_dist.data.source.split import Split
 from portrait_dist.errors import InputError
 from portrait_dist.files import (
+    SECONDS_BETWEEN_TRIES,
+    SECONDS_FOR_A_DEAD_NODE,
     ExclusiveLock,
     create_text,
     explained,
@@ -42,6 +45,7 @@ from portrait_dist.files import (
     read_marker,
     read_regular,
 )
+from portrait_dist.system.info import environment_number
 
 UNFINISHED = ".pack.json"
 """Marks a folder whose packing is under way; gone when the manifest is there."""
@@ -208,18 +212,34 @@ class PackFolder:
 
         path = self.out / part.lock_name
         _ = self._encoder  # takes seconds with torch's import: not while others wait for the lock
-        # Under the folder's lock, so that no process that packs all of it can begin meanwhile.
-        with self._lock(SECONDS_TO_START):
-            self.check()
-            if not self.manifest.exists():
-                self._mark(part.count)
-            lock = ExclusiveLock(path, held)
+        requeued = environment_number("SLURM_RESTART_COUNT") > 0
+        give_up = time.monotonic() + (SECONDS_FOR_A_DEAD_NODE if requeued else 0.0)
+        while (lock := self._try_part(part, path, held, last=time.monotonic() >= give_up)) is None:
+            time.sleep(SECONDS_BETWEEN_TRIES)
         with lock:
             try:
                 yield
             finally:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
+
+    def _try_part(
+        self, part: Part, path: Path, held: Callable[[str], str], *, last: bool
+    ) -> ExclusiveLock | None:
+        """Take the lock of a part; None where it is held and this is not the last try.
+
+        Under the folder's lock, so that no process that packs all of it can begin meanwhile.
+        """
+        with self._lock(SECONDS_TO_START):
+            self.check()
+            if not self.manifest.exists():
+                self._mark(part.count)
+            try:
+                return ExclusiveLock(path, held)
+            except InputError:
+                if last:
+                    raise
+                return None
 
     def _lock(self, wait: float) -> ExclusiveLock:
         try:

@@ -159,6 +159,41 @@ def pack(
         return packing.pack_part(Part(*part)) if part else packing.pack_all()
 
 
+@dataclass(frozen=True)
+class PackPlan:
+    """What ``pack`` would write.
+
+    Args:
+        shards: of all splits.
+        samples: of each split.
+    """
+
+    shards: int
+    samples: dict[str, int]
+
+
+def plan_pack(
+    data: str | Path,
+    out: str | Path,
+    size: tuple[int, int] | None = DEFAULT_SIZE,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    codec: str = "jpeg",
+    quality: int = QUALITY,
+) -> PackPlan:
+    """Check what :func:`pack` checks before it encodes anything, and count; writes nothing.
+
+    Raises:
+        InputError: wrong options, keys or pairs; another ``out``.
+        DamagedDataError: a split or manifest that cannot be read.
+    """
+    check_folder_writable(out)
+    folder = _open(data, out, Settings(size, codec, quality, samples_per_shard))
+    if folder.out.is_dir():
+        folder.check()
+    plans = plan_shards(folder.split, samples_per_shard)
+    return PackPlan(len(plans), {name: len(folder.split.keys(name)) for name in SPLITS})
+
+
 def _check_options(workers: int | None, part: tuple[int, int] | None, finish: bool) -> None:
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: it is at least 1")

@@ -1,0 +1,45 @@
+"""Breaks of what data work on many machines guarantees."""
+
+from tests.mutation import Mutation
+
+STEPS = "tests/slurm/test_steps.py"
+PARTS = "tests/unit/test_pack_parts.py"
+
+MUTATIONS = [
+    Mutation(
+        file="portrait_dist/slurm/steps.py",
+        old='ALWAYS, SUCCESS = "afterany", "afterok"',
+        new='ALWAYS, SUCCESS = "afterok", "afterok"',
+        test=f"{STEPS}::test_the_finishing_job_refuses_while_a_part_is_missing_and_names_it",
+        why="the finishing job names what is missing",
+    ),
+    Mutation(
+        file="portrait_dist/slurm/step_job.py",
+        old='ON_RANKS = ("evaluate",)',
+        new='ON_RANKS = ("eval",)',
+        test=f"{STEPS}::test_one_command_goes_from_a_folder_to_a_report_and_the_masks_of_an_array_"
+        "are_one_processs",
+        why="a pipeline evaluates on every rank",
+    ),
+    Mutation(
+        file="portrait_dist/slurm/step_job.py",
+        old="    if ended.exit_code in (InputError.exit_code, DamagedDataError.exit_code):\n",
+        new="    if ended.exit_code in (InputError.exit_code,):\n",
+        test=f"{STEPS}::test_a_task_comes_back_after_a_signal_and_not_after_wrong_input",
+        why="damaged data does not bring a task back",
+    ),
+    Mutation(
+        file="portrait_dist/slurm/steps.py",
+        old="    tasks = max(1, min(parts, units))\n",
+        new="    tasks = parts\n",
+        test=f"{STEPS}::test_what_would_fail_later_is_refused_before_anything_is_queued",
+        why="no task is queued without work",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/pack_folder.py",
+        old="                if last:\n",
+        new="                if True:\n",
+        test=f"{PARTS}::test_a_requeued_part_waits_for_the_lock_of_a_node_that_died",
+        why="a part that comes back waits for the lock of its dead node",
+    ),
+]
