@@ -368,7 +368,9 @@ class TrainConfig:
     lr_base_batch: Annotated[
         Count, Doc("scale lr by global batch / this (linear rule); 0 means no scaling")
     ] = 0
-    warmup_steps: Annotated[Count, Doc("batches of linear warm-up, at most those of one epoch")] = 0
+    warmup_steps: Annotated[
+        Count, Doc("optimiser steps of linear warm-up, at most those of one epoch")
+    ] = 0
     lr_final_ratio: Annotated[
         Fraction, Doc("learning rate at the end of the cosine, as a fraction of lr")
     ] = 0.01

@@ -107,8 +107,11 @@ class DeviceBatches:
     def __iter__(self) -> Iterator[Any]:
         if self.limit <= 0:
             return
-        self._iterator = iter(self.loader)
-        for done in range(self.position.batches + 1, self.position.batches + self.limit + 1):
+        last = self.position.batches + self.limit
+        # A loader that knows where its epoch is cut short decodes the next one's batches there.
+        cut = getattr(self.loader, "first_batches", None)
+        self._iterator = iter(self.loader) if cut is None else cut(last)
+        for done in range(self.position.batches + 1, last + 1):
             batch = self._fetch() if self._wait_for_loader() else None
             self.gave_up = self._agree(self.gave_up)
             if batch is None or self.gave_up:

@@ -346,10 +346,10 @@ def _warmup(plan: Plan) -> dict[str, Any]:
     """Return the parameters of the learning rate and its way to the schedule."""
     return {
         "initial_lr": plan.lr,
-        "lr_warmup_steps": plan.warmup_batches,
+        "lr_warmup_steps": plan.warmup_steps,
         # Without warm-up the one by epochs, which does nothing.
-        "warmup_mode": "LinearBatchLRWarmup" if plan.warmup_batches else "LinearEpochLRWarmup",
-        "warmup_initial_lr": plan.lr / (plan.warmup_batches + 1) if plan.warmup_batches else None,
+        "warmup_mode": "LinearBatchLRWarmup" if plan.warmup_steps else "LinearEpochLRWarmup",
+        "warmup_initial_lr": plan.lr / (plan.warmup_steps + 1) if plan.warmup_steps else None,
         "lr_warmup_epochs": 0,
     }
 

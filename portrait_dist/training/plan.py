@@ -31,7 +31,7 @@ class Plan:
         dropped: samples that no step of an epoch sees; others in each epoch.
         lr: learning rate after scaling.
         lr_scale: factor of the linear rule that ``lr`` contains.
-        warmup_batches: batches of linear warm-up.
+        warmup_steps: steps of linear warm-up.
         warmup_asked: the same as the configuration has it.
         notes: what was changed so that it fits, one line each.
     """
@@ -47,7 +47,7 @@ class Plan:
     dropped: int
     lr: float
     lr_scale: float
-    warmup_batches: int
+    warmup_steps: int
     warmup_asked: int
     notes: tuple[str, ...] = ()
 
@@ -78,8 +78,8 @@ class Plan:
     def _warmup(self) -> str:
         if not self.warmup_asked:
             return "no warm-up"
-        used = f"warm-up over {self.warmup_batches:,} batches"
-        if self.warmup_batches < self.warmup_asked:
+        used = f"warm-up over {self.warmup_steps:,} steps"
+        if self.warmup_steps < self.warmup_asked:
             used += f" ({self.warmup_asked:,} asked for; an epoch has no more)"
         return used
 
@@ -121,22 +121,21 @@ def make_plan(config: Config, train_samples: int, world_size: int) -> Plan:
         batches = _by_rank(config, train_samples, world_size)
     global_batch = batches.size * world_size * batches.accumulate
     scale = global_batch / train.lr_base_batch if train.lr_base_batch else 1.0
-    # With a fixed global batch the warm-up is as long on any number of ranks.
-    asked = train.warmup_steps * (batches.accumulate if train.global_batch else 1)
+    steps = steps_of(batches.per_epoch, batches.accumulate)
     return Plan(
         world_size=world_size,
         batch_size=batches.size,
         accumulate=batches.accumulate,
         global_batch=global_batch,
         batches_per_epoch=batches.per_epoch,
-        steps_per_epoch=steps_of(batches.per_epoch, batches.accumulate),
+        steps_per_epoch=steps,
         max_epochs=train.max_epochs,
         train_samples=train_samples,
         dropped=train_samples - batches.per_epoch * batches.size * world_size,
         lr=_scaled(train, global_batch),
         lr_scale=scale,
-        warmup_batches=min(asked, batches.per_epoch),
-        warmup_asked=asked,
+        warmup_steps=min(train.warmup_steps, steps),
+        warmup_asked=train.warmup_steps,
         notes=batches.notes,
     )
 

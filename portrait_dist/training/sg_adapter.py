@@ -42,6 +42,8 @@ from portrait_dist.errors import InputError
 from portrait_dist.runs.folder import RunFolder
 from portrait_dist.training import console, sg_losses, sg_parameters
 from portrait_dist.training.lean_import import lean_import
+from portrait_dist.training.plan import steps_of
+from portrait_dist.training.schedules import in_steps
 from portrait_dist.training.sg_metrics import AccuracyMetric, ConfusionMatrixMetric
 
 # Imported by SuperGradients at module level; used only by export, plotting, S3 upload and other
@@ -208,7 +210,12 @@ from super_gradients.training.params import (  # noqa: E402
 )
 from super_gradients.training.sg_trainer import sg_trainer as _sg_trainer  # noqa: E402
 from super_gradients.training.utils import sg_trainer_utils  # noqa: E402
-from super_gradients.training.utils.callbacks import Callback, PhaseContext  # noqa: E402
+from super_gradients.training.utils.callbacks import (  # noqa: E402
+    Callback,
+    LinearBatchLRWarmup,
+    LRCallbackBase,
+    PhaseContext,
+)
 from super_gradients.training.utils.checkpoint_utils import (  # noqa: E402
     StrictLoad,
     adaptive_load_state_dict,
@@ -536,7 +543,41 @@ class AdaptedTrainer(Trainer):
         when = f" (epoch {self._best_epoch})" if self._best_epoch else ""
         return f"best {name} {self.best_metric:.4f}{when}"
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of this rank in a training epoch."""
+        return int(self.max_train_batches or len(self.train_loader))
+
+    @property
+    def optimizer_steps_per_epoch(self) -> int:
+        """Steps of the optimiser in a training epoch."""
+        return steps_of(self.steps_per_epoch, self.batch_accumulate)
+
+    def count_steps_in_schedules(self) -> None:
+        """Make SuperGradients' warm-up and schedule again, with steps in place of batches.
+
+        It has appended them to the callbacks that the user gave.
+        """
+        steps, params = self.optimizer_steps_per_epoch, self.training_params
+        if steps == len(self.train_loader):
+            return
+        for index in range(len(params.phase_callbacks or []), len(self.phase_callbacks)):
+            made = self.phase_callbacks[index]
+            if isinstance(made, (LRCallbackBase, LinearBatchLRWarmup)):
+                again = type(made)(
+                    train_loader_len=steps,
+                    net=self.net,
+                    training_params=params,
+                    update_param_groups=self.update_param_groups,
+                    **params.to_dict(),
+                )
+                self.phase_callbacks[index] = in_steps(again, self.batch_accumulate)
+
     # SuperGradients' private steps ----------------------------------------------------------------
+
+    def _maybe_eval_before_resume(self, *args: Any, **kwargs: Any) -> None:
+        self.count_steps_in_schedules()  # all is set up, no epoch has begun
+        super()._maybe_eval_before_resume(*args, **kwargs)
 
     def _net_to_device(self) -> None:
         self.net = self.wrap_model(self.net)

@@ -227,11 +227,6 @@ class PortraitTrainer(AdaptedTrainer):
 
     # Training -------------------------------------------------------------------------------------
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches of this rank in a training epoch."""
-        return int(self.max_train_batches or len(self.train_loader))
-
     def train(self, *args: Any, **kwargs: Any) -> None:
         """Train; see SuperGradients' Trainer.train for the arguments.
 
@@ -359,10 +354,10 @@ class PortraitTrainer(AdaptedTrainer):
         return int(position["batches"]) if left is None else len(loader) - int(left)
 
     def _update_ema(self, epoch: int) -> Callable[[int], None]:
-        total = self.steps_per_epoch
+        total, accumulate = self.optimizer_steps_per_epoch, self.batch_accumulate
 
         def update(index: int) -> None:
-            step = index + 1 + total * epoch
+            step = steps_of(index + 1, accumulate) + total * epoch
             self.ema_model.update(
                 self._training_net, step=step, total_steps=total * self.max_epochs
             )

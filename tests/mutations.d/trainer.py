@@ -86,4 +86,25 @@ MUTATIONS = [
         test="tests/ranks/test_two_ranks.py",
         why="one request for a save is one save",
     ),
+    Mutation(
+        file="portrait_dist/training/schedules.py",
+        old="seen.batch_idx = context.batch_idx // accumulate",
+        new="seen.batch_idx = context.batch_idx",
+        test=f"{LOOP}::test_schedules_and_the_averaged_weights_count_steps_not_batches",
+        why="learning rates count optimiser steps",
+    ),
+    Mutation(
+        file="portrait_dist/training/trainer.py",
+        old="step = steps_of(index + 1, accumulate) + total * epoch",
+        new="step = index + 1 + total * epoch",
+        test=f"{LOOP}::test_schedules_and_the_averaged_weights_count_steps_not_batches",
+        why="the averaged weights count optimiser steps",
+    ),
+    Mutation(
+        file="portrait_dist/training/device_batches.py",
+        old="iter(self.loader) if cut is None else cut(last)",
+        new="iter(self.loader)",
+        test=f"{LOOP}::test_epochs_cut_short_do_not_restart_the_decoders",
+        why="threads decode across the end of an epoch that is cut short",
+    ),
 ]

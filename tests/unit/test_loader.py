@@ -410,6 +410,39 @@ def test_every_epoch_is_exact_whatever_was_expected(
     loader.close()
 
 
+def test_epochs_cut_short_are_exact_and_keep_the_threads_at_work(
+    tiny_shards: Path, reads: list[int]
+) -> None:
+    """Cut at other batches, resumed within, whole ones between: what a new loader gives."""
+    expected = [
+        keys(build_loader(tiny_shards, "train", 4, workers=-1), epoch) for epoch in range(9)
+    ]
+    del reads[:]
+    loader = build_loader(tiny_shards, "train", 4, workers=2, prefetch=3)
+
+    def taken(epoch: int, most: int | None) -> list[list[str]]:
+        loader.set_epoch(epoch)
+        return [batch.keys for batch in loader.first_batches(most)]
+
+    assert taken(0, 5) == expected[0][:5]
+    assert len(reads) == 5 * 4  # the first pass decodes nothing beyond its end
+    assert taken(1, 5) == expected[1][:5]
+    threads = set(threads_now())
+    wait_for(lambda: len(reads) == 10 * 4 + 3 * 4)
+    assert taken(2, 5) == expected[2][:5]
+    wait_for(lambda: len(reads) == 15 * 4 + 3 * 4)  # and nothing that no epoch gives
+    assert loader.state_dict()["samples_seen"] == 20
+    assert set(threads_now()) == threads  # none was started anew
+    assert taken(3, 2) == expected[3][:2]  # less than the prefetch
+    assert taken(4, 2) == expected[4][:2]
+    assert taken(5, None) == expected[5]
+    loader.load_state_dict({**loader.state_dict(), "epoch": 6, "samples_seen": 12})
+    assert taken(6, 5) == expected[6][3:5]
+    assert taken(7, 5) == expected[7][:5]
+    assert taken(8, 99) == expected[8]
+    loader.close()
+
+
 def test_epochs_shorter_than_the_prefetch_are_exact(tiny_shards: Path) -> None:
     loader = build_loader(tiny_shards, "train", 50, workers=2, prefetch=4)
     assert len(loader) == 1

@@ -32,14 +32,14 @@ def test_the_table_says_what_is_used(tmp_path: Path) -> None:
     assert (plan.global_batch, plan.batches_per_epoch, plan.steps_per_epoch) == (12, 9, 5)
     assert (plan.total_steps, plan.dropped) == (15, 3)
     assert plan.lr == pytest.approx(0.3), "linear in the global batch"
-    assert plan.warmup_batches == 9, "no longer than an epoch"
+    assert plan.warmup_steps == 5, "no longer than an epoch"
     rows = plan.rows()
     assert rows["global batch"] == "12 samples = 1 rank × 6 samples × 2 batches"
     assert rows["steps per epoch"] == "5, 9 batches on each rank"
     assert rows["epochs"] == "3, 15 steps in all"
     assert rows["training samples"] == "57 (3 dropped in each epoch, others every time)"
     assert rows["learning rate"] == (
-        "0.3, 3 times train.lr; warm-up over 9 batches (100 asked for; an epoch has no more)"
+        "0.3, 3 times train.lr; warm-up over 5 steps (100 asked for; an epoch has no more)"
     )
     plain = plan_of(57, 1, "train.batch_size=6").rows()["learning rate"]
     assert plain == "0.001, not scaled; no warm-up"

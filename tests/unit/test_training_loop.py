@@ -231,21 +231,77 @@ def test_a_wait_in_each_step_is_found_whatever_its_form(
 def test_accumulated_batches_give_the_step_of_one_large_batch(
     batches: TensorDataset, tmp_path: Path
 ) -> None:
-    """The schedule counts batches, so the learning rate is held constant here."""
-    constant: dict[str, Any] = {
+    alike: dict[str, Any] = {"loss": SoftIoULoss(0.5, 0.5), "norm": "group"}
+    fit(PortraitTrainer("large", str(tmp_path)), batches, batch_size=12, **alike)
+    small = PortraitTrainer("small", str(tmp_path))
+    fit(small, batches, batch_size=4, batch_accumulate=3, **alike)
+    assert difference(weights(tmp_path / "large"), weights(tmp_path / "small")) < 2e-4
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "cosine": {},
+    "cosine after warm-up": {
+        "warmup_mode": "LinearBatchLRWarmup",
+        "lr_warmup_steps": 3,
+        "warmup_initial_lr": 1e-3,
+    },
+    "polynomial": {"lr_mode": "PolyLRScheduler"},
+    "exponential": {"lr_mode": "ExponentialLRScheduler", "lr_decay_factor": 0.5},
+    "epochs cut short": {},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_and_the_averaged_weights_count_steps_not_batches(
+    name: str, batches: TensorDataset, tmp_path: Path
+) -> None:
+    """A run that accumulates two batches has the rates and averages of one with batches of both."""
+    alike: dict[str, Any] = {
+        **SCHEDULES[name],
         "loss": SoftIoULoss(0.5, 0.5),
         "norm": "group",
-        "cosine_final_lr_ratio": 1.0,
+        "optimizer": "SGD",  # Adam blows rounding up
+        "ema": True,
+        "ema_params": {"decay": 0.9, "decay_type": "exp", "beta": 15},
     }
-    fit(PortraitTrainer("large", str(tmp_path)), batches, batch_size=12, **constant)
-    fit(
-        PortraitTrainer("small", str(tmp_path)),
-        batches,
-        batch_size=4,
-        batch_accumulate=3,
-        **constant,
-    )
-    assert difference(weights(tmp_path / "large"), weights(tmp_path / "small")) < 2e-4
+    cut = (2, 4) if name == "epochs cut short" else (None, None)
+    large, small = (PortraitTrainer(name, str(tmp_path)) for name in ("large", "small"))
+    one = fit(large, batches, batch_size=8, max_train_batches=cut[0], **alike)
+    two = fit(small, batches, batch_size=4, batch_accumulate=2, max_train_batches=cut[1], **alike)
+    assert two.rates == pytest.approx([rate for rate in one.rates for _ in range(2)], rel=1e-12)
+    assert len(set(one.rates)) >= 3, "it is no constant"
+    for key in ("net", "ema_net"):
+        found = difference(
+            weights(tmp_path / "large", key=key), weights(tmp_path / "small", key=key)
+        )
+        assert found < 2e-6, key
+
+
+def test_epochs_cut_short_do_not_restart_the_decoders(tiny_shards: Path) -> None:
+    from portrait_dist.data import build_loader
+
+    loader = build_loader(tiny_shards, "train", 4, workers=2)
+    threads: list[set[threading.Thread]] = []
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        batches = DeviceBatches(loader, torch.device("cpu"), 5)
+        whole = build_loader(tiny_shards, "train", 4, workers=-1)
+        whole.set_epoch(epoch)
+        assert [batch.keys for batch in batches] == [batch.keys for batch in whole][:5]
+        batches.close()
+        assert batches.position.loader == {**whole.state_dict(), "samples_seen": 20}
+        threads.append({one for one in threading.enumerate() if one.name.startswith("decode-")})
+    assert threads[1] == threads[2] == threads[3] != set()
+    loader.close()
+
+
+def test_the_schedule_ends_with_epochs_that_are_cut_short(
+    batches: TensorDataset, tmp_path: Path
+) -> None:
+    cut = fit(PortraitTrainer("cut", str(tmp_path)), batches, max_train_batches=3)
+    short = TensorDataset(*(one[:12] for one in batches.tensors))
+    whole = fit(PortraitTrainer("whole", str(tmp_path)), short)
+    assert cut.rates == whole.rates
 
 
 def test_bf16_channels_last_clipping_and_ema_work_by_a_key_each(

@@ -297,6 +297,21 @@ class StreamLoader:
         )
 
     def __iter__(self) -> Generator[Batch, None, None]:
+        return self.first_batches(None)
+
+    def first_batches(self, most: int | None) -> Generator[Batch, None, None]:
+        """Iterate an epoch that is cut short, whose end is an end for the threads too.
+
+        They decode the next epoch's first batches then, as at the end of a whole one. Leaving a
+        whole iteration early ends them.
+
+        Args:
+            most: batches that an epoch has at most, counted from its start also where a state was
+                loaded; None for all.
+        """
+        if most is not None:
+            most = whole_number("most", most, 1)
+            most = most if most < len(self) else None
         if self._unchecked and distributed.is_initialized():
             self.check_ranks()
         epoch = self._position.epoch + (not self._chosen)
@@ -309,13 +324,14 @@ class StreamLoader:
             )
         # One pass over the data may be all that is wanted (an evaluation), so nothing is decoded
         # beyond the end of the first.
-        pipeline.seek(epoch, position.samples_seen, continues=self._iterations > 0)
+        continues = self._iterations > 0
+        pipeline.seek(epoch, position.samples_seen, continues=continues, most=most)
         self._iterations += 1
         self._current = weakref.ref(pipeline)
-        return self._batches(pipeline, position)
+        return self._batches(pipeline, position, most)
 
     def _batches(
-        self, pipeline: DecodePipeline, position: _Position
+        self, pipeline: DecodePipeline, position: _Position, most: int | None
     ) -> Generator[Batch, None, None]:
         """Hand out the batches of one epoch.
 
@@ -324,14 +340,16 @@ class StreamLoader:
         back, for a consumer who counts batches does not ask for one more.
         """
         plan = self.dataset.plan(position.samples_seen)
+        done = len(self) - plan.batches
+        batches = plan.batches if most is None else max(0, most - done)
         mine = True
         try:
-            for handed_out in range(1, plan.batches + 1):
+            for handed_out in range(1, batches + 1):
                 begin = time.perf_counter()
                 batch = pipeline.next_batch()
                 self.data_wait_seconds += time.perf_counter() - begin
                 position.samples_seen = plan.seen_after(handed_out)
-                if handed_out == plan.batches:
+                if handed_out == batches:
                     mine = False
                     self._keep(pipeline)
                 yield batch
@@ -340,8 +358,10 @@ class StreamLoader:
             if mine:
                 pipeline.close()
             raise
-        if not plan.batches:
+        if not batches:
             self._keep(pipeline)
+        if most is not None:
+            return
         # All positions are done now on every rank, also where another one had a batch more.
         position.samples_seen = plan.seen_after(plan.most_batches)
 

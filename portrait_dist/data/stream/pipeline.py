@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import queue
 import threading
@@ -224,26 +225,29 @@ class DecodePipeline:
         self._planned: Iterator[tuple[Ints, Ints]] = iter(())
         self._epoch = 0
         self._epochs_ahead = 0  # from the consumer's epoch to the one that is planned
+        self._most: int | None = None  # batches of an epoch, where it is cut short
         self._handed_out = 0
         self._at_end = False
         self.continues = False
         _OPEN.add(self)
 
-    def seek(self, epoch: int, start: int, *, continues: bool) -> None:
+    def seek(self, epoch: int, start: int, *, continues: bool, most: int | None = None) -> None:
         """Go to a position of an epoch, keeping what is decoded where it was expected.
 
         Args:
             epoch: number of the epoch.
             start: positions of it that are done.
             continues: decode the next epoch's first batches when this one's are all planned.
+            most: batches that an epoch has at most, counted from its start; None for all.
         """
-        expected = self._at_end and self.continues and start == 0
+        expected = self._at_end and self.continues and start == 0 and most == self._most
         # Without a shuffle all epochs are the same but for the number.
         if expected and (epoch == self._epoch + 1 or self._dataset.order.kind == "sequential"):
             self._epochs_ahead -= 1
         else:
             self._discard()
-            self._planned = self._dataset.batches(epoch, start)
+            self._most = most
+            self._planned = self._batches(epoch, start)
             self._epochs_ahead = 0
         self._epoch, self._handed_out = epoch, 0
         self._at_end, self.continues = False, continues and self._threads_wanted > 0
@@ -305,12 +309,20 @@ class DecodePipeline:
         """Whether its threads live in this process: a fork has none of its parent's."""
         return self._process == os.getpid()
 
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Ints, Ints]]:
+        """Return positions and samples of the batches that are left of an epoch."""
+        planned = self._dataset.batches(epoch, start)
+        if self._most is None:
+            return planned
+        done = self._dataset.plan(0).batches - self._dataset.plan(start).batches
+        return itertools.islice(planned, max(0, self._most - done))
+
     def _fetch_shards(self, start: int) -> None:
         """Fetch remote shards in the order in which this epoch's batches need them."""
         if self._fetches:
             self._fetches.stop()
         if self._dataset.shards.remote:
-            batches = self._dataset.batches(self._epoch, start)
+            batches = self._batches(self._epoch, start)
             self._fetches = Prefetcher(self._dataset.shards, batches)
 
     def _start_threads(self) -> None:
@@ -340,7 +352,7 @@ class DecodePipeline:
         if not (self.continues and self._dataset.plan(0).batches):
             return False
         self._epochs_ahead += 1
-        self._planned = self._dataset.batches(self._epoch + self._epochs_ahead, 0)
+        self._planned = self._batches(self._epoch + self._epochs_ahead, 0)
         return True
 
     def _begin(self, positions: Ints, samples: Ints) -> None:
