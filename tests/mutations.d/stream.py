@@ -77,7 +77,7 @@ MUTATIONS = [
     ),
     Mutation(
         file=LOADER,
-        old="                if handed_out == plan.batches:",
+        old="                if handed_out == batches:",
         new="                if handed_out > plan.batches:",
         test="tests/unit/test_loader.py::"
         "test_a_consumer_that_counts_batches_keeps_the_threads_at_work",
