@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -76,7 +77,7 @@ def arguments(description: str | None, *, rounds: bool = True) -> argparse.Argum
 
 def description() -> dict[str, Any]:
     """Describe processor, cores, memory, GPU and load of this machine."""
-    found = info.machine()
+    found = dataclasses.asdict(info.machine())
     memory = round(found.pop("memory_bytes") / 1e9, 1)
     return {**found, "memory_gb": memory, "load_at_start": round(os.getloadavg()[0], 2)}
 

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -39,7 +39,7 @@ LAST_WEIGHT = "conv.weight"
 # Writing ------------------------------------------------------------------------------------------
 
 
-def host_copy(value: Any) -> Any:
+def host_copy(value: object) -> Any:
     """Copy a state to the CPU as contiguous tensors and plain Python values.
 
     No tensor of the copy shares memory with the live network, so training may run while it is
@@ -52,7 +52,7 @@ def host_copy(value: Any) -> Any:
     return copied
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: object) -> Any:
     if isinstance(value, torch.Tensor):
         return _copy_tensor(value.detach())
     if isinstance(value, dict):
@@ -194,7 +194,7 @@ class _Checks:
         self.need(_is_integer(value) and least <= value < 2**63, f"{entry} is no whole number")
         return int(value)
 
-    def optional_integer(self, value: Any, entry: str, least: int = 0) -> int | None:
+    def optional_integer(self, value: object, entry: str, least: int = 0) -> int | None:
         return None if value is None else self.integer(value, entry, least)
 
     def optional_number(self, value: Any, entry: str) -> float | None:
@@ -207,7 +207,7 @@ class _Checks:
         self.need(isinstance(value, dict), f"{entry} is no dictionary")
         return dict(value)
 
-    def tensors(self, value: Any, entry: str) -> dict[str, torch.Tensor]:
+    def tensors(self, value: object, entry: str) -> dict[str, torch.Tensor]:
         found = self.mapping(value, entry)
         self.need(
             all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()),
@@ -226,12 +226,12 @@ class _Checks:
         )
         return int(value[0]), int(value[1])
 
-    def aspect(self, value: Any) -> float | None:
+    def aspect(self, value: object) -> float | None:
         number = self.optional_number(value, "aspect")
         self.need(number is None or 0.01 <= number <= 100, f"aspect {_short(value)}")
         return number
 
-    def build(self, value: Any) -> BuildInfo | None:
+    def build(self, value: object) -> BuildInfo | None:
         if value is None:
             return None
         found = self.mapping(value, "build")
@@ -259,11 +259,11 @@ class _Checks:
         return tuple(found)
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
@@ -316,7 +316,7 @@ def read(path: str | Path) -> dict[str, Any]:
         InputError: there is no such file, or it is no checkpoint.
         DamagedDataError: the file is truncated, has a flipped bit, or entries of the wrong type.
     """
-    return _parse(_bytes_of(path), path)
+    return _checkpoint(_load(io.BytesIO(_bytes_of(path)), path), path)
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
@@ -343,12 +343,12 @@ def read_on_every_rank(path: str | Path) -> dict[str, Any]:
     own = distributed.on_every_rank(
         lambda: _checked_bytes(path) if distributed.rank() == 0 else b""
     )
-    return _parse(distributed.broadcast_bytes(own), path)
+    return _parsed(distributed.broadcast_bytes(own), path)
 
 
 def _checked_bytes(path: str | Path) -> bytes:
     data = _bytes_of(path)
-    _parse(data, path)
+    _parsed(data, path)
     return data
 
 
@@ -413,11 +413,11 @@ def _load(source: str | io.BytesIO, path: str | Path, *, mmap: bool = False) -> 
         ) from error
 
 
-def _parse(data: bytes, path: str | Path) -> dict[str, Any]:
+def _parsed(data: bytes, path: str | Path) -> dict[str, Any]:
     return _checkpoint(_load(io.BytesIO(data), path), path)
 
 
-def _checkpoint(state: Any, path: str | Path) -> dict[str, Any]:
+def _checkpoint(state: object, path: str | Path) -> dict[str, Any]:
     """Check that a loaded file is a checkpoint, with the right type for each entry that it has."""
     if not isinstance(state, dict) or "net" not in state:
         raise InputError(
@@ -464,7 +464,7 @@ def check_resumable(state: Mapping[str, Any], path: str | Path) -> None:
         checks.mapping(own["position"].get("loader"), "position of the loader")
 
 
-def _check_optimizer(checks: _Checks, value: Any) -> None:
+def _check_optimizer(checks: _Checks, value: object) -> None:
     optimizer = checks.mapping(value, "optimizer_state_dict")
     groups = optimizer.get("param_groups")
     checks.need(isinstance(groups, list) and bool(groups), "param_groups of the optimizer")
@@ -511,7 +511,7 @@ def _check_rank(checks: _Checks, rank: dict[Any, Any]) -> None:
             checks.tensors(states, "metrics of the sums")
 
 
-def _check_words(checks: _Checks, words: Any, count: int) -> None:
+def _check_words(checks: _Checks, words: object, count: int) -> None:
     checks.need(
         isinstance(words, torch.Tensor)
         and words.dtype == torch.int64
@@ -613,9 +613,18 @@ def _unet_of(weights: Mapping[str, torch.Tensor], info: CheckpointInfo, path: st
     return model.eval()
 
 
+class _UNetSettings(TypedDict):
+    """The arguments of ``UNet``."""
+
+    in_channels: int
+    out_channels: int
+    init_features: int
+    norm: str
+
+
 def _unet_settings(
     weights: Mapping[str, torch.Tensor], info: CheckpointInfo, refuse: Callable[[str], InputError]
-) -> dict[str, Any]:
+) -> _UNetSettings:
     """Derive ``UNet``'s arguments from the weights, and compare them with what the checkpoint says.
 
     The weights have the last word: a wrong number in the metadata must not make a network of 10^9
@@ -629,15 +638,16 @@ def _unet_settings(
     assert last is not None
     if math.prod(first.shape) > first.untyped_storage().nbytes():  # a view that repeats one number
         raise refuse(f"{FIRST_WEIGHT} has {math.prod(first.shape)} elements and fewer bytes")
-    derived: dict[str, Any] = {
+    derived: _UNetSettings = {
         "in_channels": first.shape[1],
         "out_channels": last.shape[0],
         "init_features": first.shape[0],
         "norm": "batch" if "encoder1.enc1norm1.running_mean" in weights else "group",
     }
+    of_weights: dict[str, object] = {**derived}
     for name, value in (info.model or {}).items():
-        if name not in derived or derived[name] != value:
-            raise refuse(f"its {name} is {_short(value)}, its weights say {derived.get(name)}")
+        if name not in of_weights or of_weights[name] != value:
+            raise refuse(f"its {name} is {_short(value)}, its weights say {of_weights.get(name)}")
     return derived
 
 

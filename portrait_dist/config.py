@@ -474,7 +474,7 @@ class Config:
         return Path(self.run.root) / (self.run.name or self.recipe or "run")
 
 
-def _redacted(value: Any) -> Any:
+def _redacted(value: object) -> Any:
     if isinstance(value, Mapping):
         return {key: _redacted(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -603,7 +603,7 @@ def load(recipe: str | None = None, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _set(config: Config, key: str, text: str | None, value: Any, where: str = "") -> None:
+def _set(config: Config, key: str, text: str | None, value: object, where: str = "") -> None:
     known = settings()
     owner = owner_of(key)
     if owner != key and owner in known:
@@ -619,7 +619,7 @@ def _set(config: Config, key: str, text: str | None, value: Any, where: str = ""
     setattr(target, name, _validate(known[key], text, where))
 
 
-def _set_argument(args: Args, key: str, path: str, value: Any, where: str) -> None:
+def _set_argument(args: Args, key: str, path: str, value: object, where: str) -> None:
     """Set an argument of a named part; ``path`` may name one of a mapping, ``BinaryF1.beta``."""
     if not _is_plain(value):
         raise InputError(
@@ -636,7 +636,7 @@ def _set_argument(args: Args, key: str, path: str, value: Any, where: str) -> No
     args[name] = value
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     if isinstance(value, list):

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from portrait_dist.errors import InputError, PortraitDistError
 from portrait_dist.system import parent
@@ -27,6 +27,7 @@ from portrait_dist.system.info import environment_number
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 SECONDS_AFTER_RANK_0 = 3.0
@@ -244,7 +245,17 @@ def _source_address(target: str) -> str | None:
 # The start of all ranks ---------------------------------------------------------------------------
 
 
-def _store_of_this_start(store: Any, device: str, timeout_seconds: float) -> Any:
+class KeyValueStore(Protocol):
+    """What the start needs of torch's ``Store``, whose class torch does not export."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def add(self, key: str, amount: int, /) -> int: ...
+    def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
+
+
+def _store_of_this_start(store: KeyValueStore, device: str, timeout_seconds: float) -> Any:
     """Return the job's key-value store under a prefix that only the ranks of this start know.
 
     torchrun keeps one store over its restarts (torch 2.11 to 2.15), so a restarted rank may read
@@ -267,10 +278,10 @@ def _store_of_this_start(store: Any, device: str, timeout_seconds: float) -> Any
         raise PortraitDistError(
             f"rank {rank()}: not all {world_size()} ranks started within {timeout_seconds:g} s"
         )
-    return dist.PrefixStore(token, store)  # type: ignore[attr-defined]
+    return dist.PrefixStore(token, store)  # type: ignore[attr-defined, arg-type]
 
 
-def _admit_ranks(store: Any, prefix: str, name: str, deadline: float) -> str | None:
+def _admit_ranks(store: KeyValueStore, prefix: str, name: str, deadline: float) -> str | None:
     """Rank 0's side; returns the token."""
     answered: dict[str, str] = {}
     pause = 0.01
@@ -298,7 +309,9 @@ def _admit_ranks(store: Any, prefix: str, name: str, deadline: float) -> str | N
     return None
 
 
-def _wait_for_admission(store: Any, prefix: str, name: str, deadline: float) -> str | None:
+def _wait_for_admission(
+    store: KeyValueStore, prefix: str, name: str, deadline: float
+) -> str | None:
     """Every other rank's side; returns the token, which may change while ranks are restarted."""
     confirmed = ""
     while (left := deadline - time.monotonic()) > 0:
@@ -410,7 +423,7 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def gather_to_rank_0(value: T, group: Any = None) -> list[T] | None:
+def gather_to_rank_0(value: T, group: ProcessGroup | None = None) -> list[T] | None:
     """Return every rank's value, in rank order, on rank 0; None on the others.
 
     Args:

@@ -310,6 +310,20 @@ def read_regular(path: str | Path, limit: int) -> bytes:
     return data
 
 
+def json_objects(data: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a file with one a line.
+
+    Other lines are skipped: a kill or a full disk may have cut one short.
+    """
+    for line in data.splitlines():
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

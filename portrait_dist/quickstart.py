@@ -123,7 +123,6 @@ def _train(shards: Path, folder: Path, ranks: int) -> TrainResult:
     from portrait_dist.data.shards.reader import ShardSet
     from portrait_dist.training import launch
     from portrait_dist.training.plan import make_plan
-    from portrait_dist.training.results import TrainResult
 
     samples = ShardSet(str(shards), "train").samples
     steps = make_plan(config.load("quickstart"), samples, ranks).steps_per_epoch
@@ -137,7 +136,7 @@ def _train(shards: Path, folder: Path, ranks: int) -> TrainResult:
         f"train.max_epochs={epochs}",
     ]
     try:
-        return TrainResult(**launch.run(ranks, arguments))
+        return launch.run(ranks, arguments)
     except Stopped:
         raise Stopped("stopped in training, saved; the same quickstart command resumes") from None
 

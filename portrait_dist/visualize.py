@@ -147,7 +147,7 @@ def sheet(
     return paper
 
 
-def _fitting(text: str, width: int, font: Any) -> str:
+def _fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Return the text, or as much of it as fits with an ellipsis."""
     if font.getlength(text) <= width:
         return text

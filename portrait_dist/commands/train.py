@@ -125,10 +125,9 @@ def train(
     loaded = config.load(recipe, settings)  # before any rank starts: a typing error costs nothing
     if nproc is not None:
         from portrait_dist.training import launch
-        from portrait_dist.training.results import TrainResult
 
         if (ranks := launch.ranks_here(nproc)) > 1:
-            return TrainResult(**launch.run(ranks, ["--recipe", recipe, *settings]))
+            return launch.run(ranks, ["--recipe", recipe, *settings])
     from portrait_dist.training import main
 
     return main.train(loaded)

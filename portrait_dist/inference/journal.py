@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ class Journal:
         for path in sorted(folder.glob(PATTERN)) if folder.is_dir() else ():
             if of_part := OF_PART.fullmatch(path.name):
                 self.most_parts = max(self.most_parts, int(of_part[1]))
-            for entry in _lines(path):
+            for entry in files.json_objects(_content(path)):
                 if entry.get("settings") == settings and isinstance(entry.get("name"), str):
                     self._begun.add(entry["name"])
                     if isinstance(entry.get("done"), str):
@@ -113,17 +112,12 @@ class Journal:
             self.path.unlink()
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a journal; a line that a kill cut short is skipped."""
+def _content(path: Path) -> bytes:
+    """Read a journal; one that cannot be read says nothing, and its photos are done again."""
     try:
-        text = path.read_bytes() if path.is_file() else b""
+        return path.read_bytes() if path.is_file() else b""
     except OSError:
-        return
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            entry = json.loads(line)
-            if isinstance(entry, dict):
-                yield entry
+        return b""
 
 
 def _identity(path: Path) -> str:

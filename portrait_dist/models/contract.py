@@ -24,14 +24,14 @@ import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from portrait_dist.errors import InputError
-from portrait_dist.parts import one_line
+from portrait_dist.recipes.parts import one_line
 
 Output = Literal["logits", "probabilities"]
 MAIN_NAMES = ("out", "logits", "mask", "pred")
@@ -70,7 +70,7 @@ class Contract:
     output: Output = "logits"
     stride: int = 0
 
-    def read(self, raw: Any, size: tuple[int, int], *, logits: bool, training: bool) -> Masks:
+    def read(self, raw: object, size: tuple[int, int], *, logits: bool, training: bool) -> Masks:
         """Read what a network returned.
 
         Args:
@@ -94,7 +94,7 @@ class Contract:
         return mask.logit(eps=SMALLEST_PROBABILITY) if logits else torch.sigmoid(mask)
 
 
-def masks_in(raw: Any) -> list[Tensor]:
+def masks_in(raw: object) -> list[Tensor]:
     """Return all masks of a network's output as [B, 1, h, w], the main one first.
 
     Raises:
@@ -110,7 +110,7 @@ def masks_in(raw: Any) -> list[Tensor]:
     return [_as_mask(one) for one in raw if one is not None]
 
 
-def _as_mask(one: Any) -> Tensor:
+def _as_mask(one: object) -> Tensor:
     if isinstance(one, Tensor) and one.ndim == 3:
         one = one.unsqueeze(1)
     if not isinstance(one, Tensor) or one.ndim != 4 or one.shape[1] != 1:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from portrait_dist.models.contract import MaskNetwork
 from portrait_dist.models.unet import LEVELS, UNet
 
+CompileOptions = dict[str, str | int | bool | Callable[..., Any]]
 Network = Callable[[Tensor], Tensor]
 
 MIN_MASK_IOU = 0.999
@@ -279,8 +280,8 @@ def mask_iou(masks: Tensor, others: Tensor) -> float:
     return int((masks & others).sum()) / either if either else 1.0
 
 
-def _compile_options(device: torch.device) -> dict[str, Any]:
-    options: dict[str, Any] = {"freezing": True}
+def _compile_options(device: torch.device) -> CompileOptions:
+    options: CompileOptions = {"freezing": True}
     if device.type == "cuda":
         options |= {"max_autotune": True, "triton.cudagraphs": True}
     return options

@@ -1,4 +1,8 @@
-"""Networks by name: see :mod:`portrait_dist.parts` for names, and the contract for what they do."""
+"""Networks by name.
+
+:mod:`portrait_dist.recipes.parts` says what a name can be, and
+:mod:`portrait_dist.models.contract` what a network has to do.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from portrait_dist import parts
 from portrait_dist.errors import InputError
 from portrait_dist.models.unet import UNet
+from portrait_dist.recipes import parts
 
 BUILTIN: dict[str, parts.Factory] = {"unet": UNet}
 UNET = "unet"

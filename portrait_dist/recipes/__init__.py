@@ -1,6 +1,7 @@
 """Recipes: YAML files that override defaults. Those of the package lie beside this module.
 
-:mod:`portrait_dist.recipes.reading` reads them. This module loads no YAML parser, so that the help
+:mod:`portrait_dist.recipes.reading` reads them, and :mod:`portrait_dist.recipes.parts` finds the
+networks, losses and optimisers that they name. This module loads no YAML parser, so that the help
 text of a command can name the default recipe and still answer at once.
 """
 

@@ -145,7 +145,7 @@ def parse(text: str) -> Any:
         raise InputError(f"'{shorten(text)}': no value ({reason}); quote a text") from error
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """Read texts such as ``1e-3``, which YAML 1.1 takes for no number, as numbers."""
     if isinstance(value, list):
         return [_plain(item) for item in value]

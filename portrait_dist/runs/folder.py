@@ -66,7 +66,7 @@ class Event:
         message: why the run stopped or failed.
         exit_code: exit code of the process that failed or stopped.
         requeue: whether another attempt of a SLURM job can help; None where the exit code decides.
-        machine: see :func:`portrait_dist.system.info.machine`.
+        machine: the fields of :class:`portrait_dist.system.info.Machine`.
         shards: absolute path or address of the shards.
         rank: the rank that the line is about.
         host: its node.
@@ -267,7 +267,7 @@ def parse_event(line: bytes | str) -> Event | None:
     return Event(**known) if 0 <= known["time"] <= LARGEST_TIME else None
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> Any:
     """Replace numbers that are not finite by None, in dicts and lists too: JSON has none such."""
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from portrait_dist import config, files
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError, Stopped
@@ -339,7 +338,7 @@ def first_failed_node(path: Path, allocation: Allocation, events: Events) -> str
     if events and events[-1].kind == "error" and events[-1].host:
         return events[-1].host
     found = []
-    for line in read_lines(path):
+    for line in files.json_objects(_content(path)):
         attempt, node, moment = (line.get(name) for name in ("attempt", "node", "time"))
         if attempt == allocation.restarts + 1 and isinstance(moment, int | float):
             found.append((moment, str(node)))
@@ -398,7 +397,7 @@ def record_attempt(path: Path, allocation: Allocation, attempt: Attempt) -> int:
 def read_attempts(path: Path) -> list[AttemptRecord]:
     """Read ``attempts.jsonl``; lines that are damaged are skipped."""
     records = []
-    for line in read_lines(path):
+    for line in files.json_objects(_content(path)):
         try:
             records.append(AttemptRecord(**line))
         except TypeError:
@@ -406,21 +405,12 @@ def read_attempts(path: Path) -> list[AttemptRecord]:
     return records
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON objects, one a line; damaged lines are skipped."""
+def _content(path: Path) -> bytes:
+    """Read a file of JSON lines; one that is not there, or cannot be read, says nothing."""
     try:
-        data = files.read_regular(path, MOST_BYTES)
+        return files.read_regular(path, MOST_BYTES)
     except OSError:
-        return []
-    found = []
-    for text in data.splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict):
-            found.append(line)
-    return found
+        return b""
 
 
 def nodes_to_exclude(path: Path) -> list[str]:

@@ -1,7 +1,4 @@
-"""What this machine is, and with which versions: facts that explain a speed or repeat a run.
-
-All values are plain ones, fit for JSON.
-"""
+"""What this machine is, and with which versions: facts that explain a speed or repeat a run."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from portrait_dist.errors import InputError
 
@@ -60,19 +57,34 @@ def environment_number(
     return int(text)
 
 
-def machine() -> dict[str, Any]:
-    """Describe the processor, cores and memory that this process may use, GPUs and system.
+@dataclass(frozen=True)
+class Machine:
+    """What a process may use of a machine.
 
-    ``cpu`` (str), ``cores`` (int), ``memory_bytes`` (int), ``gpus`` (list of names; empty without
-    torch), ``system`` (str).
+    Args:
+        cpu: name of the processor.
+        cores: those that this process may use.
+        memory_bytes: likewise.
+        gpus: their names; empty without torch.
+        system: operating system and release.
     """
-    return {
-        "cpu": cpu_name(),
-        "cores": cores(),
-        "memory_bytes": memory_limit(),
-        "gpus": gpu_names(),
-        "system": f"{platform.system()} {platform.release()}",
-    }
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    gpus: list[str]
+    system: str
+
+
+def machine() -> Machine:
+    """Describe the machine that this process runs on."""
+    return Machine(
+        cpu=cpu_name(),
+        cores=cores(),
+        memory_bytes=memory_limit(),
+        gpus=gpu_names(),
+        system=f"{platform.system()} {platform.release()}",
+    )
 
 
 def versions(*more: str) -> dict[str, str]:

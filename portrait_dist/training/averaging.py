@@ -150,7 +150,7 @@ class AverageOfBest:
         return tuple(members)
 
 
-def _is_old_snapshot(snapshot: Any) -> bool:
+def _is_old_snapshot(snapshot: object) -> bool:
     return (
         isinstance(snapshot, dict)
         and isinstance(snapshot.get("value"), float)

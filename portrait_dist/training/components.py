@@ -1,6 +1,6 @@
 """The parts of a run out of its configuration: network, loss, metrics, optimiser, schedule.
 
-Names are those of :mod:`portrait_dist.parts`; what a network has to be stands in
+Names are those of :mod:`portrait_dist.recipes.parts`; what a network has to be stands in
 :mod:`portrait_dist.models.contract`. Losses and metrics of others are brought to one convention:
 
 - a loss is a class, or a plain function. It takes (mask, target), both float [B, 1, H, W], and
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from portrait_dist import checkpoints, distributed, parts
+from portrait_dist import checkpoints, distributed
 from portrait_dist.config import Config, MetricsConfig
 from portrait_dist.errors import InputError
 from portrait_dist.losses import CustomSegLoss, SoftIoULoss
@@ -31,6 +31,7 @@ from portrait_dist.metrics import SoftIoU
 from portrait_dist.models import Contract, UNet, build, check
 from portrait_dist.models.contract import SMALLEST_PROBABILITY, Masks
 from portrait_dist.models.registry import UNET, args_to_rebuild
+from portrait_dist.recipes import parts
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -282,7 +283,7 @@ class _Function(nn.Module):
         return self.function(mask, target)
 
 
-def _takes_logits(loss: Any) -> bool:
+def _takes_logits(loss: object) -> bool:
     for name in ("takes_logits", "from_logits", "apply_sigmoid"):
         if isinstance(found := getattr(loss, name, None), bool):
             return found
@@ -337,7 +338,7 @@ def make_metrics(config: MetricsConfig) -> list[Metric]:
     return found
 
 
-def _as_wanted(metric: Any, name: str) -> Metric:
+def _as_wanted(metric: object, name: str) -> Metric:
     if not isinstance(metric, Metric):
         raise InputError(f"metrics.names={name}: it is no torchmetrics.Metric")
     for state, reduce in metric._reductions.items():

@@ -169,7 +169,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
 
 
-def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
+def tensors_in(batch: object) -> Iterator[torch.Tensor]:
     """Yield the tensors of a batch of any form, depth first."""
     if isinstance(batch, torch.Tensor):
         yield batch
@@ -181,7 +181,7 @@ def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(part)
 
 
-def samples_in(batch: Any) -> int:
+def samples_in(batch: object) -> int:
     """Return the number of samples of a batch: the length of its first tensor."""
     first = next((tensor for tensor in tensors_in(batch) if tensor.ndim), None)
     return 0 if first is None else len(first)

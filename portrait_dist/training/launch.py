@@ -18,10 +18,16 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError, Stopped
 from portrait_dist.system.info import cores
+from portrait_dist.training.results import TrainResult
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"
 """What torchrun hands on to the ranks; by default it dies of USR2."""
@@ -53,7 +59,7 @@ def ranks_here(wish: str) -> int:
     return gpus or min(2, cores())
 
 
-def run(ranks: int, arguments: Sequence[str]) -> dict[str, Any]:
+def run(ranks: int, arguments: Sequence[str]) -> TrainResult:
     """Run ``portrait-dist train ARGUMENTS`` on ranks of this machine until they are gone.
 
     Args:
@@ -85,10 +91,10 @@ def run(ranks: int, arguments: Sequence[str]) -> dict[str, Any]:
             return _after_signal(_outputs(Path(scratch)), stopped)
         except ChildFailedError as error:
             raise _failure(_outputs(Path(scratch)), error) from None
-        return _outputs(Path(scratch))[0]
+        return TrainResult(**_outputs(Path(scratch))[0])
 
 
-def _settings(ranks: int, scratch: str) -> Any:
+def _settings(ranks: int, scratch: str) -> LaunchConfig:
     """Return torchrun's settings: stdout of each rank into a file, stderr to the console."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
@@ -139,9 +145,9 @@ def _outputs(scratch: Path) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _after_signal(outputs: dict[int, dict[str, Any]], signalled: Any) -> dict[str, Any]:
+def _after_signal(outputs: dict[int, dict[str, Any]], signalled: SignalException) -> TrainResult:
     if 0 in outputs and "exit_code" not in outputs[0]:  # it had just finished
-        return outputs[0]
+        return TrainResult(**outputs[0])
     for output in outputs.values():
         if output.get("exit_code") == Stopped.exit_code:
             stopped = Stopped(str(output.get("error", "")))
@@ -153,7 +159,7 @@ def _after_signal(outputs: dict[int, dict[str, Any]], signalled: Any) -> dict[st
     )
 
 
-def _failure(outputs: dict[int, dict[str, Any]], failed: Any) -> PortraitDistError:
+def _failure(outputs: dict[int, dict[str, Any]], failed: ChildFailedError) -> PortraitDistError:
     """Make the error of the rank that has the reason."""
     codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
     code = next((code for code in codes.values() if code in TELLING), 1)

@@ -79,7 +79,7 @@ class _StandInType(type):
             real_object(cls.path)  # a class derived from a missing one: name what is missing
         return super().__call__(*args, **kwargs)
 
-    def __instancecheck__(cls, instance: Any) -> bool:
+    def __instancecheck__(cls, instance: object) -> bool:
         if cls.__module__ != STAND_IN_MODULE:
             return super().__instancecheck__(instance)
         if cls.path.partition(".")[0] not in sys.modules:  # nobody can have made an instance

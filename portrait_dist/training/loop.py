@@ -25,24 +25,26 @@ Loss = Callable[[Any, Any], tuple[torch.Tensor, torch.Tensor]]
 class TrainingHooks(Protocol):
     """What happens around a step, in the order of the calls."""
 
-    def batch_start(self, index: int, batch: Any) -> tuple[Any, Any]:
+    def batch_start(self, index: int, batch: object) -> tuple[Any, Any]:
         """Return (inputs, targets) of batch number ``index`` of the epoch."""
         ...
 
     def loss_end(
-        self, index: int, loss: torch.Tensor, items: torch.Tensor, predictions: Any
+        self, index: int, loss: torch.Tensor, items: torch.Tensor, predictions: object
     ) -> None: ...
     def backward_end(self) -> None: ...
     def step_start(self) -> None: ...
     def step_end(self) -> None: ...
-    def batch_end(self, index: int, batch: Any) -> None: ...
+    def batch_end(self, index: int, batch: object) -> None: ...
 
 
 class EvaluationHooks(Protocol):
     """What happens around a batch of an evaluation."""
 
-    def batch_start(self, index: int, batch: Any) -> tuple[Any, Any]: ...
-    def batch_end(self, batch: Any, outputs: Any, targets: Any, predictions: Any) -> bool:
+    def batch_start(self, index: int, batch: object) -> tuple[Any, Any]: ...
+    def batch_end(
+        self, batch: object, outputs: object, targets: object, predictions: object
+    ) -> bool:
         """Return whether to continue."""
         ...
 
@@ -88,7 +90,7 @@ class Forward:
         return masks if masks.auxiliary else masks.main, predictions
 
 
-def to_float32(outputs: Any) -> Any:
+def to_float32(outputs: object) -> Any:
     """Convert all floating-point tensors of nested tuples, lists and dicts to float32."""
     if isinstance(outputs, torch.Tensor):
         return outputs.float() if outputs.is_floating_point() else outputs

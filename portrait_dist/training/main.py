@@ -12,7 +12,7 @@ the folder's lock) what an existing checkpoint says.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,8 @@ from portrait_dist import checkpoints, distributed, files
 from portrait_dist.config import AugmentConfig, Config
 from portrait_dist.data import build_loader
 from portrait_dist.data.augment import Augment
+from portrait_dist.data.stream.dataset import StreamKeywords
+from portrait_dist.data.stream.loader import StreamLoader
 from portrait_dist.errors import InputError
 from portrait_dist.preprocessing import normalise
 from portrait_dist.runs.folder import RunFolder, RunLock
@@ -32,6 +34,12 @@ from portrait_dist.training.health import record_collectives
 from portrait_dist.training.plan import Plan, make_plan
 from portrait_dist.training.preemption import StopSignals
 from portrait_dist.training.results import TrainResult
+
+if TYPE_CHECKING:
+    from portrait_dist.training.trainer import PortraitTrainer
+
+Loaders = tuple[StreamLoader, StreamLoader]
+"""Those of training and of validation."""
 
 
 class Prepare:
@@ -104,7 +112,7 @@ def _train(
         if distributed.world_size() > environment_number("LOCAL_WORLD_SIZE", 1, minimum=1):
             distributed.on_every_rank(lambda: distributed.check_shared_folder(config.run_dir))
         start = _decide(config, plan, loaders)
-        size = tuple(loaders[0].dataset.size)
+        size = loaders[0].dataset.size
         made = distributed.on_every_rank(
             lambda: components.make(config, size, plan.batch_size, new=start.info is None)
         )
@@ -161,26 +169,26 @@ def _begin(config: Config, report: FailureReport) -> None:
     report.folder = config.run_dir
 
 
-def _decide(config: Config, plan: Plan, loaders: tuple[Any, Any]) -> resume.Start:
+def _decide(config: Config, plan: Plan, loaders: Loaders) -> resume.Start:
     """Let rank 0 read the checkpoint, and tell all ranks what follows from it."""
     data = _identity(loaders)
 
     def decide() -> resume.Start | None:
         if distributed.rank() != 0:
             return None
-        return resume.decide(config, plan, data, tuple(loaders[0].dataset.size))
+        return resume.decide(config, plan, data, loaders[0].dataset.size)
 
     start = distributed.broadcast_object(distributed.on_every_rank(decide))
     assert start is not None
     return start
 
 
-def _identity(loaders: tuple[Any, Any]) -> dict[str, str]:
+def _identity(loaders: Loaders) -> dict[str, str]:
     """Return the hash of each split's shards, by split."""
     return {loader.dataset.split: loader.dataset.shards.identity for loader in loaders}
 
 
-def make_loaders(config: Config, device: torch.device) -> tuple[Plan, tuple[Any, Any]]:
+def make_loaders(config: Config, device: torch.device) -> tuple[Plan, Loaders]:
     """Open the shards, and make the plan with the loaders of training and validation.
 
     Raises:
@@ -195,7 +203,7 @@ def make_loaders(config: Config, device: torch.device) -> tuple[Plan, tuple[Any,
             "wrote"
         )
     data, train = config.data, config.train
-    options = _stream_options(config, device)
+    options = _loader_options(config, device)
     samples = ShardSet(data.shards, "train", cache=options["cache"]).samples
     plan = make_plan(config, samples, distributed.world_size())
     return plan, (
@@ -204,7 +212,15 @@ def make_loaders(config: Config, device: torch.device) -> tuple[Plan, tuple[Any,
     )
 
 
-def _stream_options(config: Config, device: torch.device) -> dict[str, Any]:
+class _LoaderOptions(StreamKeywords, total=False):
+    """Options of ``build_loader`` that come from the configuration."""
+
+    workers: int
+    prefetch: int
+    pin_memory: bool
+
+
+def _loader_options(config: Config, device: torch.device) -> _LoaderOptions:
     data = config.data
     cache = None
     if is_address(data.shards):
@@ -239,7 +255,7 @@ def _check_device(config: Config, device: torch.device) -> None:
 def _print_plan(
     config: Config,
     plan: Plan,
-    loaders: tuple[Any, Any],
+    loaders: Loaders,
     device: torch.device,
     start: resume.Start,
     network: components.Network,
@@ -273,7 +289,7 @@ def _make_trainer(
     device: torch.device,
     signals: StopSignals,
     network: components.Network,
-) -> Any:
+) -> PortraitTrainer:
     from portrait_dist.training.sg_adapter import use_device
     from portrait_dist.training.trainer import LoopOptions, PortraitTrainer
 
@@ -307,7 +323,12 @@ def _make_trainer(
 
 
 def _training_params(
-    config: Config, plan: Plan, trainer: Any, made: components.Components, *, resuming: bool
+    config: Config,
+    plan: Plan,
+    trainer: PortraitTrainer,
+    made: components.Components,
+    *,
+    resuming: bool,
 ) -> dict[str, Any]:
     """Return SuperGradients' training parameters."""
     from portrait_dist.training.recorder import RunRecorder
@@ -359,7 +380,7 @@ def _location(shards: str) -> str:
     return redact(shards) if is_address(shards) else os.path.abspath(shards)
 
 
-def _result(config: Config, trainer: Any, plan: Plan) -> TrainResult:
+def _result(config: Config, trainer: PortraitTrainer, plan: Plan) -> TrainResult:
     folder = RunFolder(config.run_dir)
     latest = checkpoints.read_info(folder.latest)
     epochs = latest.epoch or 0

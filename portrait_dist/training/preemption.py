@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from portrait_dist import distributed
 from portrait_dist.system import parent
+
+T = TypeVar("T")
 
 NOTHING, SAVE, STOP, FAIL = range(4)
 """What a rank requests; the highest request of any rank wins."""
@@ -198,7 +200,7 @@ class StopNotice:
         return bool(_asked(lambda store: store.check([self.KEY])))
 
 
-def _asked(question: Callable[[Any], Any]) -> Any:
+def _asked(question: Callable[[Any], T]) -> T | bool:
     """Ask the job's store; True where it is gone with the torchrun process that kept it."""
     from torch.distributed.distributed_c10d import _get_default_store
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +14,23 @@ from portrait_dist.runs.folder import RunFolder
 from portrait_dist.system.info import machine
 from portrait_dist.training.plan import steps_of
 from portrait_dist.training.sg_adapter import Callback, PhaseContext
+
+if TYPE_CHECKING:
+    from portrait_dist.training.trainer import PortraitTrainer
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; :class:`portrait_dist.runs.folder.Event` says what the fields are."""
+
+    epoch: int
+    batch: int
+    batches_per_epoch: int
+    step: int
+    steps_per_epoch: int
+    max_epochs: int
+    samples_seen: int
+    world_size: int
 
 
 class RunRecorder(Callback):
@@ -27,7 +45,7 @@ class RunRecorder(Callback):
         shards: absolute path or address of the shards, for reports that are made elsewhere.
     """
 
-    def __init__(self, trainer: Any, pictures: int, shards: str = "") -> None:
+    def __init__(self, trainer: PortraitTrainer, pictures: int, shards: str = "") -> None:
         self.trainer = trainer
         self.shards = shards
         self.pictures = pictures
@@ -40,18 +58,22 @@ class RunRecorder(Callback):
         """Write the line of this start."""
         if distributed.rank() == 0:
             self.folder = RunFolder(self.trainer.checkpoints_dir_path)
-            progress = self._progress(self.trainer.start_epoch, 0)
+            progress = asdict(self._progress(self.trainer.start_epoch, 0))
             location = {"shards": self.shards} if self.shards else {}
-            self.folder.append("start", machine=machine(), **location, **progress)
+            self.folder.append("start", machine=asdict(machine()), **location, **progress)
 
     def on_interval(
-        self, trainer: Any, context: PhaseContext, batch_idx: int, losses: dict[str, float]
+        self,
+        trainer: PortraitTrainer,
+        context: PhaseContext,
+        batch_idx: int,
+        losses: dict[str, float],
     ) -> None:
         """Write a line within the epoch: this rank's mean loss so far and the speed."""
         if self.folder:
             self.folder.append(
                 "interval",
-                **self._progress(context.epoch, batch_idx + 1),
+                **asdict(self._progress(context.epoch, batch_idx + 1)),
                 loss=next(iter(losses.values()), None),
                 lr=self._lr(),
                 **self._speed(),
@@ -96,7 +118,7 @@ class RunRecorder(Callback):
         loss = trainer.loss_logging_items_names[0]
         self.folder.append(
             "epoch",
-            **self._progress(epoch, trainer.steps_per_epoch),
+            **asdict(self._progress(epoch, trainer.steps_per_epoch)),
             loss=self.train_values.get(loss),
             iou=self.train_values.get("SoftIoU"),
             val_loss=valid_values.get(loss),
@@ -125,21 +147,21 @@ class RunRecorder(Callback):
             tag="examples/validation", image=grid, data_format="HWC", global_step=epoch + 1
         )
 
-    def _progress(self, epoch: int, batches: int) -> dict[str, Any]:
-        """How far the run is, ``batches`` of each rank into an epoch."""
+    def _progress(self, epoch: int, batches: int) -> Progress:
+        """Return how far the run is, ``batches`` of each rank into an epoch."""
         trainer = self.trainer
         per_epoch, accumulate = trainer.steps_per_epoch, trainer.batch_accumulate
         steps_per_epoch = steps_of(per_epoch, accumulate)
-        return {
-            "epoch": epoch,
-            "batch": epoch * per_epoch + batches,
-            "batches_per_epoch": per_epoch,
-            "step": epoch * steps_per_epoch + steps_of(batches, accumulate),
-            "steps_per_epoch": steps_per_epoch,
-            "max_epochs": trainer.max_epochs,
-            "samples_seen": trainer.samples_seen,
-            "world_size": distributed.world_size(),
-        }
+        return Progress(
+            epoch=epoch,
+            batch=epoch * per_epoch + batches,
+            batches_per_epoch=per_epoch,
+            step=epoch * steps_per_epoch + steps_of(batches, accumulate),
+            steps_per_epoch=steps_per_epoch,
+            max_epochs=trainer.max_epochs,
+            samples_seen=trainer.samples_seen,
+            world_size=distributed.world_size(),
+        )
 
     def _speed(self) -> dict[str, float]:
         memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

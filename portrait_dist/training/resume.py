@@ -138,7 +138,7 @@ def _changes(config: Config, info: CheckpointInfo) -> Iterator[Change]:
             yield Change(key, before, now)
 
 
-def _of(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
+def _of(values: Mapping[str, Any], key: str, default: object = None) -> Any:
     for name in key.split("."):
         if not isinstance(values, Mapping) or name not in values:
             return default
@@ -146,7 +146,7 @@ def _of(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
     return values
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return shorten(redact(str(value))) if value != "" else "empty"

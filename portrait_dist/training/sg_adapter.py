@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -90,7 +90,7 @@ class _RunFolderLog:
         filename: str,
         copy_already_logged_messages: bool,
         filemode: str = "a",
-        log_level: Any = None,
+        log_level: object = None,
     ) -> None:
         cls.filename = filename
         logger = logging.getLogger("super_gradients")
@@ -329,7 +329,7 @@ def use_device(device: torch.device) -> None:
 
 
 @contextmanager
-def _exchanged(module: Any, **members: Any) -> Iterator[None]:
+def _exchanged(module: object, **members: Any) -> Iterator[None]:
     """Exchange names of a module for a while."""
     before = {name: getattr(module, name) for name in members}
     vars(module).update(members)
@@ -355,6 +355,20 @@ def _console_of(trainer: AdaptedTrainer) -> Iterator[None]:
             yield
     finally:
         _own_console = before
+
+
+class UnpackedBatch(NamedTuple):
+    """What SuperGradients' ``unpack_batch_items`` returns of a batch.
+
+    Args:
+        inputs: of the network.
+        targets: of the loss.
+        extra: additional items, for callbacks.
+    """
+
+    inputs: Any
+    targets: Any
+    extra: dict[str, Any]
 
 
 class AdaptedTrainer(Trainer):
@@ -395,7 +409,7 @@ class AdaptedTrainer(Trainer):
         ckpt_root_dir: str | None = None,
         *,
         device: str | None = None,
-        multi_gpu: Any = None,
+        multi_gpu: object = None,
     ) -> None:
         if distributed.is_initialized() and device_config.assigned_rank != distributed.rank():
             use_device(distributed.pick_device())
@@ -425,8 +439,8 @@ class AdaptedTrainer(Trainer):
 
     def run_evaluation(
         self,
-        loader: Any,
-        metrics: Any,
+        loader: object,
+        metrics: object,
         context: PhaseContext,
         *,
         show: bool,
@@ -447,8 +461,8 @@ class AdaptedTrainer(Trainer):
         """Write the checkpoints after a validated epoch (called on rank 0)."""
         raise NotImplementedError
 
-    def first_batch(self, batch: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """Return (inputs, targets, additional items) of a loader's batch, before any training."""
+    def first_batch(self, batch: object) -> UnpackedBatch:
+        """Split a loader's batch, before any training."""
         raise NotImplementedError
 
     def make_average(self) -> Any:
@@ -473,7 +487,7 @@ class AdaptedTrainer(Trainer):
             super().train(*args, **kwargs)
 
     @classmethod
-    def train_from_config(cls, cfg: Any) -> tuple[nn.Module, Any]:
+    def train_from_config(cls, cfg: object) -> tuple[nn.Module, Any]:
         """Train by a recipe of SuperGradients, with this class."""
 
         def trainer(**kwargs: Any) -> AdaptedTrainer:
@@ -485,7 +499,7 @@ class AdaptedTrainer(Trainer):
             return super().train_from_config(cfg)
 
     @classmethod
-    def evaluate_from_config(cls, cfg: Any) -> tuple[nn.Module, Any]:
+    def evaluate_from_config(cls, cfg: object) -> tuple[nn.Module, Any]:
         """Evaluate by a recipe of SuperGradients, with this class."""
         with _exchanged(_sg_trainer, Trainer=cls):
             return super().evaluate_from_config(cfg)
@@ -668,17 +682,17 @@ class AdaptedTrainer(Trainer):
         # already.
         add_scalars = self.sg_logger.add_scalars
 
-        def add_scalars_if_any(tag_scalar_dict: dict[str, Any], global_step: Any = None) -> None:
+        def add_scalars_if_any(tag_scalar_dict: dict[str, Any], global_step: object = None) -> None:
             if tag_scalar_dict:
                 add_scalars(tag_scalar_dict=tag_scalar_dict, global_step=global_step)
 
         self.sg_logger.add_scalars = add_scalars_if_any
 
-    def _set_train_metrics(self, train_metrics_list: Any) -> None:
+    def _set_train_metrics(self, train_metrics_list: object) -> None:
         super()._set_train_metrics(train_metrics_list=train_metrics_list)
         _add_directions(self.train_metrics, self.greater_train_metrics_is_better)
 
-    def _set_valid_metrics(self, valid_metrics_list: Any) -> None:
+    def _set_valid_metrics(self, valid_metrics_list: object) -> None:
         super()._set_valid_metrics(valid_metrics_list=valid_metrics_list)
         _add_directions(self.valid_metrics, self.greater_valid_metrics_is_better)
 
@@ -744,7 +758,7 @@ class AdaptedTrainer(Trainer):
 
     def _save_checkpoint(
         self,
-        optimizer: Any = None,
+        optimizer: object = None,
         epoch: int | None = None,
         train_metrics_dict: dict[str, float] | None = None,
         validation_results_dict: dict[str, float] | None = None,

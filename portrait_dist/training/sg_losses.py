@@ -131,7 +131,7 @@ def _without_channel(predict: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return predict, target.to(predict.dtype)
 
 
-def _reduced(values: Tensor, reduction: Any) -> Tensor:
+def _reduced(values: Tensor, reduction: object) -> Tensor:
     """Reduce by a name or by SuperGradients' enumeration of the names."""
     name = reduction.value if isinstance(reduction, Enum) else reduction
     if name == "none":

@@ -1,7 +1,7 @@
 """SuperGradients' networks, losses, metrics, optimisers and schedules by their registered names.
 
-:mod:`portrait_dist.parts` comes here for names that begin with ``sg:``. Repairs of what these parts
-compute are in :mod:`portrait_dist.training.sg_adapter`.
+:mod:`portrait_dist.recipes.parts` comes here for names that begin with ``sg:``. Repairs of what
+these parts compute are in :mod:`portrait_dist.training.sg_adapter`.
 """
 
 from __future__ import annotations

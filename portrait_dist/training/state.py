@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import nn
+from torchmetrics import MetricCollection
 
 from portrait_dist import distributed
 from portrait_dist.preprocessing import DEFAULT_ASPECT
@@ -18,15 +19,67 @@ from portrait_dist.training.loop import LossMeter
 FORMAT = 1
 
 
-def describe_network(net: nn.Module) -> dict[str, Any]:
-    """Say which network this is: its class, and the arguments that build it where it has them."""
-    found: dict[str, Any] = {"network": f"{type(net).__module__}.{type(net).__qualname__}"}
+class NetworkMetadata(TypedDict):
+    """Which network a checkpoint holds: its class, and the arguments that build it, if known."""
+
+    network: str
+    model: NotRequired[dict[str, Any]]
+
+
+class ImageMetadata(TypedDict, total=False):
+    """What the training images are: [H, W] in pixels, and width / height of the photos."""
+
+    size: list[int]
+    aspect: float | None
+
+
+class PythonRandomState(TypedDict):
+    """State of Python's generator."""
+
+    version: int
+    words: torch.Tensor
+    gauss: float | None
+
+
+class NumpyRandomState(TypedDict):
+    """State of numpy's global generator."""
+
+    name: str
+    keys: torch.Tensor
+    position: int
+    has_gauss: int
+    cached: float
+
+
+class Sums(TypedDict):
+    """Sums of one rank over a part of an epoch: of the losses, and the metrics' states by name."""
+
+    loss: torch.Tensor | None
+    count: int
+    metrics: dict[str, dict[str, Any]]
+
+
+class RankState(TypedDict):
+    """What a checkpoint holds of one rank."""
+
+    python: PythonRandomState
+    numpy: NumpyRandomState
+    torch: torch.Tensor
+    cuda: NotRequired[torch.Tensor]
+    sums: NotRequired[Sums]
+
+
+def describe_network(net: nn.Module) -> NetworkMetadata:
+    """Say which network this is."""
+    found: NetworkMetadata = {"network": f"{type(net).__module__}.{type(net).__qualname__}"}
     settings = getattr(net, "settings", None)
-    return found | ({"model": dict(settings)} if isinstance(settings, Mapping) else {})
+    if isinstance(settings, Mapping):
+        found["model"] = dict(settings)
+    return found
 
 
-def describe_images(loader: Any, batch: Any) -> dict[str, Any]:
-    """Say what the training images are: ``size`` [H, W] in pixels, and ``aspect``.
+def describe_images(loader: object, batch: object) -> ImageMetadata:
+    """Say what the training images are.
 
     Args:
         loader: ``loader.dataset.size`` and ``loader.dataset.aspect`` are taken where they exist.
@@ -53,7 +106,7 @@ def describe_images(loader: Any, batch: Any) -> dict[str, Any]:
     return {"size": [int(height), int(width)], "aspect": aspect}
 
 
-def describe_data(*loaders: Any) -> dict[str, str]:
+def describe_data(*loaders: object) -> dict[str, str]:
     """Return the hash of each split's content, by split, for loaders of packed shards."""
     found: dict[str, str] = {}
     for loader in loaders:
@@ -64,11 +117,12 @@ def describe_data(*loaders: Any) -> dict[str, str]:
     return found
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> RankState:
     """Return the state of Python's, numpy's and torch's generators as numbers and tensors."""
+    # Numbers and tensors only: a checkpoint is read with weights_only, which executes no code.
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
-    state: dict[str, Any] = {
+    state: RankState = {
         "python": {
             "version": version,
             "words": torch.tensor(words, dtype=torch.int64),
@@ -115,12 +169,12 @@ def restore_random_state(ranks: list[Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def sums_so_far(meter: LossMeter, metrics: Any) -> dict[str, Any]:
+def sums_so_far(meter: LossMeter, metrics: MetricCollection) -> Sums:
     """Return this rank's sums of a training epoch.
 
     Args:
         meter: of the losses.
-        metrics: the training metrics, a ``MetricCollection``.
+        metrics: the training metrics.
     """
     states = {
         name: dict(metric.metric_state)
@@ -129,7 +183,9 @@ def sums_so_far(meter: LossMeter, metrics: Any) -> dict[str, Any]:
     return {"loss": meter.sum, "count": meter.count, "metrics": states}
 
 
-def restore_sums(ranks: list[Any], meter: LossMeter, metrics: Any, device: torch.device) -> None:
+def restore_sums(
+    ranks: list[Any], meter: LossMeter, metrics: MetricCollection, device: torch.device
+) -> None:
     """Add the sums of an interrupted epoch: each rank's own, else all of them on rank 0.
 
     Args:
@@ -151,7 +207,9 @@ def restore_sums(ranks: list[Any], meter: LossMeter, metrics: Any, device: torch
         _add_metrics(metrics, one["metrics"])
 
 
-def _add_metrics(metrics: Any, saved: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+def _add_metrics(
+    metrics: MetricCollection, saved: Mapping[str, Mapping[str, torch.Tensor]]
+) -> None:
     for name, metric in metrics.items(keep_base=True, copy_state=False):
         for key, value in saved.get(name, {}).items():
             setattr(metric, key, getattr(metric, key) + value.to(metric.device))

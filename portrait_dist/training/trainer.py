@@ -59,6 +59,7 @@ from portrait_dist.training.sg_adapter import (
     FusedKDEMA,
     KDTrainer,
     PhaseContext,
+    UnpackedBatch,
     unwrap_model,
 )
 
@@ -141,7 +142,7 @@ class PortraitTrainer(AdaptedTrainer):
         contract: Contract | None = None,
         metadata: dict[str, Any] | None = None,
         device: str | None = None,
-        multi_gpu: Any = None,
+        multi_gpu: object = None,
     ) -> None:
         super().__init__(experiment_name, ckpt_root_dir, device=device, multi_gpu=multi_gpu)
         keep_freed_memory()
@@ -161,12 +162,12 @@ class PortraitTrainer(AdaptedTrainer):
         self.checkpoint: dict[str, Any] = {}
         self.losses = LossWatch()
         self.average: AverageOfBest | None = None
-        self._images: dict[str, Any] = {}
+        self._images: state.ImageMetadata = {}
         self._images_described = False
         self._training_net: nn.Module | None = None
-        self._rank_states: list[dict[str, Any]] | None = []
+        self._rank_states: list[state.RankState] | None = []
         self._versions = versions()
-        self._sums_of_training: dict[str, Any] = {}
+        self._sums_of_training: state.Sums | None = None
         self._last_position = Position(0, {})
         self._last_save = time.monotonic()
 
@@ -364,8 +365,8 @@ class PortraitTrainer(AdaptedTrainer):
 
         return update
 
-    def inputs(self, batch: Any, *, epoch: int | None) -> tuple[Any, Any, dict[str, Any]]:
-        """Return (inputs, targets, additional items) of a batch on the device.
+    def inputs(self, batch: Any, *, epoch: int | None) -> UnpackedBatch:
+        """Split a batch on the device into what network, loss and callbacks get.
 
         Args:
             batch: a :class:`TensorBatch` or a tuple.
@@ -384,13 +385,13 @@ class PortraitTrainer(AdaptedTrainer):
             extra = batch[2] if len(batch) > 2 else {}
         if self.options.channels_last and getattr(inputs, "ndim", 0) == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return inputs, targets, extra
+        return UnpackedBatch(inputs, targets, extra)
 
-    def first_batch(self, batch: Any) -> tuple[Any, Any, dict[str, Any]]:
+    def first_batch(self, batch: object) -> UnpackedBatch:
         """Return what the network, the loss and the callbacks get of a batch of a loader."""
         return self.inputs(to_device(batch, self.torch_device), epoch=None)
 
-    def describe_images(self, batch: Any) -> None:
+    def describe_images(self, batch: object) -> None:
         """Keep for the checkpoints what the training images are; once, from the first batch."""
         if not self._images_described:
             self._images_described = True
@@ -452,10 +453,12 @@ class PortraitTrainer(AdaptedTrainer):
         sums = state.sums_so_far(context.loss_avg_meter, self.train_metrics)
         self._sums_of_training = checkpoints.host_copy(sums)
 
-    def _gather_states(self, **more: Any) -> list[dict[str, Any]] | None:
+    def _gather_states(self, sums: state.Sums | None = None) -> list[state.RankState] | None:
         """Gather every rank's random state on rank 0, 16 kB each; over gloo where it can."""
-        own = checkpoints.host_copy({**state.random_state(), **more})
-        return distributed.gather_to_rank_0(own, self.agreement.group)
+        own = state.random_state()
+        if sums is not None:
+            own["sums"] = sums
+        return distributed.gather_to_rank_0(checkpoints.host_copy(own), self.agreement.group)
 
     def _stop(self, context: PhaseContext, where: str) -> None:
         self.saver.join()
@@ -749,11 +752,10 @@ class PortraitTrainer(AdaptedTrainer):
         if not self._can_save(position):
             return
         self._raise_if_diverged(context)
-        in_training = context.metrics_compute_fn is self.train_metrics
-        if in_training:
+        # In validation the trainer's metrics are the validation's: those of training were kept.
+        sums = self._sums_of_training
+        if context.metrics_compute_fn is self.train_metrics:
             sums = state.sums_so_far(context.loss_avg_meter, self.train_metrics)
-        else:
-            sums = self._sums_of_training
         self._rank_states = self._gather_states(sums=sums)
         if distributed.rank() == 0:
             metrics = {"tracked_metric_name": self.metric_to_watch, "valid": {}, "train": {}}
@@ -814,7 +816,7 @@ class _TrainingHooks:
         self.callbacks = trainer.phase_callback_handler
         self.keys: tuple[str, ...] = ()
 
-    def batch_start(self, index: int, batch: Any) -> tuple[Any, Any]:
+    def batch_start(self, index: int, batch: object) -> tuple[Any, Any]:
         self.health.begin_batch()
         trainer = self.trainer
         trainer.describe_images(batch)
@@ -835,7 +837,7 @@ class _TrainingHooks:
         return inputs, targets
 
     def loss_end(
-        self, index: int, loss: torch.Tensor, items: torch.Tensor, predictions: Any
+        self, index: int, loss: torch.Tensor, items: torch.Tensor, predictions: object
     ) -> None:
         trainer = self.trainer
         lr = float(trainer.optimizer.param_groups[0]["lr"])
@@ -860,7 +862,7 @@ class _TrainingHooks:
     def step_end(self) -> None:
         self.callbacks.on_train_batch_gradient_step_end(self.context)
 
-    def batch_end(self, index: int, batch: Any) -> None:
+    def batch_end(self, index: int, batch: object) -> None:
         trainer = self.trainer
         self.callbacks.on_train_batch_end(self.context)
         trainer.samples_seen += samples_in(batch) * distributed.world_size()
@@ -895,7 +897,7 @@ class _EvaluationHooks:
             else (handler.on_test_batch_start, handler.on_test_batch_end)
         )
 
-    def batch_start(self, index: int, batch: Any) -> tuple[Any, Any]:
+    def batch_start(self, index: int, batch: object) -> tuple[Any, Any]:
         inputs, targets, extra = self.trainer.inputs(batch, epoch=None)
         self.context.update_context(
             batch_idx=index,
@@ -921,7 +923,7 @@ class _EvaluationHooks:
         return not self.stopped
 
 
-def _acts_on_a_best_epoch(callback: Any) -> bool:
+def _acts_on_a_best_epoch(callback: object) -> bool:
     phase = getattr(callback, "phase", None)
     if phase is not None:  # a PhaseCallback has all methods and acts in one phase
         return str(getattr(phase, "name", phase)) == "VALIDATION_END_BEST_EPOCH"

@@ -255,8 +255,19 @@ def test_a_trainer_finds_what_it_expects_of_a_loader(tiny_shards: Path) -> None:
     assert loader.data_wait_seconds > 0
 
 
+OTHERS: set[threading.Thread] = set()
+"""Threads that were there before a test: a loader of an earlier one may still wait to be freed."""
+
+
+@pytest.fixture(autouse=True)
+def _remember_others() -> None:
+    OTHERS.clear()
+    OTHERS.update(threads_now())
+
+
 def threads_now() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("decode-")]
+    running = set(threading.enumerate()) - OTHERS
+    return [thread for thread in running if thread.name.startswith("decode-")]
 
 
 def test_no_thread_outlives_a_single_pass_or_one_that_is_left_early(tiny_shards: Path) -> None:

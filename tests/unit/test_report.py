@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import asdict
 from html.parser import HTMLParser
 from importlib import metadata
 from pathlib import Path
@@ -175,7 +176,8 @@ def test_settings_data_and_versions_stand_in_the_report(html: Path, tiny_shards:
 
 def test_the_machine_that_a_run_recorded_stands_in_the_report(tmp_path: Path) -> None:
     folder = run_of_lines(
-        tmp_path / "run", {"kind": "start", "epoch": 0, "step": 0, "machine": info.machine()}
+        tmp_path / "run",
+        {"kind": "start", "epoch": 0, "step": 0, "machine": asdict(info.machine())},
     )
     write_report(folder, tmp_path / "r.html")
     assert f"<td>cores</td><td>{info.cores()}</td>" in (tmp_path / "r.html").read_text()

@@ -10,7 +10,7 @@ import numpy as np
 import simplejpeg
 
 from portrait_dist.data.shards.decode import npy_header, resize_alpha
-from portrait_dist.data.shards.format import MAX_SIDE, SUFFIXES
+from portrait_dist.data.shards.format import MAX_SIDE, SUFFIXES, StorageSettings, storage_settings
 from portrait_dist.data.shards.png import Pixels, decode_matte, encode_grey
 from portrait_dist.data.source.locations import Location, shown, suffix_of
 from portrait_dist.data.source.masks import NotAMaskError, decode_mask
@@ -69,14 +69,9 @@ class Settings:
         if self.samples_per_shard < 1:
             raise InputError(f"--samples-per-shard {self.samples_per_shard}: it is at least 1")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> StorageSettings:
         """Return the settings as they stand in the manifest."""
-        return {
-            "size": list(self.size) if self.size else None,
-            "codec": self.codec,
-            "quality": self.quality,
-            "samples_per_shard": self.samples_per_shard,
-        }
+        return storage_settings(self.size, self.codec, self.quality, self.samples_per_shard)
 
 
 @dataclass(frozen=True)

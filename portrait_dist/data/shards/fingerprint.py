@@ -12,7 +12,6 @@ import hashlib
 import socket
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -68,7 +67,7 @@ def encoder_fingerprint(settings: Settings) -> Fingerprint:
     )
 
 
-def parse_fingerprint(found: Any) -> Fingerprint | None:
+def parse_fingerprint(found: object) -> Fingerprint | None:
     """Read a fingerprint from a marker; None where there is none."""
     match found:
         case {"sha256": str(sha256), "versions": dict(versions), "machine": str(machine)}:

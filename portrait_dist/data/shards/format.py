@@ -28,7 +28,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict
 
 from portrait_dist.errors import DamagedDataError, InputError
 
@@ -92,6 +92,28 @@ class SplitEntry:
     shards: list[ShardEntry] = field(default_factory=list)
 
 
+class StorageSettings(TypedDict):
+    """What determines the bytes of shards besides the pairs, as it stands in JSON."""
+
+    size: list[int] | None
+    codec: str
+    quality: int
+    samples_per_shard: int
+
+
+def storage_settings(
+    size: tuple[int, int] | None, codec: str, quality: int, samples_per_shard: int
+) -> StorageSettings:
+    """Return the settings for JSON; :class:`Manifest` says what they are."""
+    # The order stays: the identity of a split hashes this dict as Python writes it.
+    return {
+        "size": list(size) if size else None,
+        "codec": codec,
+        "quality": quality,
+        "samples_per_shard": samples_per_shard,
+    }
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Content of ``manifest.json``.
@@ -113,14 +135,9 @@ class Manifest:
     splits: dict[str, SplitEntry]
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> StorageSettings:
         """What determines the bytes of the shards, besides the pairs."""
-        return {
-            "size": list(self.size) if self.size else None,
-            "codec": self.codec,
-            "quality": self.quality,
-            "samples_per_shard": self.samples_per_shard,
-        }
+        return storage_settings(self.size, self.codec, self.quality, self.samples_per_shard)
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``, with its own hash as the last field."""
@@ -216,7 +233,7 @@ def _shard(split: str, found: Mapping[str, Any]) -> ShardEntry:
     )
 
 
-def _size(found: Any) -> tuple[int, int] | None:
+def _size(found: object) -> tuple[int, int] | None:
     if found is None:
         return None
     if not isinstance(found, list) or len(found) != 2:
@@ -225,7 +242,7 @@ def _size(found: Any) -> tuple[int, int] | None:
     return _whole(sides, "height", 1, MAX_SIDE), _whole(sides, "width", 1, MAX_SIDE)
 
 
-def _object(found: Any, name: str) -> Mapping[str, Any]:
+def _object(found: object, name: str) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{name} is not a JSON object")
     return found

@@ -279,7 +279,7 @@ def _other_encoder(out: Path, theirs: Fingerprint, ours: Fingerprint) -> str:
     )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Format a value of the settings as the command line has it."""
     if value is None:
         return "original"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from portrait_dist.errors import DamagedDataError, InputError, UnreachableError
 from portrait_dist.files import open_regular, read_regular
 from portrait_dist.system.address import is_address, redact
+
+T = TypeVar("T")
 
 Location = Path | str
 """A path, or an address."""
@@ -96,7 +99,7 @@ def size_of(location: Location) -> tuple[int, int]:
     return int(_attempt(location, lambda: system.info(path)).get("size") or 0), 0
 
 
-def _attempt(address: str, action: Any) -> Any:
+def _attempt(address: str, action: Callable[[], T]) -> T:
     """Call again what an address refuses, with pauses, for a server that is restarted."""
     pause = FIRST_PAUSE
     for attempt in range(1, ATTEMPTS + 1):

@@ -17,6 +17,7 @@ import base64
 import io
 import json
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -147,11 +148,18 @@ def annotation_size(data: bytes) -> tuple[int, int]:
     Raises:
         ValueError: it is none.
     """
-    size = _parsed(data)["size"]
-    return int(size["width"]), int(size["height"])
+    return _parsed(data).size
 
 
-def _parsed(data: bytes) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Annotation:
+    """A Supervisely annotation: the image's (width, height), and its objects as they are."""
+
+    size: tuple[int, int]
+    objects: list[Any]
+
+
+def _parsed(data: bytes) -> _Annotation:
     try:
         found = json.loads(data)
         width, height = int(found["size"]["width"]), int(found["size"]["height"])
@@ -160,14 +168,14 @@ def _parsed(data: bytes) -> dict[str, Any]:
         raise ValueError("it is no Supervisely annotation") from error
     if not (0 < width * height <= MAX_PIXELS and width > 0 and isinstance(objects, list)):
         raise ValueError(f"it says {width}x{height} pixels")
-    return {"size": {"width": width, "height": height}, "objects": objects}
+    return _Annotation((width, height), objects)
 
 
 def _annotation(data: bytes) -> Pixels:
     """Draw all objects of a Supervisely annotation: bitmaps, polygons, rectangles."""
     found = _parsed(data)
-    mask = Image.new("L", (found["size"]["width"], found["size"]["height"]))
-    for item in found["objects"]:
+    mask = Image.new("L", found.size)
+    for item in found.objects:
         try:
             if str(item.get("classTitle", "")).lower() not in NO_PERSON:
                 _draw(mask, item)

@@ -220,7 +220,7 @@ def open_data(data: str | Path) -> Split:
     return made
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return value

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -32,6 +32,20 @@ log = logging.getLogger("portrait_dist.data")
 
 POSITIONS_PLANNED_AT_ONCE = 4096
 """Positions mapped to samples by one call, whose fixed cost is that of a thousand of them."""
+
+
+class StreamSample(TypedDict):
+    """One sample as torch's DataLoader gets it; it collates dicts, and no dataclasses.
+
+    Shape:
+        image: uint8 [H, W, 3], RGB; alpha: uint8 [H, W].
+    """
+
+    image: torch.Tensor
+    alpha: torch.Tensor
+    key: str
+    position: int
+    epoch: int
 
 
 class StreamKeywords(TypedDict, total=False):
@@ -90,7 +104,7 @@ class StreamOptions:
                 whole_number("size", side, 1)
 
 
-class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
+class AISegmentIterableDataset(IterableDataset[StreamSample]):
     """Portraits and their alpha from packed shards: every sample once an epoch, dealt to the ranks.
 
     Yields dicts: ``image`` uint8 [H, W, 3] RGB, ``alpha`` uint8 [H, W], ``key`` str, ``position``
@@ -299,7 +313,7 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
             self.damaged[name] = str(error)
             log.warning("skipped: %s", error)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[StreamSample]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         epoch, start = self._progress.tolist()
@@ -321,10 +335,10 @@ class AISegmentIterableDataset(IterableDataset[dict[str, Any]]):
 
     # Open shards hold file descriptors and locks, which do not pickle: a worker process opens its
     # own.
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "shards"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self.shards = ShardSet(self.location, self.split, cache=self.cache)
 

@@ -32,7 +32,7 @@ class Run:
         settings: of config.yaml.
         checkpoint: the best or latest one, None without one.
         versions: package → version, of the checkpoint.
-        machine: of rank 0; see :func:`portrait_dist.system.info.machine`.
+        machine: of rank 0, the fields of :class:`portrait_dist.system.info.Machine`.
     """
 
     folder: RunFolder

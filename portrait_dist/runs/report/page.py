@@ -11,7 +11,7 @@ import dataclasses
 import io
 import shlex
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from portrait_dist.evaluation import ScoredSample
     from portrait_dist.runs.report.collect import Run, ScoredRun, Scores, ShardsLocation
+    from portrait_dist.runs.report.settings import Row
 
 LARGEST_IMAGE = 320
 """Pixels; larger images are reduced."""
@@ -129,35 +130,61 @@ def render(run: Run, location: ShardsLocation, scored: ScoredRun | None, no_scor
     style = Markup((here / "report.css").read_text(encoding="utf-8"))
     shown = contents(run, location, scored)
     template = environment.get_template("page.html.j2")
-    return template.render(style=style, no_scores=no_scores, **shown).lstrip()
+    return template.render(style=style, no_scores=no_scores, **vars(shown)).lstrip()
 
 
-def contents(run: Run, location: ShardsLocation, scored: ScoredRun | None) -> dict[str, Any]:
-    """Return what the template shows, by the names that it uses."""
+@dataclass(frozen=True)
+class Contents:
+    """What the template shows, by the names that it uses."""
+
+    name: str
+    made: str
+    run: Run
+    bad: bool
+    tiles: list[Tile]
+    charts: list[Markup]
+    notes: list[str]
+    columns: Mapping[str, str]
+    epochs: list[Event]
+    scores: Scores | None
+    score_rows: list[tuple[str, float]]
+    spread: Markup
+    images: Callable[[ScoredSample], dict[str, NDArray[np.uint8]]]
+    happened: list[tuple[str, str, str]]
+    slow_ranks: list[SlowRank]
+    rows: list[Row]
+    data: Mapping[str, str]
+    machine: Mapping[str, str]
+    commands: list[str]
+    batch: int | None
+
+
+def contents(run: Run, location: ShardsLocation, scored: ScoredRun | None) -> Contents:
+    """Collect what the template shows."""
     progress = deduplicated(run.events)
     epochs = [event for event in progress if event.kind == "epoch"]
-    return {
-        "name": run.folder.path.resolve().name,
-        "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "run": run,
-        "bad": run.status.state in (State.FAILED, State.SILENT),
-        "tiles": tiles(run, epochs),
-        "charts": [Markup(chart) for chart in charts(progress, run.events)],
-        "notes": notes(progress, run.events),
-        "columns": EPOCH_COLUMNS,
-        "epochs": epochs,
-        "scores": scored.scores if scored else None,
-        "score_rows": score_rows(scored.scores) if scored else [],
-        "spread": Markup(spread(scored.scores)) if scored else "",
-        "images": images,
-        "happened": happened(run.events),
-        "slow_ranks": slow_ranks(run.events),
-        "rows": run.settings.rows() if run.settings.values else [],
-        "data": {"shards": location.shown or "not named", **(scored.shards if scored else {})},
-        "machine": machine(run.machine),
-        "commands": commands(run, location),
-        "batch": global_batch(run),
-    }
+    return Contents(
+        name=run.folder.path.resolve().name,
+        made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        run=run,
+        bad=run.status.state in (State.FAILED, State.SILENT),
+        tiles=tiles(run, epochs),
+        charts=[Markup(chart) for chart in charts(progress, run.events)],
+        notes=notes(progress, run.events),
+        columns=EPOCH_COLUMNS,
+        epochs=epochs,
+        scores=scored.scores if scored else None,
+        score_rows=score_rows(scored.scores) if scored else [],
+        spread=Markup(spread(scored.scores) if scored else ""),
+        images=images,
+        happened=happened(run.events),
+        slow_ranks=slow_ranks(run.events),
+        rows=run.settings.rows() if run.settings.values else [],
+        data={"shards": location.shown or "not named", **(scored.shards if scored else {})},
+        machine=machine(run.machine),
+        commands=commands(run, location),
+        batch=global_batch(run),
+    )
 
 
 def deduplicated(events: Events) -> list[Event]:

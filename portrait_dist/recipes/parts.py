@@ -1,4 +1,4 @@
-"""Parts of a training by name: networks, losses, metrics, optimisers, learning-rate schedules.
+"""The parts that a recipe names: networks, losses, metrics, optimisers, learning-rate schedules.
 
 A name is one of
 
