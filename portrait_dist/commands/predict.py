@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from portrait_dist.commands import command, options
+from portrait_dist.commands import Size, command, options
+from portrait_dist.commands.numbers import Integer
 
 if TYPE_CHECKING:
     from portrait_dist.inference.batch import PredictResult
@@ -26,6 +28,8 @@ Examples:
     --levels 0.3 0.7
   cat photo.jpg | portrait-dist predict --checkpoint runs/first/ckpt_best.pth - \\
     --only cutout --out - > cutout.png
+  portrait-dist predict --checkpoint runs/first/ckpt_best.pth photos/ --only mask --out masks \\
+    --out-shards pseudo --min-confidence 0.95
   torchrun --nproc-per-node 8 -m portrait_dist predict --checkpoint runs/first/ckpt_best.pth \\
     photos/ --out masks --only mask
 """
@@ -33,11 +37,15 @@ Examples:
 
 def _summary(result: PredictResult) -> str:
     before = f"; {result.done_before} were done before" if result.done_before else ""
+    shards = ""
+    if result.out_shards:
+        left = f", {result.unsure} masks left out" if result.unsure else ""
+        shards = f"\n{result.samples} samples in {result.out_shards}{left}"
     if not result.files and result.done_before:
-        return f"all {result.done_before} photos are done"
+        return f"all {result.done_before} photos are done{shards}"
     return (
         f"{len(result.files)} images of {result.photos} photos written, "
-        f"{result.photos_per_second:.1f} photos/s{before}"
+        f"{result.photos_per_second:.1f} photos/s{before}{shards}"
     )
 
 
@@ -51,7 +59,7 @@ def _kinds(
 
 @command("predict", summary=_summary, epilog=EXAMPLES)
 @options.checkpoint
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, metavar="PATH...")
 @click.option(
     "--out", required=True, help="Folder for the images; - writes one image to standard output."
 )
@@ -87,6 +95,46 @@ def _kinds(
     is_flag=True,
     help="Do nothing: check that every photo is done, else name what is missing.",
 )
+@click.option(
+    "--from-shards",
+    metavar="SHARDS",
+    default="",
+    help="Take the samples of packed shards for photos, in place of PATHs.",
+)
+@click.option(
+    "--split",
+    default="train",
+    show_default=True,
+    type=click.Choice(["train", "val", "test"]),
+    help="Split of --from-shards.",
+)
+@click.option(
+    "--out-shards",
+    type=click.Path(path_type=Path),
+    help="Also pack photos and masks into shards that can be trained with.",
+)
+@click.option(
+    "--min-confidence",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Leave masks out of --out-shards whose confidence, the mean of |2 alpha - 1| over the "
+    "pixels, is lower.",
+)
+@click.option(
+    "--shard-size",
+    type=Size(original=True),
+    default="256x256",
+    show_default=True,
+    help="Pixels of the samples of --out-shards; with --from-shards they are as they were.",
+)
+@click.option(
+    "--samples-per-shard",
+    type=Integer(1, 10**7),
+    default=1024,
+    show_default=True,
+    help="Of --out-shards.",
+)
 @options.trained_size
 @options.trust_code
 def predict(
@@ -102,6 +150,12 @@ def predict(
     image_format: ImageFormat,
     size: tuple[int, int] | None,
     trust_code: bool,
+    from_shards: str,
+    split: str,
+    out_shards: Path | None,
+    min_confidence: float,
+    shard_size: tuple[int, int] | None,
+    samples_per_shard: int,
     **network: Unpack[SegmenterOptions],
 ) -> PredictResult | None:
     """Write mask, cut-out and side-by-side image of photos, at their own resolution.
@@ -110,25 +164,46 @@ def predict(
     input. For photo.jpg it writes photo.mask.png (8-bit grey alpha), photo.cutout.png and
     photo.side-by-side.png. A photo that cannot be done does not stop the others: it is named at the
     end, and the exit code is 3. An interrupted command continues where it stopped when it is run
-    again. Under torchrun every rank does its part of the photos.
+    again. Under torchrun every rank does its part of the photos; other parts run anywhere, in any
+    order, and --finish checks them, and packs --out-shards.
     """
     from portrait_dist import distributed
     from portrait_dist.inference import batch
+    from portrait_dist.inference.labels import Labels
 
+    if bool(paths) == bool(from_shards):
+        raise click.UsageError(
+            "Give PATHs or --from-shards, one of both." if paths else "Missing argument 'PATH...'."
+        )
     images = batch.ImageOptions(background, kinds, image_format, size, network, trust_code)
+    labels = Labels(out_shards, min_confidence, shard_size, samples_per_shard, from_shards, split)
+    labels.check(kinds, image_format)
     if out == "-":
         photo = _only_photo(paths, kinds)
         sys.stdout.buffer.write(batch.predict_to_bytes(checkpoint, photo, images))
         return None
-    if finish:
-        return batch.check_finished(checkpoint, paths, out, images, part=part)
     predict_part = functools.partial(
-        batch.predict_files, checkpoint, paths, out, images, force=force, batch_size=batch_size
+        batch.predict_files,
+        checkpoint,
+        paths,
+        out,
+        images,
+        force=force,
+        batch_size=batch_size,
+        labels=labels,
     )
-    if part is None and distributed.world_size() > 1:
-        return batch.predict_on_every_rank(predict_part)
-    number, parts = part or (0, 1)
-    return predict_part(part=number, parts=parts)
+    if finish:
+        result: PredictResult | None = batch.check_finished(
+            checkpoint, paths, out, images, part=part, labels=labels
+        )
+    elif part is None and distributed.world_size() > 1:
+        result = batch.predict_on_every_rank(predict_part)
+    else:
+        number, parts = part or (0, 1)
+        result = predict_part(part=number, parts=parts)
+    if result is None or part is not None or out_shards is None:
+        return result
+    return batch.label(result, paths, out, images, labels)
 
 
 def _only_photo(paths: tuple[str, ...], kinds: tuple[str, ...]) -> str:

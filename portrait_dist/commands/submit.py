@@ -229,12 +229,14 @@ def submit_predict(
     from portrait_dist.commands.predict import predict
     from portrait_dist.errors import InputError
     from portrait_dist.inference import batch
+    from portrait_dist.inference.labels import Labels
     from portrait_dist.slurm import steps
 
     given = _parsed(predict, "predict", arguments, ("part", "finish"))
     if slurm["gpus_per_node"] > 1:
         raise InputError("--gpus-per-node: a part uses one GPU; give 1 and more --parts")
-    photos = batch.count_photos(given["checkpoint"], given["paths"], given["out"])
+    labels = Labels(source=given["from_shards"], split=given["split"])
+    photos = batch.count_photos(given["checkpoint"], given["paths"], given["out"], labels)
     jobs = steps.in_parts("predict", arguments, _request(slurm), parts, photos)
     out = Path(given["out"])
     return steps.submit_steps(jobs, out.absolute().parent, [out], dry_run)

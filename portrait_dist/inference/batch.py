@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,6 +23,7 @@ from portrait_dist import distributed, files
 from portrait_dist.checkpoints import read_info
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
 from portrait_dist.inference.journal import Journal, fingerprint
+from portrait_dist.inference.labels import Labels, find_samples, pack_labels
 from portrait_dist.inference.outputs import ImageFormat, OutputPlan, plan_outputs
 from portrait_dist.inference.photos import (
     KINDS,
@@ -117,6 +118,9 @@ class PredictResult:
         photos_per_second: of them, reading and writing included.
         done_before: photos that an interrupted run of the same command had done.
         skipped: files of other types in the folders and patterns, by suffix.
+        out_shards: folder of the shards that were packed, or None.
+        samples: in them.
+        unsure: photos whose masks are not in them, because their confidence is too low.
     """
 
     files: list[str]
@@ -125,9 +129,13 @@ class PredictResult:
     photos_per_second: float
     done_before: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    out_shards: str | None = None
+    samples: int = 0
+    unsure: int = 0
 
 
 DEFAULTS = ImageOptions()
+NO_LABELS = Labels()
 
 
 def predict_files(
@@ -140,6 +148,7 @@ def predict_files(
     batch_size: int = 8,
     part: int = 0,
     parts: int = 1,
+    labels: Labels = NO_LABELS,
 ) -> PredictResult:
     """Write mask, cut-out and side-by-side image of every photo.
 
@@ -152,6 +161,7 @@ def predict_files(
         batch_size: photos that go through the network together.
         part: number of the first photo, from 0.
         parts: do every ``parts``-th photo from there on; names are those of one process.
+        labels: where photos come from, if not from ``paths``; :func:`label` packs them.
 
     Raises:
         InputError: nothing to do, an output exists, or wrong options; nothing was written.
@@ -160,12 +170,46 @@ def predict_files(
     """
     plan = images.plan(Path(out))
     files.check_folder_writable(plan.folder)
-    found = find_photos(paths, plan.folder)
+    found = _find(paths, plan.folder, labels)
     if part == 0 and (skipped := found.describe_skipped()):
         print(skipped, file=sys.stderr)
     segmenter = images.segmenter(checkpoint)
     journal = Journal(plan.folder, images.fingerprint(segmenter, checkpoint), part, parts)
-    return _predict_found(found, images, _Work(segmenter, plan, journal, batch_size), force=force)
+    result = _predict_found(found, images, _Work(segmenter, plan, journal, batch_size), force=force)
+    if parts == 1 and labels.out is None:
+        journal.remove()  # nothing is left to continue; a part's journal is read by the others
+    return result
+
+
+def _find(paths: Sequence[str], out: Path, labels: Labels) -> Found:
+    return find_samples(labels.source, labels.split) if labels.source else find_photos(paths, out)
+
+
+def label(
+    result: PredictResult,
+    paths: Sequence[str],
+    out: str | Path,
+    images: ImageOptions,
+    labels: Labels,
+) -> PredictResult:
+    """Pack the masks of all photos into shards, when every part has done its photos.
+
+    Args:
+        result: of the prediction.
+        paths: photos, folders and patterns.
+        out: folder of the masks.
+        images: what the outputs are.
+        labels: where to, and which.
+
+    Raises:
+        InputError: no mask is confident, or ``labels.out`` holds something else.
+        DamagedDataError: a mask is missing or damaged, or a photo cannot be packed.
+    """
+    plan = images.plan(Path(out))
+    photos = _find(paths, plan.folder, labels).photos
+    masks = [plan.targets(photo.name)["mask"] for photo in photos]
+    packed = pack_labels(photos, masks, labels)
+    return replace(result, out_shards=packed.out, samples=packed.samples, unsure=packed.unsure)
 
 
 def _predict_found(
@@ -180,13 +224,12 @@ def _predict_found(
     if journal.part == 0:
         work.failed += found.unusable
     with journal:
-        result = work.carry_out(todo, len(photos) - len(todo), dict(found.skipped))
-    if journal.parts == 1:
-        journal.remove()  # nothing is left to continue; a part's journal is read by the others
-    return result
+        return work.carry_out(todo, len(photos) - len(todo), dict(found.skipped))
 
 
-def count_photos(checkpoint: str | Path, paths: Sequence[str], out: str | Path) -> int:
+def count_photos(
+    checkpoint: str | Path, paths: Sequence[str], out: str | Path, labels: Labels = NO_LABELS
+) -> int:
     """Check what a prediction needs, before a job for it is queued; return how many photos.
 
     Raises:
@@ -195,7 +238,7 @@ def count_photos(checkpoint: str | Path, paths: Sequence[str], out: str | Path) 
     """
     read_info(Path(checkpoint))
     files.check_folder_writable(out)
-    return len(find_photos(paths, Path(out)).photos)
+    return len(_find(paths, Path(out), labels).photos)
 
 
 def check_finished(
@@ -205,6 +248,7 @@ def check_finished(
     images: ImageOptions = DEFAULTS,
     *,
     part: tuple[int, int] | None = None,
+    labels: Labels = NO_LABELS,
 ) -> PredictResult:
     """Check that parts of a prediction have done every photo; write nothing.
 
@@ -214,6 +258,7 @@ def check_finished(
         out: folder of the outputs.
         images: what the outputs are.
         part: not to be given.
+        labels: likewise those of :func:`predict_files`.
 
     Raises:
         InputError: photos are missing; the message names them and their parts.
@@ -221,7 +266,7 @@ def check_finished(
     if part:
         raise InputError("--part with --finish: a part predicts, --finish only looks")
     plan = images.plan(Path(out))
-    found = find_photos(paths, plan.folder)
+    found = _find(paths, plan.folder, labels)
     segmenter = images.segmenter(checkpoint)
     journal = Journal(plan.folder, images.fingerprint(segmenter, checkpoint))
     missing = [
@@ -331,7 +376,7 @@ def _calibrate(segmenter: PortraitSegmenter, photos: Sequence[Photo]) -> None:
 def _readable(photos: Iterable[Photo]) -> Iterator[ImageArray]:
     for photo in photos:
         with contextlib.suppress(PortraitDistError):  # it is reported when it is predicted
-            yield read_photo(photo.path)
+            yield photo.read()
 
 
 def _still_to_do(photos: list[Photo], plan: OutputPlan, journal: Journal) -> list[Photo]:
@@ -445,7 +490,7 @@ class _Work:
         return None
 
     def _read(self, photo: Photo) -> PreparedPhoto:
-        return self.segmenter.prepare(read_photo(photo.path))
+        return self.segmenter.prepare(photo.read())
 
     def _predicted(
         self, reads: Iterable[tuple[Photo, Future[PreparedPhoto]]]

@@ -66,7 +66,7 @@ class Journal:
 
     def is_done(self, photo: Photo, targets: list[Path]) -> bool:
         """Say whether the photo, unchanged, was done with these settings, and its outputs exist."""
-        if photo.path == STDIN or self._done.get(photo.name) != _identity(photo.path):
+        if photo.path == STDIN or self._done.get(photo.name) != photo.identity():
             return False
         return all(_size(path) > 0 for path in targets)
 
@@ -80,7 +80,7 @@ class Journal:
 
     def end(self, photo: Photo) -> None:
         """Note that they are written."""
-        done = _identity(photo.path)
+        done = photo.identity()
         self._append({"settings": self.settings, "name": photo.name, "done": done})
 
     def _append(self, entry: dict[str, str]) -> None:
@@ -118,15 +118,6 @@ def _content(path: Path) -> bytes:
         return path.read_bytes() if path.is_file() else b""
     except OSError:
         return b""
-
-
-def _identity(path: Path) -> str:
-    """Size and time of a file, from which a changed photo is known."""
-    try:
-        found = path.stat()
-    except OSError:
-        return "gone"
-    return f"{found.st_size}-{found.st_mtime_ns}"
 
 
 def _size(path: Path) -> int:

@@ -48,6 +48,18 @@ class Photo:
     path: Path
     name: str
 
+    def read(self) -> ImageArray:
+        """Return the photo, upright; see :func:`read_photo`."""
+        return read_photo(self.path)
+
+    def identity(self) -> str:
+        """Return size and time of the file, from which a changed photo is known."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return "gone"
+        return f"{found.st_size}-{found.st_mtime_ns}"
+
 
 @dataclass(frozen=True)
 class FailedPhoto:

@@ -4,6 +4,7 @@ from tests.mutation import Mutation
 
 STEPS = "tests/slurm/test_steps.py"
 PARTS = "tests/unit/test_pack_parts.py"
+LABELS = "tests/unit/test_labels.py"
 
 MUTATIONS = [
     Mutation(
@@ -34,6 +35,28 @@ MUTATIONS = [
         new="    tasks = parts\n",
         test=f"{STEPS}::test_what_would_fail_later_is_refused_before_anything_is_queued",
         why="no task is queued without work",
+    ),
+    Mutation(
+        file="portrait_dist/inference/labels.py",
+        old="if value >= least]",
+        new="if value > -least]",
+        test=f"{LABELS}::test_only_confident_masks_are_packed_and_parts_pack_what_one_process_does",
+        why="only confident masks become labels",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/encode.py",
+        old="    if pair.masks == LEVELS:\n",
+        new="    if pair.masks == ALPHA:\n",
+        test=f"{LABELS}::test_a_mask_is_packed_as_it_was_predicted_whatever_its_levels",
+        why="a predicted mask is packed as it is, also where it is dark",
+    ),
+    Mutation(
+        file="portrait_dist/inference/labels.py",
+        old="        if name != labels.split:\n",
+        new="        if False:\n",
+        test=f"{LABELS}::test_masks_of_a_packed_set_are_its_new_alphas_and_its_images_and_other_"
+        "splits_stay",
+        why="the splits that are not predicted keep their own alphas",
     ),
     Mutation(
         file="portrait_dist/data/shards/pack_folder.py",

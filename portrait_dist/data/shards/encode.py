@@ -11,10 +11,10 @@ import simplejpeg
 
 from portrait_dist.data.shards.decode import npy_header, resize_alpha
 from portrait_dist.data.shards.format import MAX_SIDE, SUFFIXES, StorageSettings, storage_settings
-from portrait_dist.data.shards.png import Pixels, decode_matte, encode_grey
+from portrait_dist.data.shards.png import Pixels, decode_grey, decode_matte, encode_grey
 from portrait_dist.data.source.locations import Location, shown, suffix_of
 from portrait_dist.data.source.masks import NotAMaskError, decode_mask
-from portrait_dist.data.source.pairs import ALPHA, Pair
+from portrait_dist.data.source.pairs import ALPHA, LEVELS, Pair
 from portrait_dist.data.source.pictures import (
     REMEDY,
     check_pixels,
@@ -83,6 +83,22 @@ class EncodedPair:
     alpha: bytes
 
 
+class StoredPair(Pair):
+    """A pair whose image is encoded already, such as a sample of other shards."""
+
+    def encoded(self, settings: Settings) -> EncodedPair:
+        """Return both members.
+
+        Raises:
+            DamagedDataError: a file does not decode.
+        """
+        raise NotImplementedError
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Return bytes of image and mask, and the time in ns of the later change of both."""
+        raise NotImplementedError
+
+
 def encode_pair(pair: Pair, settings: Settings) -> EncodedPair:
     """Read a pair and encode it.
 
@@ -100,6 +116,8 @@ def encode_pair(pair: Pair, settings: Settings) -> EncodedPair:
         DamagedDataError: a file does not decode.
         UnreachableError: an address does not answer.
     """
+    if isinstance(pair, StoredPair):
+        return pair.encoded(settings)
     file, alpha = _read_image(pair), _read_mask(pair)
     shape = file.size[::-1] if file.orientation >= 5 else file.size
     if alpha.shape == file.size != shape:  # the matte's maker did not look at EXIF
@@ -174,6 +192,8 @@ def _read_mask(pair: Pair) -> Pixels:
             )
         return np.asarray(_decoded(pair.matte, lambda: decode_matte(data)))
     data = read_picture(pair.matte, "PNG")
+    if pair.masks == LEVELS:
+        return np.asarray(_decoded(pair.matte, lambda: decode_grey(data)))
     try:
         return decode_mask(data, suffix_of(pair.matte))
     except NotAMaskError as error:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from portrait_dist.data.shards.encode import Settings
+from portrait_dist.data.shards.encode import Settings, StoredPair
 from portrait_dist.data.shards.format import LONGEST_NAME, SUFFIXES
 from portrait_dist.data.source.assignment import SPLITS
 from portrait_dist.data.source.locations import Location, size_of
@@ -111,6 +111,8 @@ def made_from(
 
 def _sizes(pair: Pair) -> tuple[int, int, int]:
     """Bytes of image and mask, and the time in ns of the later change of both."""
+    if isinstance(pair, StoredPair):
+        return pair.sizes()
     (image, image_time), (matte, matte_time) = (_size(file) for file in (pair.image, pair.matte))
     return image, matte, max(image_time, matte_time)
 

@@ -289,6 +289,18 @@ class ShardSet:
             with contextlib.suppress(FetchError, PortraitDistError, CancelledDownloadError):
                 self.files(number, cancelled)
 
+    def key(self, sample: int) -> str:
+        """Return a sample's key, from the tar's header alone; nothing else of it is read.
+
+        Raises:
+            DamagedSampleError, UnreachableError, InputError: see :meth:`read`.
+        """
+        number, position = self.locate(sample)
+        try:
+            return self._shard(number, None).key(position)
+        except (_DamageError, OSError):
+            return self.read(sample).key  # which knows what to try again, and what to say
+
     def read(self, sample: int, cancelled: threading.Event | None = None) -> Encoded:
         """Return a sample's key and encoded members.
 
@@ -552,6 +564,16 @@ class _OpenShard:
         if not self._size_is_right:
             self._check_size(encoded)
         return encoded
+
+    def key(self, position: int) -> str:
+        """Return a sample's key from the header of its image."""
+        record = shard_format.record_at(self._records, position)
+        header = os.pread(self._descriptor, BLOCK, record.offset)
+        name = shard_format.member_name(header)
+        key = name.removesuffix(SUFFIXES[self._codec][0])
+        if len(header) != BLOCK or key == name or not key:
+            raise _DamageError("its header names no image")
+        return key
 
     def _key(self, image_header: memoryview, alpha_header: memoryview) -> str:
         image_name = shard_format.member_name(image_header)

@@ -118,7 +118,7 @@ class PackResult:
 
 
 def pack(
-    data: str | Path,
+    data: str | Path | Split,
     out: str | Path,
     size: tuple[int, int] | None = DEFAULT_SIZE,
     samples_per_shard: int = SAMPLES_PER_SHARD,
@@ -133,7 +133,7 @@ def pack(
     """Pack the three splits of a prepared tree, or a part of their shards.
 
     Args:
-        data: folder that ``portrait-dist prepare`` wrote, or any source that it takes.
+        data: folder that ``portrait-dist prepare`` wrote, any source that it takes, or its split.
         out: folder to write: new, empty, or one of the same settings to finish.
         size: (H, W) in pixels; None for original.
         samples_per_shard: in all shards but the last of a split.
@@ -203,9 +203,9 @@ def _check_options(workers: int | None, part: tuple[int, int] | None, finish: bo
         raise InputError(f"--part {part[0]}/{part[1]}: I is from 0 to N - 1")
 
 
-def _open(data: str | Path, out: str | Path, settings: Settings) -> PackFolder:
+def _open(data: str | Path | Split, out: str | Path, settings: Settings) -> PackFolder:
     settings.check()
-    split = open_data(data)
+    split = data if isinstance(data, Split) else open_data(data)
     check_keys(split)
     return PackFolder(Path(out).absolute(), split, settings)
 

@@ -35,7 +35,7 @@ from portrait_dist.data.source.trees import readable
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
 from portrait_dist.system.progress import track
 
-ALPHA, ANY = "alpha", "any"
+ALPHA, ANY, LEVELS = "alpha", "any", "levels"
 """Kinds of masks: PNGs whose alpha channel is the mask; or what :mod:`.masks` reads."""
 
 
@@ -49,7 +49,8 @@ class Pair:
         matte: the file of its mask.
         group: name of the folder that the image came in.
         masks: ``alpha`` or ``any``; with ``alpha`` the image is a JPEG and the mask's alpha channel
-            counts whatever it holds.
+            counts whatever it holds. ``levels`` is a grey PNG that is taken as it is: a mask that
+            ``predict`` wrote.
     """
 
     key: str
