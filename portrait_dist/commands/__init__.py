@@ -54,16 +54,19 @@ def command(
                 elif text := summary(result):
                     click.echo(text)
 
-        decorated = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(
-            run
-        )
-        decorated = click.option(
-            "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else."
-        )(decorated)
         settings = {"ignore_unknown_options": True} if passes_on else {}
-        return click.command(name, epilog=epilog, context_settings=settings)(decorated)
+        return click.command(name, epilog=epilog, context_settings=settings)(_with_options(run))
 
     return decorate
+
+
+def _with_options(run: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of every command; the one that is added last is listed first."""
+    debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    as_json = click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else."
+    )
+    return as_json(debug(run))
 
 
 def to_json(result: object, **more: object) -> str:

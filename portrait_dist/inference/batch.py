@@ -275,16 +275,22 @@ def check_finished(
         if not journal.is_done(photo, list(plan.targets(photo.name).values()))
     ]
     if missing:
-        named = [
-            f"{photo.path}" + (f" (part {number % journal.most_parts}/{journal.most_parts})")
-            for number, photo in missing[:FAILURES_NAMED]
-        ]
-        more = f" and {len(missing) - len(named)} more" if len(missing) > len(named) else ""
         raise InputError(
             f"{out}: {len(missing)} of {len(found.photos)} photos are not done: "
-            f"{', '.join(named)}{more}; run their parts, then --finish again"
+            f"{_named(missing, journal.most_parts)}; run their parts, then --finish again"
         )
     return PredictResult([], [], 0, 0.0, len(found.photos), dict(found.skipped))
+
+
+def _named(missing: Sequence[tuple[int, Photo]], parts: int) -> str:
+    """Name the first of the missing photos, with the part that each belongs to."""
+    # Photos are dealt to the parts in turn, see keep_part.
+    named = [
+        f"{photo.path} (part {number % parts}/{parts})"
+        for number, photo in missing[:FAILURES_NAMED]
+    ]
+    more = f" and {len(missing) - len(named)} more" if len(missing) > len(named) else ""
+    return f"{', '.join(named)}{more}"
 
 
 def predict_to_bytes(checkpoint: str | Path, path: str, images: ImageOptions = DEFAULTS) -> bytes:
