@@ -66,6 +66,7 @@ class LazyGroup(click.Group):
         """Import the command's module."""
         if cmd_name not in COMMANDS:
             return None
+        # Named as text: importing all commands would import torch for --help.
         module, _, attribute = COMMANDS[cmd_name].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
@@ -119,6 +120,7 @@ def _report(error: BaseException, arguments: list[str]) -> int:
     """Print an error and return its exit code; raise one that nobody foresaw."""
     expected = _explain(error)
     code, message = expected or (1, f"{type(error).__name__}: {error}")
+    # "in arguments": click may have failed before it parsed the option.
     if "--json" in arguments and not getattr(error, "secondary", False) and not _comes_back():
         from portrait_dist.commands import to_json
 
@@ -197,6 +199,7 @@ def main() -> None:
         code = run(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
+        # The interpreter flushes stdout at its exit, and would complain of the closed pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     if rank_of_a_job:

@@ -77,6 +77,7 @@ class Check:
 
 def _wrong_path(text: str) -> str:
     """Say why a text cannot be a path or an address."""
+    # An address is checked by its own rules, and may be longer than a path.
     if is_address(text):
         try:
             check_address(text)
@@ -105,6 +106,7 @@ def _wrong_local_path(text: str) -> str:
 def _wrong_run_name(text: str) -> str:
     if problem := _wrong_local_path(text):
         return problem
+    # Surrogates cannot be written to a log; others would forge or hide lines of it.
     if any(0xD800 <= ord(character) <= 0xDFFF or not character.isprintable() for character in text):
         return "it holds a character that cannot be printed"
     path = PurePosixPath(text)
@@ -664,6 +666,7 @@ def _validate(setting: Setting, text: str | None, where: str) -> Any:
     """
     if setting.kind is dict:
         raise InputError(f"{where}{setting.name}: write {setting.name}.NAME=VALUE")
+    # pydantic would take 1_000 too, and what YAML calls a number is not what Python does.
     pattern = _NUMBER.get(setting.kind)
     if text is None or (pattern and not pattern.fullmatch(text.strip(" "))):
         raise _wrong_kind(setting, text, where)
@@ -700,6 +703,7 @@ def _wrong_kind(setting: Setting, text: str | None, where: str) -> InputError:
 def _wrong_value(setting: Setting, text: str, where: str, found: Mapping[str, Any]) -> InputError:
     """Say in one line what pydantic found."""
     bounds = {"ge": "at least", "gt": "above", "le": "at most"}
+    # In this package's words: pydantic's speak of inputs and types.
     for name, words in bounds.items():
         if name in found.get("ctx", {}):
             limit = found["ctx"][name]

@@ -152,6 +152,7 @@ def _start(device: torch.device, timeout_seconds: float) -> None:
     _check_torchrun_is_there()
     timeout = timedelta(seconds=timeout_seconds)
     gpu = device.type == "cuda"
+    # By hand, because init_process_group would use the store without the prefix of this start.
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     dist.init_process_group(
         backend="nccl" if gpu else "gloo",
@@ -179,6 +180,7 @@ def _check_torchrun_is_there() -> None:
         try:
             socket.create_connection((host, port), timeout=10).close()
         except ConnectionRefusedError:
+            # True is a second: torchrun may be about to end, or its store slow to answer.
             time.sleep(attempt + 1 < STORE_ATTEMPTS)
         except OSError:
             return  # torch has more ways to reach it, and says what is wrong
@@ -237,6 +239,8 @@ def _source_address(target: str) -> str | None:
     with contextlib.suppress(OSError):
         for family, kind, _, _, address in socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM):
             with contextlib.suppress(OSError), socket.socket(family, kind) as one:
+                # Connecting a datagram socket sends nothing; it only makes the kernel choose the
+                # route.
                 one.connect(address)
                 return str(one.getsockname()[0]).partition("%")[0]
     return None
@@ -294,6 +298,7 @@ def _admit_ranks(store: KeyValueStore, prefix: str, name: str, deadline: float) 
         token = hashlib.sha256(b"".join(found)).hexdigest()[:16]
         odd = _odd_device(ranks)
         for one in ranks:
+            # Rank 0 reads again and again; an answer that has not changed is not written again.
             if answered.get(one["name"]) != token:
                 answered[one["name"]] = token
                 store.set(f"{prefix}/answer/{one['name']}", odd or token)
@@ -301,10 +306,13 @@ def _admit_ranks(store: KeyValueStore, prefix: str, name: str, deadline: float) 
             error = InputError(odd)
             error.agreed = True
             raise error
+        # Adding 0 reads a counter without waiting for it to exist, which get() would do.
         if store.add(f"{token}/confirmed", 0) == world_size() - 1:
             store.set(f"{token}/go", "go")
             return token
         time.sleep(pause)
+        # Fast where all ranks start together, and no load on the store of 4,096 of them that do
+        # not.
         pause = min(2 * pause, 1.0)
     return None
 
@@ -321,6 +329,7 @@ def _wait_for_admission(
         except RuntimeError:
             return None
         token = store.get(answer).decode()
+        # A token is hexadecimal; a sentence has spaces.
         if " " in token:  # rank 0 refuses, and says why
             error = InputError(token)
             error.agreed = error.quiet = error.secondary = True
@@ -338,6 +347,7 @@ def _wait_for_admission(
 def _odd_device(ranks: Sequence[Mapping[str, str]]) -> str:
     """Say which rank has another type of device than most; nothing where all have the same."""
     kinds = [one["device"] for one in ranks]
+    # Sorted, so that a tie does not depend on the order of a set.
     usual = max(sorted(set(kinds)), key=kinds.count)
     odd = [number for number, kind in enumerate(kinds) if kind != usual]
     if not odd:
@@ -452,6 +462,7 @@ def broadcast_bytes(data: bytes) -> bytes:
     length = torch.tensor([len(data)], dtype=torch.int64, device=device)
     dist.broadcast(length, src=0)
     if dist.get_rank() == 0:
+        # A copy: torch warns of memory that it could write into, and bytes are read-only.
         buffer = torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)).to(device)
     else:
         buffer = torch.empty(int(length), dtype=torch.uint8, device=device)
@@ -485,6 +496,7 @@ def seed_everything(seed: int) -> None:
     import torch
 
     random.seed(seed + rank())
+    # numpy takes 32 bits only.
     np.random.seed((seed + rank()) % 2**32)
     torch.manual_seed(seed + rank())
 
@@ -533,6 +545,7 @@ def _appears(path: Path, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while True:
         try:
+            # Listed, not stat: NFS caches for some seconds that a name was not there.
             if path.name in os.listdir(path.parent):
                 return True
         except OSError:

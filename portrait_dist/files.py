@@ -73,12 +73,16 @@ def atomic_path(path: str | Path, *, durable: bool = False, suffix: str = "") ->
     path = Path(path)
     temporary = temporary_path(path, suffix)
     try:
+        # Here the block fails and the rename: both mean that the file was not written.
         with explained(path):
             yield temporary
             if durable:
+                # Content before name: after a crash of the machine the new name must not lead to an
+                # empty file.
                 _flush(temporary)
             os.replace(temporary, path)
             if durable:
+                # The rename itself is an entry of the folder; without this a crash may undo it.
                 _flush(path.parent)
     finally:
         # The reason of a failure is the first error, not the clean-up's.
@@ -225,6 +229,7 @@ def create_text(path: str | Path, text: str) -> bool:
             except OSError as error:
                 if error.errno not in NO_LINKS:
                     raise
+                # Not atomic, and the best that is left: see the docstring.
                 if path.exists():
                     return False
                 os.replace(temporary, path)
@@ -243,6 +248,7 @@ def remove_abandoned_files(folder: Path) -> None:
     """
     clock = temporary_path(folder / "any")
     with explained(clock):
+        # Not this host's clock: the file server's may be minutes off, and its times are compared.
         clock.touch()
         now = clock.stat().st_mtime
         clock.unlink()
@@ -264,6 +270,7 @@ def remove_abandoned_files(folder: Path) -> None:
 
 def _is_alive(process: int) -> bool:
     try:
+        # Signal 0 only asks whether there is such a process.
         os.kill(process, 0)
     except ProcessLookupError:
         return False
@@ -290,6 +297,7 @@ def open_regular(path: str | Path) -> int:
         OSError: the file is missing or cannot be opened; ``EINVAL`` with "is not a regular file"
             for anything else.
     """
+    # Looked at when it is open, not before: a name can be exchanged between a stat and an open.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
@@ -364,6 +372,8 @@ class ExclusiveLock:
     ) -> None:
         self.path = path
         self._folder = path.is_dir()
+        # lockf wants a descriptor that may write; O_NOFOLLOW keeps a link from leading it
+        # elsewhere.
         flags = os.O_RDONLY if self._folder else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         with explained(path):
             self._descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
@@ -371,6 +381,7 @@ class ExclusiveLock:
         while not self._try():
             holder = self._holder()
             if time.monotonic() - begin >= wait(holder):
+                # Closed before the error: what is raised may be kept, and the descriptor with it.
                 self.release()
                 raise InputError(held(holder or "another process"))
             time.sleep(SECONDS_BETWEEN_TRIES)
@@ -407,6 +418,8 @@ class ExclusiveLock:
     def release(self) -> None:
         """Let another process write."""
         if self._descriptor >= 0:
+            # Closing releases the lock; an unlocked file that still exists is what the next one
+            # takes.
             os.close(self._descriptor)
             self._descriptor = -1
 

@@ -33,6 +33,7 @@ def _planes(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             f"predictions {tuple(preds.shape)} and targets {tuple(target.shape)} must both be "
             "[B, 1, H, W] or [B, H, W]"
         )
+    # Detached and float32: scores must not depend on autocast, nor keep the graph alive.
     planes = (-1, *preds.shape[-2:])
     return preds.detach().float().reshape(planes), target.detach().float().reshape(planes)
 
@@ -151,6 +152,7 @@ def gradient_error(preds: Tensor, target: Tensor) -> Tensor:
         Rhemann et al., "A Perceptually Motivated Online Benchmark for Image Matting", CVPR 2009.
     """
     preds, target = _planes(preds, target)
+    # Convolutions in bfloat16 would drown the differences that are measured.
     with torch.autocast(preds.device.type, enabled=False):
         difference = gradient_magnitude(preds) - gradient_magnitude(target)
     return difference.square().sum((1, 2), dtype=torch.float64) / 1000
@@ -297,6 +299,7 @@ class PrecisionRecall(Metric):
         # Not bincount: on a GPU that one waits for the largest value.
         flat = cell.flatten()
         counts = torch.zeros(2 * bins, dtype=torch.int64, device=flat.device)
+        # Integers: sums are exact, whatever the order of batches and ranks.
         self.counts += counts.scatter_add_(0, flat, torch.ones_like(flat)).view(2, bins)
 
     def compute(self) -> dict[str, Tensor]:

@@ -194,6 +194,7 @@ def cut_out(photo: ImageArray, alpha: Alpha, background: Background | None = Non
     foreground = foreground_colours(photo, alpha)
     scene = background(photo, alpha) if background else None
     if scene is None:
+        # Not multiplied by alpha: PNG and WebP store straight colours.
         return np.dstack([to_bytes(foreground), to_bytes(alpha)])
     return to_bytes(scene + alpha[..., None] * (foreground - scene))
 

@@ -46,6 +46,7 @@ def keep_largest(alpha: Alpha) -> Alpha:
         cv2.distanceTransform(1 - region.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
         for region in (main, others)
     ]
+    # By the nearest region, not by the region itself: soft edges belong to no region.
     return np.where(distances[0] <= distances[1], alpha, np.float32(0))
 
 

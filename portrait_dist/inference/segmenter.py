@@ -247,11 +247,13 @@ class PortraitSegmenter:
         while batch := list(islice(waiting, batch_size)):
             started = list(zip(batch, self._start(batch), strict=True))
             yield from ((photo, row.wait()) for photo, row in before)
+            # One batch behind: the host brings masks to full size while the device computes.
             before = started
         yield from ((photo, row.wait()) for photo, row in before)
 
     def _start(self, batch: Sequence[PreparedPhoto]) -> list[_Row]:
         """Start the network on a batch; inputs of one size go through it together."""
+        # Only "cover" gives inputs of several sizes; the others are one group.
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, photo in enumerate(batch):
             by_size.setdefault((photo.placement.height, photo.placement.width), []).append(i)
@@ -329,6 +331,7 @@ class PortraitSegmenter:
         x = self._calibration_images(photos)
         assert isinstance(self.model, UNet)
         network = int8.quantise(self.model, x[::2])
+        # Compared with float32 on images that the calibration has not seen.
         exact = fused.for_inference(self.model, self.device, "fp32")
         agreement = fused.mask_iou(
             *(fused.binary_masks(form, x[1::2]) for form in (network, exact))
@@ -375,6 +378,7 @@ class _OnTheWay:
     def __init__(self, result: Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None
         if result.device.type == "cuda":
+            # Page-locked: otherwise the copy would wait for the device here.
             host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
             self._host = host.copy_(result, non_blocking=True)
             self._arrived = torch.cuda.Event()

@@ -225,6 +225,7 @@ class Service:
     async def segment(self, request: Request) -> Response:
         """Answer ``POST /segment``."""
         began = time.monotonic()
+        # Before the body is read: what is refused costs no memory.
         if self.working >= self.limits.max_requests:
             busy = _refuse(503, f"{self.working} requests are in work; try again in a second")
             busy.headers["Retry-After"] = "1"
@@ -249,6 +250,7 @@ class Service:
                 plan = _plan_of(request)
                 return await self._image(await _photo_of(request), plan)
         except InputError as error:
+            # One error for all readers of photos; only here it is a status of its own.
             return _refuse(413 if "too many pixels" in str(error) else 400, str(error))
         except DamagedDataError as error:
             return _refuse(422, str(error))
@@ -262,6 +264,7 @@ class Service:
 
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(self._pool, self._prepare, data)
+        # A request that times out here cancels its future, and the network skips the photo.
         small = await asyncio.wrap_future(self._batcher.submit(prepared))
         image = await loop.run_in_executor(self._pool, self._render, prepared, small, plan)
         return Response(image, media_type=MEDIA_TYPES[plan.image_format])
@@ -362,6 +365,7 @@ def run(segmenter: PortraitSegmenter, limits: ServiceLimits, listening: socket.s
     import uvicorn
 
     host = listening.getsockname()[0]
+    # Which names lead to a public address only its owner knows.
     app = create_app(segmenter, limits, host_names=LOCAL_NAMES if host == "127.0.0.1" else ("*",))
     server = uvicorn.Server(
         uvicorn.Config(

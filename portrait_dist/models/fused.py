@@ -42,6 +42,7 @@ def fold_batch_norm(model: UNet) -> UNet:
     ``nn.Identity`` stands where a norm was; with ``norm="group"`` there is nothing to fold. The
     copy's state dict no longer has the Hub model's names: keep the original for checkpoints.
     """
+    # A copy: the checkpoint keeps the names and weights of training.
     folded = copy.deepcopy(model).eval()
     for block in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
         names = [name for name, _ in block.named_children()]
@@ -109,7 +110,6 @@ def compose_kernels(up: Tensor, conv: Tensor) -> Tensor:
         [I, O, 4, 4], transposed, stride 2.
     """
     # Input pixel i reaches up-sampled pixels 2i + a, and tap k of the 3×3 convolution carries
-    # up-sampled pixel u to output pixel u + 1 - k; with padding 1 that is index a + 2 - k here.
     # up-sampled pixel u to output pixel u + 1 - k; with padding 1 that is index a + 2 - k of the
     # 4×4 kernel.
     weight = up.new_zeros(up.shape[0], conv.shape[0], 4, 4)
@@ -230,6 +230,7 @@ def for_inference(
     @torch.no_grad()
     def run(x: Tensor) -> Tensor:
         x = x.to(device, dtype, memory_format=torch.channels_last, non_blocking=True)
+        # The sigmoid in float32: bfloat16 has 8 bits, and near 1 steps of 0.004.
         return torch.sigmoid(logits(x).float())
 
     if batch_shape is not None:
@@ -253,6 +254,7 @@ def _as_it_is(model: MaskNetwork, device: torch.device, *, bf16: bool, compile: 
     @torch.no_grad()
     def run(x: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            # Autocast, not converted weights: a foreign network may compute in float32 on purpose.
             logits = own(x.to(device, non_blocking=True), return_logits=True)
         return torch.sigmoid(logits.float())
 

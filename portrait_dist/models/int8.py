@@ -91,6 +91,7 @@ class ByteConv:
         exact = (
             weight.detach().double() * inputs.step[:, None, None] / output_step[:, None, None, None]
         )
+        # For each output channel: one scale for all would leave the small ones a few steps.
         self.scales = (exact.abs().amax(dim=(1, 2, 3)).clamp_min(1e-30) / 127).float()
         scales = self.scales.double()[:, None, None, None]
         self.weight = (exact / scales).round().clamp(-127, 127).to(torch.int8)
@@ -325,6 +326,7 @@ def _output_steps(inputs: dict[str, tuple[InputRange, ...]]) -> dict[str, Tensor
 
 def _as_bytes(x: Tensor) -> Tensor:
     """Return counts of steps, at least 0, as uint8; overwrites ``x``."""
+    # Only above: what comes here is behind a ReLU.
     rounded = x.clamp_(max=255).round_()
     return rounded.to(torch.int16).to(torch.uint8)  # straight from bfloat16 it takes longer
 
@@ -379,6 +381,7 @@ class _RangeObserver:
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         channels = inputs[0].transpose(0, 1).flatten(1)
         above = max(1, round(CLIPPED_FRACTION * channels.shape[1]))
+        # Over all calibration images: what one of them shows must fit.
         self.largest = torch.maximum(
             self.largest, channels.abs().topk(above, dim=1).values[:, -1].double()
         )

@@ -125,6 +125,7 @@ def find_stall(
     now = time.time() if now is None else now
     if now - max(beat.written for beat in beats.values()) > SECONDS_OF_LIFE:
         return None
+    # The shortest wait of those in front: it began when the last of them arrived.
     seconds = min(beat.idle_seconds + max(0.0, now - beat.written) for beat in waiting)
     world = max(beat.world_size for beat in beats.values())
     late = [rank for rank in range(world) if rank not in beats or beats[rank].collectives < front]
@@ -185,6 +186,7 @@ def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:
     found = {}
     for path in _numbered(folder, r"rank-(\d+)\.json"):
         try:
+            # The file server's time: the clocks of two nodes may differ by more than a stall takes.
             written = path.stat().st_mtime
             values = json.loads(files.read_regular(path, MOST_BYTES))
             beat = Heartbeat(**{**values, "written": written})
@@ -192,6 +194,7 @@ def read_heartbeats(folder: Path) -> dict[int, Heartbeat]:
             continue
         if _is_sound(beat):
             found[beat.rank] = beat
+    # An earlier attempt may have had more ranks and left their files.
     world = max((beat.world_size for beat in found.values()), default=0)
     return {rank: beat for rank, beat in sorted(found.items()) if rank < world}
 
@@ -235,6 +238,7 @@ def operations_of(record: object) -> dict[int, str]:
             continue
         number, name = entry.get("collective_seq_id"), entry.get("profiling_name")
         group = entry.get("process_group")
+        # Only those of the default group, "0", are counted by the heartbeats.
         of_all_ranks = isinstance(group, list | tuple) and list(group)[:1] == ["0"]
         if of_all_ranks and type(number) is int and isinstance(name, str):
             found[number] = name.rpartition(":")[2][:40]  # gloo:all_reduce, nccl:all_reduce

@@ -91,8 +91,11 @@ class Attempt:
             return StopReason.FINISHED
         if self.cancelled:
             return StopReason.CANCELLED
+        # Before the exit codes: torchrun ends with another code where the nodes stop a moment
+        # apart.
         if self.signal_name or (self.last and self.last.kind == "stop"):
             return StopReason.STOPPED
+        # Both: srun gives the highest code of any node, and torchrun 1 for most failures.
         codes = {self.exit_code, exit_code_of(self.error)}
         refused = codes & {InputError.exit_code, DamagedDataError.exit_code}
         if refused or (self.error and self.error.requeue is False):
@@ -192,6 +195,7 @@ def run_job(arguments: Sequence[str]) -> int:
     )
     ranks = ["train", *arguments]
     command = srun_command(allocation, first_address(allocation), logs, ranks)
+    # Before the check of the nodes: a signal during it must not be lost.
     folder, relay = RunFolder(settings.run_dir), SignalRelay()
     sick: Sequence[NodeReport] = ()
     if settings.run.check_nodes:
@@ -247,8 +251,7 @@ class SignalRelay:
     """Notes the signals that SLURM sends to the batch script, and passes USR2 on to srun.
 
     TERM reaches the ranks from SLURM itself, and of several USR2 only the first is passed on: a
-        second signal would end torchrun
-    before the ranks have saved.
+    second signal would end torchrun before the ranks have saved.
     """
 
     SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -274,6 +277,7 @@ class SignalRelay:
     def _pass_on(self) -> None:
         first_is_usr2 = self.received[:1] == ["SIGUSR2"]
         if self._child and first_is_usr2 and not self._passed_on:
+            # Before sending: a second signal may interrupt this handler.
             self._passed_on = True
             self._child.send_signal(signal.SIGUSR2)
 
@@ -320,6 +324,7 @@ def supervise(
     # By their number, not by their time: the clocks of two nodes differ.
     events = Events(tuple(found)[before:], found.skipped)
     return Attempt(
+        # As a shell says it: a negative code is the signal that killed srun.
         exit_code=exit_code if exit_code >= 0 else 128 - exit_code,
         signal_name=relay.received[0] if relay.received else "",
         last=events[-1] if events else None,
@@ -342,6 +347,7 @@ def first_failed_node(path: Path, allocation: Allocation, events: Events) -> str
         attempt, node, moment = (line.get(name) for name in ("attempt", "node", "time"))
         if attempt == allocation.restarts + 1 and isinstance(moment, int | float):
             found.append((moment, str(node)))
+    # By the time of the failure: the nodes write in any order.
     return min(found)[1] if found else ""
 
 
@@ -419,6 +425,7 @@ def nodes_to_exclude(path: Path) -> list[str]:
     failures = Counter(record.failed_node for record in records if record.failed_node)
     found = [str(node) for record in records for node in record.sick_nodes]
     found += [node for node, count in failures.items() if count >= FAILURES_OF_A_NODE]
+    # Each once, in the order in which they were found: the oldest trouble first.
     return list(dict.fromkeys(found))[:MOST_EXCLUDED]
 
 
@@ -438,10 +445,12 @@ def requeue(allocation: Allocation, excluded: Sequence[str] = ()) -> int:
         allocation: what SLURM gave the job.
         excluded: nodes that the next attempt should not get.
     """
+    # Planned before the requeue, after which SLURM ends this process's children.
     exclusion = plan_exclusion(allocation, excluded) if excluded else None
     asked = scontrol("requeue", str(allocation.job))
     if asked.returncode:
         state = job_state(allocation.job)
+        # SLURM was faster (a lost node, preemption) and refuses a second requeue.
         if state in REQUEUED_BY_SLURM:
             log(f"SLURM requeues it ({state})")
         else:

@@ -55,6 +55,7 @@ class RankLogs(DefaultLogsSpecs):
         names = {local: self.folder / self._name(variables) for local, variables in envs.items()}
         out = {local: f"{name}.out" for local, name in names.items()}
         err = {local: f"{name}.err" for local, name in names.items()}
+        # torchrun's own names lie in a folder of each node's disk and do not say the global rank.
         return dataclasses.replace(
             super().reify(envs), stdouts=out, stderrs=err, tee_stdouts=out, tee_stderrs=err
         )
@@ -107,6 +108,7 @@ def launch_config(allocation: Allocation, node: int, address: str) -> LaunchConf
         max_restarts=environment_number("MAX_RESTARTS"),
         rdzv_backend="c10d",
         rdzv_endpoint=f"{address}:{allocation.port}",
+        # Said, not guessed: torch compares host names, which differ between SLURM and the resolver.
         rdzv_configs={"is_host": node == 0},
         run_id=f"{allocation.job}-{allocation.attempt}",
         signals_to_handle=SIGNALS,

@@ -109,6 +109,7 @@ def check_node(logs: str, device: str) -> int:
 
 def _folder_problems(logs: Path) -> Iterator[str]:
     """Write into the shared folder, and compare its clock with this node's."""
+    # A name of its own: all nodes write into this folder at once.
     path = files.temporary_path(logs / "check")
     try:
         with files.explained(path):
@@ -168,6 +169,7 @@ def _gpu_problems(gpus: int) -> Iterator[str]:
 def _row_problems(row: Sequence[str]) -> Iterator[str]:
     """Look at a GPU's memory in MiB and its count of uncorrected memory errors."""
     numbers = [int(cell) if cell.isdecimal() else None for cell in row]
+    # A GPU without such a counter says "[N/A]", which became None above.
     used, total, errors = (*numbers, None, None, None, None)[1:4]
     if used is not None and total and used > TAKEN_MEMORY * total:
         yield f"{used:,} of {total:,} MiB of GPU {row[0]} are in use by another process"

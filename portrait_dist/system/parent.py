@@ -50,6 +50,7 @@ def ending_with_it(what: str, *, if_true: bool = True) -> Iterator[None]:
                 line = f"portrait-dist: {what} has ended, so this process ends before its start\n"
                 with contextlib.suppress(OSError):
                     os.write(2, line.encode())
+                # Not sys.exit: this is a thread, and the main one hangs in native code.
                 os._exit(1)
 
     watcher = threading.Thread(target=watch, name="parent-watch", daemon=True)

@@ -80,6 +80,7 @@ class AverageOfBest:
             if self.sign * value <= self.sign * ranked[0].value:
                 return False
             ranked = ranked[1:]
+        # An epoch that was run twice after a crash counts once.
         kept = [member for member in ranked if member.epoch != epoch]
         self.members = tuple(sorted([*kept, Snapshot(epoch, value)], key=lambda one: one.epoch))
         return True
@@ -103,6 +104,7 @@ class AverageOfBest:
         """
         members = self.members if members is None else members
         states = [self.path(member.epoch) for member in members]
+        # Read from the files, not from memory: a resumed run averages to the same bit.
         mean, newest = mean_of_files(states)
         own = dict(newest.get("portrait_dist") or {})
         own["averaged"] = [asdict(member) for member in members]

@@ -113,9 +113,11 @@ class DeviceBatches:
         self._iterator = iter(self.loader) if cut is None else cut(last)
         for done in range(self.position.batches + 1, last + 1):
             batch = self._fetch() if self._wait_for_loader() else None
+            # After the wait, with or without a batch: every rank calls it equally often.
             self.gave_up = self._agree(self.gave_up)
             if batch is None or self.gave_up:
                 return
+            # Before the yield: what is saved during the step counts its batch as done.
             self.position = self._position(done)
             self.samples += samples_in(batch)
             yield batch

@@ -56,6 +56,7 @@ def reporting_failures(report: FailureReport, signals: StopSignals) -> Iterator[
     except Stopped as stopped:
         if distributed.rank() == 0:
             report.write("stop", stopped, str(stopped), **stopped.position)
+        # All ranks stop at the same step: one line and one JSON object are enough.
         stopped.quiet = stopped.secondary = distributed.rank() != 0
         distributed.stop()
         raise
@@ -64,6 +65,7 @@ def reporting_failures(report: FailureReport, signals: StopSignals) -> Iterator[
             if distributed.rank() == 0:
                 report.write("error", error, str(error))
             raise
+        # The store decides: clocks of two nodes do not say who was first.
         first = distributed.first_to_fail()
         if first != distributed.rank():
             _let_another_rank_leave_first(signals)
@@ -101,5 +103,6 @@ def _because_of(first: int) -> PortraitDistError:
 
 def _let_another_rank_leave_first(signals: StopSignals) -> None:
     deadline = time.monotonic() + SECONDS_FOR_THE_FIRST
+    # Until torchrun, told by the first one's exit, sends this rank its signal.
     while time.monotonic() < deadline and not signals.received:
         time.sleep(0.1)

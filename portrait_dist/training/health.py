@@ -296,6 +296,7 @@ class Health:
         now = time.perf_counter()
         self._spent[self.activity] += now - self._since
         self.activity, self._since = activity, now
+        # The end of the forward on the device: the backward, which waits for others, comes next.
         if activity is Activity.EXCHANGE and self._forward and self._forward[1] is None:
             self._forward = (self._forward[0], _event())
 
@@ -371,12 +372,14 @@ class Health:
 
     def _times(self) -> tuple[float, float, float, float]:
         """Return seconds of steps, data, compute and other since the last exchange."""
+        # Books the time of what runs now, which has not ended.
         self.enter(self.activity)
         spent = self._spent
         step = sum(spent.values()) - spent[Activity.OUTSIDE]
         if self.device.type != "cuda":
             return step, spent[Activity.DATA], spent[Activity.COMPUTE], spent[Activity.OTHER]
         compute, forward = 0.0, self._forward
+        # Asked, not waited for: a step that the device has not finished is simply not timed.
         if forward and forward[1] is not None and forward[1].query():
             compute = forward[0].elapsed_time(forward[1]) / 1e3 * self._steps
         self._forward = None
@@ -393,6 +396,7 @@ class Health:
             return None
         rows = torch.stack(everyone)
         self._sums = rows if self._sums is None else self._sums + rows
+        # A single slow step is noise; a rank is called slow over seconds.
         if float(self._sums[0, 0]) < self._window:
             return None
         rows, self._sums = self._sums, None
@@ -480,6 +484,7 @@ class _Heart(threading.Thread):
 
     def _beat(self) -> None:
         health = self.health
+        # Read from a thread: the training thread may hang within a collective.
         at = (_collectives_begun(), health.batches)
         now = time.monotonic()
         if at != self._last:
@@ -509,6 +514,7 @@ def _overwrite(path: Path, text: str) -> None:
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
+        # Written, then cut: the other order leaves an empty file for a moment.
         os.ftruncate(descriptor, os.pwrite(descriptor, text.encode(), 0))
     finally:
         os.close(descriptor)
@@ -558,6 +564,7 @@ def explain(error: BaseException, folder: RunFolder) -> Stall | None:
         sign in str(error).lower() for sign in ("timed out", "timeout")
     ):
         return None
+    # The record is a help; without it the heartbeats still say which rank is missing.
     with contextlib.suppress(OSError, ValueError):
         write_collectives(folder)
     return find_stall(folder.health, least_seconds=0.0)

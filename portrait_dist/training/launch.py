@@ -76,8 +76,10 @@ def run(ranks: int, arguments: Sequence[str]) -> TrainResult:
     """
     if "RANK" in os.environ:
         raise InputError("--nproc: this process is a rank already; start it without torchrun")
+    # torchrun would give each rank one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // ranks)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    # After the check above: torch costs seconds.
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -162,6 +164,7 @@ def _after_signal(outputs: dict[int, dict[str, Any]], signalled: SignalException
 def _failure(outputs: dict[int, dict[str, Any]], failed: ChildFailedError) -> PortraitDistError:
     """Make the error of the rank that has the reason."""
     codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
+    # A rank that tells something has the reason; the others fail in its wake.
     code = next((code for code in codes.values() if code in TELLING), 1)
     reasons = [output for output in outputs.values() if output.get("exit_code") == code]
     if reasons:

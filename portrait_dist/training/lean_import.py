@@ -100,6 +100,7 @@ class _StandInModule(types.ModuleType):
     __version__ = "0"
 
     def __getattr__(self, name: str) -> Any:
+        # Python itself asks for such names (__path__, __wrapped__); they must be missing.
         if name.startswith("__"):
             raise AttributeError(name)
         path = f"{self.__name__}.{name}"
@@ -164,10 +165,8 @@ def lean_import(
     """Import a package with stand-ins for what it never runs here, and without its side effects.
 
     ``sys.argv`` and ``sys.excepthook`` are as before afterwards. What a failed import of the
-    package has left in
-    ``sys.modules`` is removed first. A package that is imported already is returned as it is, with
-    the names of
-    ``replaced`` exchanged in all its modules.
+    package has left in ``sys.modules`` is removed first. A package that is imported already is
+    returned as it is, with the names of ``replaced`` exchanged in all its modules.
 
     Args:
         package: top-level package.
@@ -204,7 +203,9 @@ def _replace_names(package: str, replaced: Mapping[str, Mapping[str, Any]]) -> N
         for member, new in members.items():
             old = getattr(module, member, new)
             if old is not new:
+                # By identity: equal objects of other modules are not meant.
                 new_by_old[id(old)] = new
+    # A copy: looking at a module's names may import others.
     for name, module in list(sys.modules.items()):
         if name == package or name.startswith(package + "."):
             for member, value in list(vars(module).items()):

@@ -94,6 +94,7 @@ def to_float32(outputs: object) -> Any:
     """Convert all floating-point tensors of nested tuples, lists and dicts to float32."""
     if isinstance(outputs, torch.Tensor):
         return outputs.float() if outputs.is_floating_point() else outputs
+    # A named tuple takes its values one by one, a tuple all in one.
     if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):  # a named tuple
         return type(outputs)(*map(to_float32, outputs))
     if isinstance(outputs, (tuple, list)):
@@ -209,6 +210,7 @@ class LossMeter:
 
     def update(self, value: torch.Tensor, batch_size: int) -> None:
         """Add a batch: ``value`` are its mean losses, shape [n]; ``batch_size`` its samples."""
+        # float64: the sum of a long epoch in float32 would lose its last batches' digits.
         weighted = value.detach().to(torch.float64) * batch_size
         self.sum = weighted if self.sum is None else self.sum + weighted
         self.count += batch_size
@@ -280,5 +282,6 @@ def weights_are_finite(net: nn.Module) -> bool:
     parameters = [one.detach() for one in net.parameters() if one.is_floating_point()]
     if not parameters:
         return True
+    # One kernel for all tensors, and one number each: a NaN or infinity survives the maximum norm.
     largest = torch._foreach_norm(parameters, float("inf"))
     return bool(torch.isfinite(torch.stack(largest)).all())

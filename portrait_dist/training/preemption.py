@@ -72,6 +72,7 @@ class StopSignals:
         return self._first
 
     def _record(self, number: int, frame: FrameType | None) -> None:
+        # The first one says why; what follows it (torchrun sends TERM after any of them) does not.
         if not self._first:
             self._first = signal.Signals(number).name
 
@@ -82,6 +83,7 @@ class StopSignals:
 def _request_signal_at_parents_death(number: signal.Signals | None) -> None:
     """Set PR_SET_PDEATHSIG of this process, or clear it with None. Linux only."""
     if sys.platform == "linux":
+        # Python has no wrapper for prctl.
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number or 0), 0, 0, 0)
 
 
@@ -118,6 +120,8 @@ class Agreement:
             import torch.distributed as dist
 
             timeout = timedelta(seconds=timeout_seconds)
+            # Of its own: on NCCL the number would queue behind the gradients, and reading it would
+            # wait for the device.
             self.group = dist.new_group(backend="gloo", timeout=timeout)
 
     def start_epoch(self, steps: int) -> None:
@@ -158,6 +162,7 @@ class Agreement:
         import torch.distributed as dist
 
         tensor = torch.tensor([self._request], dtype=torch.int32)
+        # Taken over by this exchange; a STOP is asked again at the next step, for its signal stays.
         self._request = NOTHING
         work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
         self._pending = (work, tensor)
@@ -191,6 +196,7 @@ class StopNotice:
         """Return whether any rank asked for a stop. ``request``: does this one?"""
         if not distributed.is_initialized() or distributed.world_size() == 1:
             return request
+        # Written once; the key stays, for every rank to find whenever it looks.
         if request and not self._announced:
             self._announced = True
             _asked(lambda store: store.set(self.KEY, "1"))

@@ -37,6 +37,7 @@ class BackgroundWriter:
 
     def check(self) -> None:
         """Raise the error of the last job if it has failed by now; do not wait."""
+        # Set last by the thread, so a plain look at it is enough.
         if self._error is not None:
             self.join()
 
@@ -81,6 +82,7 @@ class EpochFiles:
     averaged: bool = False
 
     def __post_init__(self) -> None:
+        # Of this epoch: the thread writes while the next epoch changes the average.
         self.members = () if self.average is None else self.average.members
 
     def write(
@@ -103,6 +105,7 @@ class EpochFiles:
             average.save(self.epoch, self.snapshot())
         if self.best and self.best_state is None:
             write(self.best, self.state)
+            # The same bytes under both names: written and flushed once (124 MB).
             link(self.best, self.latest)
         else:
             if self.best and self.best_state is not None:

@@ -76,6 +76,7 @@ class _RunFolderLog:
         if not logger.handlers:
             logger.setLevel(logging.INFO if distributed.rank() == 0 else logging.ERROR)
             logger.propagate = False
+            # On the logger for its own lines; the handlers below filter those of its children.
             logger.addFilter(_is_true_here)
             logger.addHandler(_with_format(logging.StreamHandler()))
         return cls
@@ -166,6 +167,7 @@ def import_super_gradients() -> types.ModuleType:
     Raises:
         InputError: it is not installed.
     """
+    # Looked for, not tried: a failed import would leave half of it in sys.modules.
     if importlib.util.find_spec("super_gradients") is None:
         raise InputError(
             "SuperGradients is not installed: pip install --no-deps super-gradients==3.7.1 "
@@ -254,6 +256,7 @@ _compute_dice = _segmentation_metrics.Dice.compute
 def _compute_dice_from_a_copy(self: Any) -> torch.Tensor:
     """Compute Dice. SuperGradients' function clears the ignored class in the counts it is given."""
     self.check_classes()
+    # The original is put back: a resumed epoch adds to these counts.
     counts, self.confmat = self.confmat, self.confmat.clone()
     try:
         return _compute_dice(self)
@@ -291,6 +294,7 @@ class _JoinedSystemMonitor(_monitoring.SystemMonitor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._started, self._closing = threading.Event(), threading.Event()
         super().__init__(*args, **kwargs)
+        # The thread names itself when it runs, and close() has to find it.
         self._started.wait()
         for statistic in self.stat_aggregators:
             # TensorBoard sorts by name: 'system' behind 'loss', 'System' before it.
@@ -324,6 +328,7 @@ def use_device(device: torch.device) -> None:
     """
     device_config.device = str(device)
     ranks = distributed.is_initialized()
+    # -1 is SuperGradients' word for a process without DDP.
     device_config.assigned_rank = distributed.rank() if ranks else -1
     device_config.multi_gpu = MultiGPUMode.DISTRIBUTED_DATA_PARALLEL if ranks else MultiGPUMode.OFF
 
@@ -375,10 +380,9 @@ class AdaptedTrainer(Trainer):
     """SuperGradients' Trainer with its private steps turned into public methods.
 
     A training without ``resume`` never writes into a folder that holds a run: the first run of a
-    name lies in
-    ``<ckpt_root_dir>/<experiment_name>/``, later ones in ``RUN_<date and time>`` folders in it, as
-    stock SuperGradients names them. ``resume=True`` continues the latest of them,
-    ``run_id="RUN_…"`` that one.
+    name lies in ``<ckpt_root_dir>/<experiment_name>/``, later ones in ``RUN_<date and time>``
+    folders in it, as stock SuperGradients names them. ``resume=True`` continues the latest of
+    them, ``run_id="RUN_…"`` that one.
 
     Args:
         experiment_name: name of the run.
@@ -781,6 +785,7 @@ class AdaptedTrainer(Trainer):
 
     def _init_monitored_items(self) -> None:
         average = self.training_params.average_best_models
+        # Otherwise it makes an average of its own, which unpickles and rewrites all snapshots.
         self.training_params.average_best_models = False
         super()._init_monitored_items()
         self.training_params.average_best_models = average
@@ -855,6 +860,7 @@ class AdaptedTrainer(Trainer):
         if not path.is_file():  # save_model=False
             return
         net = unwrap_model(self.net)
+        # The last weights come back: train() returns with the network that it trained.
         kept = copy.deepcopy(net.state_dict())
         net.load_state_dict(checkpoints.read(path)["net"])
         context.update_context(epoch=self.max_epochs)
@@ -906,6 +912,7 @@ class AdaptedTrainer(Trainer):
         found: dict[str, Any] = {}
         for name, metric in metrics.items(keep_base=True, copy_state=False):
             if metric._update_count:
+                # compute() would be a collective, and only this rank shows a line now.
                 synchronises, metric._to_sync = metric._to_sync, False
                 try:
                     found[name] = metric.compute()
@@ -965,6 +972,7 @@ class FusedEMA(ModelEMA):
         The lists of tensors are kept: making two state dicts costs 0.7 ms of each step, the update
         0.05 ms. Training, loading and broadcasting change the tensors in place.
         """
+        # By identity: the lists are of this network's own tensors.
         if self._model is not model:
             self._model, self._tensors = model, self._pair_up(unwrap_model(model))
         ours, theirs = self._tensors

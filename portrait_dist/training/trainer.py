@@ -214,6 +214,8 @@ class PortraitTrainer(AdaptedTrainer):
             **_NO_BUFFER_SYNC,  # rank 0's statistics are broadcast once, before validation
             gradient_as_bucket_view=True,
             static_graph=uniform and accumulate == 1,  # no_sync() changes the graph
+            # The search costs a walk over the graph in each step, so not where it is known to be
+            # vain.
             find_unused_parameters=not uniform,
         )
 
@@ -278,6 +280,7 @@ class PortraitTrainer(AdaptedTrainer):
             self.training_params.clip_grad_norm,
             self._update_ema(context.epoch) if self.ema else None,
         )
+        # A new one for each epoch: losses of an interrupted one would name the wrong step.
         self.losses = LossWatch()
         self.agreement.start_epoch(steps_of(total - done, self.batch_accumulate))
         title = f"epoch {context.epoch + 1}/{self.max_epochs}"
@@ -286,6 +289,7 @@ class PortraitTrainer(AdaptedTrainer):
             with EpochProgress(title, total, done, show) as progress, contextlib.closing(batches):
                 hooks = _TrainingHooks(self, context, learner, batches, progress, health)
                 loop.train_epoch(learner, batches, hooks, done=done)
+            # What follows waits for the other ranks and for files, which is no stalled step.
             health.enter(Activity.OTHER)
             if batches.gave_up:
                 self._stop_without_server(context, batches.position)
@@ -305,6 +309,7 @@ class PortraitTrainer(AdaptedTrainer):
         """
         dataset = getattr(self.train_loader, "dataset", None)
         may_wait = bool(getattr(getattr(dataset, "shards", None), "may_wait", False))
+        # The exchange takes longer than a step there; such a wait ends with the step timeout.
         if distributed.world_size() > MOST_RANKS_TO_ASK:
             may_wait = False
         if not self.agreement.any_rank(may_wait):
@@ -327,9 +332,11 @@ class PortraitTrainer(AdaptedTrainer):
         """Begin an epoch or take up an interrupted one; return how many batches are done."""
         loader, epoch = self.train_loader, context.epoch
         resumed = self.checkpoint.get("portrait_dist", {}) if epoch == self.start_epoch else {}
+        # Taken over below; its tensors need not stay in memory for the whole run.
         self.checkpoint = {}
         if resumed:
             state.restore_random_state(resumed.get("ranks", []))
+            # A checkpoint holds NCHW, and fused optimisers want the layout of the parameters.
             if self.options.channels_last:
                 state.lay_out_as_parameters(self.optimizer)
         position = resumed.get("position")
@@ -341,6 +348,7 @@ class PortraitTrainer(AdaptedTrainer):
             return 0
         meter = context.loss_avg_meter
         state.restore_sums(resumed["ranks"], meter, self.train_metrics, self.torch_device)
+        # A rank may resume behind its last batch: nothing else would name the losses then.
         if meter.sum is not None and self.loss_logging_items_names is None:
             self.name_losses()
         if not hasattr(loader, "load_state_dict"):
@@ -401,12 +409,14 @@ class PortraitTrainer(AdaptedTrainer):
 
     def between_steps(self, context: PhaseContext, index: int, position: Position) -> None:
         """Save, stop or fail where all ranks agree. Called after each optimiser step."""
+        # A failed checkpoint ends the run at the next step, not at the end of the epoch.
         self.saver.check()
         options, batch = self.options, index + 1 + self.steps_per_epoch * context.epoch
         agreed = self.agreement.exchange(self._request())
         due = options.save_every_steps and batch % options.save_every_steps == 0
         if agreed == NOTHING and not due:
             return
+        # A checkpoint may take longer than any step; that is no rank that hangs.
         with self.start_health().long_wait():
             self._act_on(agreed, context, index, position)
 
@@ -422,6 +432,7 @@ class PortraitTrainer(AdaptedTrainer):
 
     def _request(self) -> int:
         """Return what this rank wants to happen."""
+        # `bad`, not first_bad(): that would wait for the device in each step.
         if self.losses.bad is not None:
             return FAIL
         if self.signals.received:
@@ -437,6 +448,7 @@ class PortraitTrainer(AdaptedTrainer):
         self.agreement.finish()
         with self.start_health().long_wait():
             where = f"epoch {context.epoch + 1}, waiting for batch {position.batches + 1}"
+            # Gradients of a half step stand in no checkpoint.
             if position.batches % self.batch_accumulate == 0:
                 self._save_within_epoch(context, position)
             self._stop(context, where)
@@ -448,9 +460,11 @@ class PortraitTrainer(AdaptedTrainer):
                 self._save_within_epoch(context, position)
                 self._stop(context, f"the end of epoch {context.epoch + 1}")
         self._raise_if_diverged(context)
+        # Now, on every rank: save_epoch runs on rank 0 alone, after the validation.
         self._rank_states = self._gather_states()
         self._last_position = position
         sums = state.sums_so_far(context.loss_avg_meter, self.train_metrics)
+        # A copy: the metrics are reset before a stop in the validation could save them.
         self._sums_of_training = checkpoints.host_copy(sums)
 
     def _gather_states(self, sums: state.Sums | None = None) -> list[state.RankState] | None:
@@ -490,11 +504,13 @@ class PortraitTrainer(AdaptedTrainer):
         """
         bad = self.losses.first_bad()
         broken = bad is None and not loop.weights_are_finite(unwrap_model(self.net))
+        # A flag first: objects are gathered only where there is something to tell.
         flag = torch.tensor([float(bad is not None or broken)], device=self.torch_device)
         distributed.sum_over_ranks([flag])
         if flag.item() == 0:
             return
         found = [step for step in distributed.gather_objects(bad) if step is not None]
+        # The earliest step: the all-reduce of its gradients has spoilt the other ranks after it.
         first = min(found, key=lambda step: (step.index, step.rank), default=None)
         error = self._diverged(context.epoch, first)
         error.agreed, error.quiet = True, distributed.rank() != 0
@@ -540,6 +556,8 @@ class PortraitTrainer(AdaptedTrainer):
             return
         means = context.loss_avg_meter.average
         losses = dict(zip(self.loss_logging_items_names, means, strict=False))
+        # On a terminal the bar is redrawn often; metrics.jsonl and TensorBoard get the interval
+        # only.
         if self._at_log_interval(index) or not progress.on_terminal:
             for callback in self.phase_callbacks:
                 if hasattr(callback, "on_interval"):
@@ -580,6 +598,8 @@ class PortraitTrainer(AdaptedTrainer):
     ) -> dict[str, float]:
         """Evaluate every sample of ``loader`` once; sums are reduced over the ranks at the end."""
         context.update_context(loss_avg_meter=LossMeter())
+        # Without DDP: ranks may have different numbers of batches, and its forward may talk to
+        # them.
         net = unwrap_model(self.net)
         self._broadcast_buffers(net)
         limit = len(loader) if max_batches is None else min(max_batches, len(loader))
@@ -651,9 +671,12 @@ class PortraitTrainer(AdaptedTrainer):
             self._images = {"size": list(info.size), "aspect": info.aspect}
         best = info.best_metric if info.best_metric is not None else info.acc or 0.0
         if distributed.rank() == 0:
+            # A kill between the two files leaves a best checkpoint that is newer than the latest
+            # one.
             saved = Path(self.checkpoints_dir_path) / params.ckpt_best_name
             if saved.is_file() and (value := checkpoints.read_info(saved).acc) is not None:
                 best = (max if params.greater_metric_to_watch_is_better else min)(best, value)
+            # Weights taken from another folder bring no snapshots along.
             if self.average is not None and Path(info.path).parent.samefile(saved.parent):
                 self.average.resume(info.averaged)
         self.best_metric = best  # only rank 0 compares with it
@@ -735,6 +758,7 @@ class PortraitTrainer(AdaptedTrainer):
                 "samples_seen": self.samples_seen,
                 "world_size": distributed.world_size(),
                 "ranks": self._rank_states,
+                # A whole epoch; _save_within_epoch sets it.
                 "position": None,
                 "averaged": averaged,
             },
@@ -850,6 +874,7 @@ class _TrainingHooks:
         self.callbacks.on_train_batch_loss_end(self.context)
         if index == 0:
             trainer._epoch_start_logging_values = trainer._get_epoch_start_logging_values()
+        # From here on a rank may wait for the others: DDP exchanges gradients in the backward.
         self.health.enter(Activity.EXCHANGE)
 
     def backward_end(self) -> None:
@@ -865,6 +890,7 @@ class _TrainingHooks:
     def batch_end(self, index: int, batch: object) -> None:
         trainer = self.trainer
         self.callbacks.on_train_batch_end(self.context)
+        # Every rank has as many: training drops what fills no global batch.
         trainer.samples_seen += samples_in(batch) * distributed.world_size()
         if index == self.learner.group(index)[-1]:
             trainer.between_steps(self.context, index, self.batches.position)
@@ -912,6 +938,7 @@ class _EvaluationHooks:
     def batch_end(self, batch: Any, outputs: Any, targets: Any, predictions: Any) -> bool:
         trainer = self.trainer
         self.context.update_context(preds=predictions, batch=batch)
+        # Trainer.test takes a network without a loss.
         if trainer.criterion is not None:
             self.context.update_context(loss_log_items=trainer.compute_loss(outputs, targets)[1])
         self.after(self.context)

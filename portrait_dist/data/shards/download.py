@@ -151,6 +151,7 @@ def download(
         try:
             _download(address, file, sha256, size, limit, options, cancelled)
         except FetchError:
+            # Bytes of a wrong file must not become the beginning of the next attempt.
             part.unlink(missing_ok=True)
             raise
 
@@ -260,6 +261,8 @@ def retry(
             if (lasting := _lasting(error, address, failures)) is not None:
                 raise lasting from error
             reason = _reason(error)
+        # What brought bytes was a success for the pause: a link that drops every minute is no
+        # outage.
         if (length := reached()) > furthest:
             failures, furthest = 1, length
         left = pace.seconds_left(length)
@@ -311,6 +314,7 @@ _report_lock = threading.Lock()
 
 def _report(address: str, reason: str, left: float, options: DownloadOptions) -> None:
     """Say what is waited for: once a minute for each server, however many threads wait."""
+    # By server, not by file: thousands of shards wait for the same one.
     server, now = urlsplit(redact(address)).netloc or redact(address), time.monotonic()
     with _report_lock:
         if now - _reported.get(server, -1e9) < options.report_seconds:
@@ -340,6 +344,7 @@ def _copy(
             )
         most = limit if expected is None else expected
         with _local_disk():
+            # A server without ranges begins anew, and ours may be longer than what it has.
             file.truncate(answer.start)
         length = begin = file.seek(0, io.SEEK_END)
         pace = _Pace(options.minimum_bytes_per_second, options.timeout_seconds, length)
@@ -350,6 +355,8 @@ def _copy(
                     length, chunk = length + written, chunk[written:]
             pace.check(length)
         with _local_disk():
+            # Before the rename that makes it a shard: a crash must not leave a name without its
+            # bytes.
             os.fsync(file.fileno())
     # A body without a length ends like one that was cut; one that adds nothing to ours is whole.
     cut = answer.total is not None or (not answer.framed and (length > begin or length == 0))
@@ -378,6 +385,7 @@ def open_part(path: Path) -> io.FileIO:
     Raises:
         OSError: it cannot be opened, is a link, or is no regular file.
     """
+    # O_NONBLOCK: opening what somebody put there, such as a device, must not wait.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o600)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -442,6 +450,7 @@ class _BoundedHead(http.client.HTTPConnection):
     def getresponse(self) -> http.client.HTTPResponse:
         """Return the answer, or fail when its head takes longer than ``timeout`` seconds."""
         expired = threading.Event()
+        # Only shutting the socket down wakes a thread that reads from it; closing does not.
         timer = threading.Timer(self.timeout or 0.0, _shut_down, [self.sock, expired])
         timer.daemon = True
         timer.start()
@@ -499,7 +508,9 @@ def _open_http(address: str, start: int, timeout: float) -> _Answer:
             ) from error
         raise
     length = response.headers.get("Content-Length", "")
+    # isdecimal takes digits of all scripts, and int() numbers of any length: both are hostile here.
     total = int(length) if length.isascii() and length.isdecimal() and len(length) < 20 else None
+    # A server may answer 206 with another range than the one asked for.
     resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(
         f"bytes {start}-"
     )
@@ -518,6 +529,7 @@ def _request(address: str) -> urllib.request.Request:
     request = urllib.request.Request(quote(bare, safe=string.punctuation))
     if at:
         token = base64.b64encode(unquote(user if ":" in user else f"{user}:").encode()).decode()
+        # Unredirected: urllib would carry a plain header to whatever host it is sent on to.
         request.add_unredirected_header("Authorization", f"Basic {token}")
     return request
 

@@ -156,6 +156,7 @@ def _inflate(data: bytes | memoryview, header: Header) -> Pixels:
     """Return filtered rows, uint8 [H, 1 + W·bytes per pixel], each behind its filter's number."""
     stride = 1 + header.width * header.bytes_per_pixel
     try:
+        # The size is known: otherwise the buffer grows by doubling, and is copied each time.
         raw = isal_zlib.decompress(data, bufsize=header.height * stride)
     except isal_zlib.IsalError as error:  # type: ignore[misc]  # its stub takes the class for an instance
         raise ValueError(str(error)) from error
@@ -183,6 +184,7 @@ def _assemble(rows: Pixels, compressed: bytes) -> bytes:
     header = struct.pack(">IIBBBBB", rows.shape[1] - 1, rows.shape[0], 8, GREY, 0, 0, 0)
     parts = [_SIGNATURE]
     for kind, data in ((b"IHDR", header), (b"IDAT", compressed), (b"IEND", b"")):
+        # The checksum covers type and data (5.3); begun at the type, the two need not be joined.
         checksum = isal_zlib.crc32(data, isal_zlib.crc32(kind))
         parts += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", checksum)]
     return b"".join(parts)

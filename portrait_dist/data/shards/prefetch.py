@@ -44,6 +44,7 @@ class Prefetcher:
 
     def handed_out(self, batches: int) -> None:
         """Note how many batches the consumer has: the shards of these make room for others."""
+        # Without a bound nothing waits for room, and nothing has to be counted.
         if self._room is not None:
             with self._changed:
                 self._handed_out = batches

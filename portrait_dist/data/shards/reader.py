@@ -200,8 +200,10 @@ class ShardSet:
         if not self.fits_cache:
             return LEAST_OPEN
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # "No limit" is -1 as a number, which would leave no room at all.
         soft = MOST_OPEN * 2 if soft == resource.RLIM_INFINITY else soft
         most = min(soft - RESERVED_DESCRIPTORS - distributed.world_size(), MOST_OPEN)
+        # The training and the validation split are open at the same time: each gets its part.
         everyones = sum(len(shards.shards) for shards in list(ShardSet._alive))
         if everyones > most:
             most = most * len(self.shards) // everyones
@@ -341,12 +343,15 @@ class ShardSet:
             try:
                 shard = self._shard(number, cancelled)
                 return shard.read(position)
+            # The server was asked and has no such file: there is no copy to renew.
             except _AbsentError:
                 raise
             except _MissingError:
                 missing += 1
                 if not self.remote:
                     self._check_folder()
+                # A local file that is missing stays missing; in a cache it can be evicted again and
+                # again.
                 if not self.remote or missing == ATTEMPTS_AGAINST_EVICTION:
                     raise
             except _DamageError:
@@ -356,6 +361,8 @@ class ShardSet:
                 if error.errno in OUT_OF_DESCRIPTORS and self._close_half():
                     continue  # something else in the process took them
                 reopened += 1
+                # A descriptor of a mount that went away stays stale; only opening the file anew can
+                # help.
                 self._forget(number)
                 if error.errno not in AWAY or reopened > 1:
                     self._raise_unreadable(number, error, shard)
@@ -401,12 +408,15 @@ class ShardSet:
         if not self.remote:
             return False
         with self._lock:
+            # Several threads meet the damage at once; the second must not throw away the fresh
+            # copy.
             if self._open.get(number) is not shard:
                 return True  # another thread did it
             if number in self._renewed:
                 return False
             self._renewed.add(number)
             self._open.pop(number, None)
+            # The index may be what is damaged: both files are fetched again.
             self._indexes.pop(number)
             self.cache.discard(self.shards[number].sha256)
             self.cache.discard(self.shards[number].index_sha256)
@@ -422,9 +432,11 @@ class ShardSet:
             if (shard := self._open.get(number)) is not None:
                 self._open.move_to_end(number)
                 return shard
+            # A lock for each shard: the others can be opened while this one is downloaded.
             opening = self._opening.setdefault(number, threading.Lock())
         with opening:
             with self._lock:
+                # Another thread may have opened it while this one waited for the lock.
                 if (shard := self._open.get(number)) is not None:
                     return shard
             shard = self._open_shard(number, cancelled)
@@ -453,6 +465,7 @@ class ShardSet:
             OSError: it cannot be read.
         """
         entry = self.shards[number]
+        # Hundreds of samples lie in a shard; without this each of them would ask the server again.
         since, reason = self._absent.get(number, (0.0, ""))
         if reason and time.monotonic() - since < SECONDS_UNTIL_RETRY:
             raise _AbsentError(reason)
@@ -549,8 +562,10 @@ class _OpenShard:
         record = shard_format.record_at(self._records, position)
         if record.offset + record.length > self._entry.bytes:
             raise _DamageError("its index points behind the end of the shard")
+        # pread moves no file position, so any number of threads share one descriptor.
         sample = memoryview(os.pread(self._descriptor, record.length, record.offset))
         if len(sample) != record.length:
+            # A shard that was cut off since it was opened says so; else the reason is not known.
             self._check_length(os.fstat(self._descriptor).st_size)
             raise _DamageError("the shard changed while it was read")
         if isal_zlib.crc32(sample) != record.crc32:

@@ -148,6 +148,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
         self.location, self.split, self.cache = shards, split, options.cache
         self.shards = ShardSet(shards, split, cache=options.cache)
         self.size = _batch_size_in_pixels(self.shards.size, options.size, self.shards.shown)
+        # Scores must not depend on a shortcut of the decoder; training may take it.
         self.exact = not train if options.exact is None else options.exact
         self.on_damage = options.on_damage
         self.batch_size = whole_number("batch_size", batch_size, 1)
@@ -202,8 +203,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
         """Return the state as whole numbers.
 
         It holds the present epoch, the positions of it that all ranks have done, and what they
-        belong
-        to: the number of samples and the seed.
+        belong to: the number of samples and the seed.
         """
         return {
             "epoch": self.epoch,
@@ -234,6 +234,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
                 "give what state_dict() returned"
             )
         epoch = whole_number("epoch", state["epoch"], 0)
+        # Raises for a position outside of the epoch, before anything is changed.
         self.plan(state["samples_seen"])
         self._progress[0] = epoch
         self._progress[1] = state["samples_seen"]
@@ -252,6 +253,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
         Both are int64 arrays. Nothing is read.
         """
         plan = self.plan(start)
+        # Mapped in blocks, yielded batch by batch: an epoch of 10^9 samples needs no list of them.
         at_once = max(1, POSITIONS_PLANNED_AT_ONCE // self.batch_size)
         mine = range(first, plan.batches, step)
         for begin in range(0, len(mine), at_once):
@@ -295,6 +297,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
                 exact=self.exact,
                 codec=self.shards.codec,
             )
+        # The codecs raise kinds of their own (ValueError, cv2.error, struct.error, …).
         except Exception as error:
             reason = " ".join(str(error).split())
             raise DamagedDataError(

@@ -100,6 +100,7 @@ def decoding_threads(workers: int) -> int:
     if workers != 0:
         return max(0, workers)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # A container sees all cores of its host but may use the quota only.
     cores = min(info.cores(), info.cpu_quota() or math.inf)
     return max(2, min(16, int(cores / ranks_here) - 1))
 
@@ -167,6 +168,7 @@ class StreamLoader:
         self._iterations = 0
         self._unchecked = check and dataset.drop_last
         self._idle: DecodePipeline | None = None
+        # A weak reference: the iteration owns its pipeline, and dropping it must end the threads.
         self._current: Callable[[], DecodePipeline | None] = lambda: None
 
     @property
@@ -312,11 +314,13 @@ class StreamLoader:
         if most is not None:
             most = whole_number("most", most, 1)
             most = most if most < len(self) else None
+        # Not in the constructor, which one rank alone may call: a collective would wait for ever.
         if self._unchecked and distributed.is_initialized():
             self.check_ranks()
         epoch = self._position.epoch + (not self._chosen)
         position = self._position = _Position(epoch, self._start)
         self._start, self._chosen = 0, False
+        # Taken, not shared: a second iteration beside this one gets threads of its own.
         pipeline, self._idle = self._idle, None
         if pipeline is None or not pipeline.usable:
             pipeline = DecodePipeline(
@@ -348,6 +352,8 @@ class StreamLoader:
                 begin = time.perf_counter()
                 batch = pipeline.next_batch()
                 self.data_wait_seconds += time.perf_counter() - begin
+                # Before the yield: who saves while holding the batch has it, and a resume must not
+                # repeat it.
                 position.samples_seen = plan.seen_after(handed_out)
                 if handed_out == batches:
                     mine = False

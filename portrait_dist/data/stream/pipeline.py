@@ -156,6 +156,8 @@ class PendingBatch:
                     dataset.skip(self._samples[row], error)
                     self._skipped.add(row)
         except Exception as error:
+            # Raised at its batch and not now: the batches before it are good, and every run stops
+            # alike.
             self._errors[row] = error
         # ``-=`` is a read and a write: of two tasks that end together none might see the last one.
         with self._lock:
@@ -179,6 +181,7 @@ class PendingBatch:
         if not self._skipped:
             return Batch(self._image, self._alpha, self._keys, epoch, self._positions)
         rows = [row for row in range(len(self._samples)) if row not in self._skipped]
+        # A rank without a batch would take one step less than the others and leave them waiting.
         if not rows:
             raise DamagedDataError(
                 f"all {len(self._samples)} samples of a batch are damaged, so it cannot be "
@@ -213,6 +216,7 @@ class DecodePipeline:
         self._prefetch = prefetch if threads else 1
         self._buffers = BufferPool(self._prefetch + 2, pin_memory)
         in_the_making = self._prefetch * dataset.batch_size
+        # At least two tasks for each thread, so that none is idle while another has a whole batch.
         self._rows_per_task = max(
             1, min(MAX_SAMPLES_PER_TASK, in_the_making // (2 * max(1, threads)))
         )
@@ -240,6 +244,7 @@ class DecodePipeline:
             continues: decode the next epoch's first batches when this one's are all planned.
             most: batches that an epoch has at most, counted from its start; None for all.
         """
+        # Only then the next batches in the queue are those of the position that is sought.
         expected = self._at_end and self.continues and start == 0 and most == self._most
         # Without a shuffle all epochs are the same but for the number.
         if expected and (epoch == self._epoch + 1 or self._dataset.order.kind == "sequential"):
@@ -300,6 +305,7 @@ class DecodePipeline:
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:
+            # The garbage collector may run __del__ on one of the decoding threads.
             if thread is not threading.current_thread():
                 thread.join()
         self._threads = []
@@ -329,6 +335,7 @@ class DecodePipeline:
         if self._threads:
             return
         _switch_off_opencv_threads()
+        # New ones: a late thread of the time before must not take a task of this one.
         self._tasks, self._stop = queue.SimpleQueue(), threading.Event()
         for number in range(self._threads_wanted):
             arguments = (self._tasks, self._dataset, self._stop)
@@ -374,6 +381,7 @@ class DecodePipeline:
 
     def _discard(self) -> None:
         """Drop what is in the making; a thread that works at it stops after the sample."""
+        # Not only dropped: a thread may be decoding one of them, or waiting for a server.
         for pending in self._pending:
             pending.cancelled.set()
         self._pending.clear()
@@ -382,6 +390,7 @@ class DecodePipeline:
             self._fetches = None
 
     def __del__(self) -> None:
+        # The constructor may have failed before the attributes were there.
         if (getattr(self, "_threads", None) or getattr(self, "_fetches", None)) and self.usable:
             self.close()
 
@@ -396,6 +405,7 @@ def _close_all() -> None:
     Python ends a daemon thread where it next asks for the interpreter lock; within OpenCV, which
     asks in a destructor, that aborts the process.
     """
+    # A copy: closing drops references, and the weak set may shrink meanwhile.
     for pipeline in list(_OPEN):
         if pipeline.usable:
             pipeline.close()
