@@ -11,6 +11,7 @@ The tests of a list run on the unbroken tree first: a test that fails there woul
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import random
@@ -23,6 +24,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from portrait_dist.data.source import synthetic
 from tests.conftest import PAIRS, SEED
@@ -109,6 +112,16 @@ def run_tests(tree: Path, tests: Sequence[str], raw_tree: Path | None, timeout: 
         ).returncode
     except subprocess.TimeoutExpired:
         return 1
+    finally:
+        end_what_is_left(tree)
+
+
+def end_what_is_left(tree: Path) -> None:
+    """Kill what a tree's tests left: where a guarantee is broken, ranks outlive their test."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("PYTHONPATH") == str(tree):
+                process.kill()
 
 
 def unbroken(mutations: Sequence[Mutation], raw_tree: Path) -> bool:
