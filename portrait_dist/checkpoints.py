@@ -207,6 +207,13 @@ class _Checks:
         self.need(isinstance(value, dict), f"{entry} is no dictionary")
         return dict(value)
 
+    def plain_mapping(self, value: object, entry: str) -> dict[Any, Any]:
+        """Accept named numbers, texts, lists and dictionaries: a tensor does not even compare."""
+        found = self.mapping(value, entry)
+        named = all(isinstance(name, str) for name in found)
+        self.need(named and _is_plain(found), f"{entry} holds something else than named values")
+        return found
+
     def tensors(self, value: object, entry: str) -> dict[str, torch.Tensor]:
         found = self.mapping(value, entry)
         self.need(
@@ -238,8 +245,7 @@ class _Checks:
         name, output = found.get("name"), found.get("output")
         self.need(isinstance(name, str) and 0 < len(name) <= 1000, "the network's name")
         self.need(output in ("logits", "probabilities"), "the network's output")
-        args = self.mapping(found.get("args"), "the network's arguments")
-        self.need(all(isinstance(key, str) for key in args), "the network's arguments")
+        args = self.plain_mapping(found.get("args"), "the network's arguments")
         stride = self.integer(found.get("stride"), "the network's stride")
         self.need(stride <= MAX_SIDE, "the network's stride")
         return BuildInfo(str(name), args, str(output), stride)
@@ -257,6 +263,14 @@ class _Checks:
             assert metric is not None
             found.append(Snapshot(int(number), float(metric)))
         return tuple(found)
+
+
+def _is_plain(value: object, depth: int = 32) -> bool:
+    """Whether a value is made of numbers and texts, in at most ``depth`` levels."""
+    if isinstance(value, (dict, list, tuple)):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_is_plain(one, depth - 1) for one in inner)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _is_integer(value: object) -> bool:
@@ -287,13 +301,13 @@ def info_of(state: Mapping[str, Any], path: str | Path = "") -> CheckpointInfo:
     data = checks.mapping(own.get("data") or {}, "data")
     return CheckpointInfo(
         path=str(path),
-        model=checks.mapping(model, "model") if model is not None else None,
+        model=checks.plain_mapping(model, "model") if model is not None else None,
         network=network,
         build=checks.build(own.get("build")),
         size=checks.size(own.get("size")),
         aspect=checks.aspect(own.get("aspect")),
         data={str(split): str(identity) for split, identity in data.items()},
-        config=checks.mapping(own.get("config") or {}, "config"),
+        config=checks.plain_mapping(own.get("config") or {}, "config"),
         epoch=checks.optional_integer(state.get("epoch"), "epoch"),
         batches=checks.integer(position.get("batches"), "position") if position else None,
         samples_seen=checks.integer(own.get("samples_seen", 0), "samples_seen"),
@@ -317,6 +331,15 @@ def read(path: str | Path) -> dict[str, Any]:
         DamagedDataError: the file is truncated, has a flipped bit, or entries of the wrong type.
     """
     return _checkpoint(_load(io.BytesIO(_bytes_of(path)), path), path)
+
+
+def check_whole(path: str | Path) -> None:
+    """Check every byte of a checkpoint, and its entries.
+
+    Raises:
+        InputError, DamagedDataError: as :func:`read`.
+    """
+    _checked_bytes(path)
 
 
 def read_info(path: str | Path) -> CheckpointInfo:
@@ -365,14 +388,16 @@ def load_foreign(path: str | Path) -> Any:
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
     except (OSError, ValueError):
         raise InputError(
             f"{path}: there is no such checkpoint; give the path of a .pth file, for example "
             f"runs/NAME/{BEST}"
         ) from None
-    if not stat.S_ISREG(mode):  # a pipe would be waited for, a device never ends
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device never ends
         raise InputError(f"{path}: is not a file; give the path of a .pth file")
+    if not status.st_size:
+        raise DamagedDataError(f"{path}: is empty; {_advice()}")
     return path
 
 
@@ -385,8 +410,6 @@ def _bytes_of(path: str | Path) -> bytes:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); see its permissions"
         ) from error
-    if not data:
-        raise DamagedDataError(f"{path}: is empty; {_advice()}")
     if zipfile.is_zipfile(io.BytesIO(data)):
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:

@@ -169,6 +169,22 @@ def load_weights(network: nn.Module, config: Config) -> None:
     """
     path = config.model.weights
     weights = checkpoints.weights_of(checkpoints.read(path))
+    fits, said = fitting(weights, network)
+    if said and config.model.strict:
+        raise InputError(
+            f"model.weights={path}: a network of another form; "
+            f"{_form_of(path)}or take what fits with model.strict=false ({said})"
+        )
+    if not fits:
+        raise InputError(f"model.weights={path}: none of its weights fit ({said})")
+    network.load_state_dict(fits, strict=False)
+    if said:
+        total = len(network.state_dict())
+        distributed.print0(f"model.weights={path}: {len(fits)} of {total} taken; {said}")
+
+
+def fitting(weights: Mapping[str, Tensor], network: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """Return the weights that fit a network, and what does not in words; empty where all do."""
     own = network.state_dict()
     fits = {
         name: weight
@@ -180,19 +196,8 @@ def load_weights(network: nn.Module, config: Config) -> None:
         "unknown": sorted(weights.keys() - own.keys()),
         "of another shape": sorted((own.keys() & weights.keys()) - fits.keys()),
     }
-    said = "; ".join(
-        f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names
-    )
-    if said and config.model.strict:
-        raise InputError(
-            f"model.weights={path}: a network of another form; "
-            f"{_form_of(path)}or take what fits with model.strict=false ({said})"
-        )
-    if not fits:
-        raise InputError(f"model.weights={path}: none of its weights fit ({said})")
-    network.load_state_dict(fits, strict=False)
-    if said:
-        distributed.print0(f"model.weights={path}: {len(fits)} of {len(own)} taken; {said}")
+    said = [f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names]
+    return fits, "; ".join(said)
 
 
 def _some(names: list[str]) -> str:

@@ -15,6 +15,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from portrait_dist import checkpoints, distributed, files
 from portrait_dist.config import AugmentConfig, Config
@@ -120,6 +121,8 @@ def _train(
         if start.finished:
             distributed.on_every_rank(lambda: _complete(config))
         else:
+            if start.info is not None:
+                distributed.on_every_rank(lambda: _check_files(config, made.network.module))
             _begin(config, report)
             _print_plan(config, plan, loaders, device, start, made.network)
             params = _training_params(config, plan, trainer, made, resuming=start.info is not None)
@@ -181,6 +184,12 @@ def _decide(config: Config, plan: Plan, loaders: Loaders) -> resume.Start:
     start = distributed.broadcast_object(distributed.on_every_rank(decide))
     assert start is not None
     return start
+
+
+def _check_files(config: Config, network: nn.Module) -> None:
+    """Let rank 0 check what the run resumes from."""
+    if distributed.rank() == 0:
+        resume.check_files(config, network)
 
 
 def _identity(loaders: Loaders) -> dict[str, str]:

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from portrait_dist import checkpoints, distributed
 from portrait_dist.checkpoints import CheckpointInfo
 from portrait_dist.config import ASK, FIXED, Config, settings
-from portrait_dist.errors import InputError, shorten
-from portrait_dist.runs.folder import RunFolder
+from portrait_dist.errors import DamagedDataError, InputError, shorten
+from portrait_dist.runs.folder import LATEST, RunFolder
 from portrait_dist.system.address import redact
+from portrait_dist.training import components
 from portrait_dist.training.plan import Plan
 
 SILENT = ("recipe", "run.", "data.workers", "data.prefetch_batches", "data.cache_", "train.threads")
@@ -82,6 +85,33 @@ def decide(config: Config, plan: Plan, data: Mapping[str, str], size: tuple[int,
         )
     _print_start(config, info)
     return Start(info)
+
+
+def check_files(config: Config, network: nn.Module) -> None:
+    """Read to the last byte what training will read, before anything in the folder changes.
+
+    Args:
+        config: of a run that is resumed.
+        network: what its weights must fit.
+
+    Raises:
+        InputError: the weights are of another network.
+        DamagedDataError: a checkpoint is damaged.
+    """
+    folder = RunFolder(config.run_dir)
+    state = checkpoints.read(folder.latest)
+    checkpoints.check_resumable(state, folder.latest)
+    if misfit := components.fitting(state["net"], network)[1]:
+        raise InputError(f"{folder.latest}: holds another model ({misfit}); {_advice(config)}")
+    if not folder.best.exists() or folder.best.samefile(folder.latest):
+        return
+    try:
+        checkpoints.check_whole(folder.best)
+    except (InputError, DamagedDataError) as error:
+        raise DamagedDataError(
+            f"{folder.best}: is damaged; remove it and resume: the run goes on from {LATEST}, and "
+            "the next epoch that is better writes it again"
+        ) from error
 
 
 def _print_start(config: Config, info: CheckpointInfo) -> None:

@@ -123,7 +123,10 @@ def _answer(
     start = 0
     header = handler.headers.get("Range", "")
     if header.startswith("bytes=") and way != "ignores ranges":
-        start = min(int(header[6:].split("-")[0]), len(body))
+        start = int(header[6:].split("-")[0])
+        if start >= len(body):
+            handler.send_error(416)
+            return
     handler.send_response(206 if start else 200)
     if start:
         handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")

@@ -105,6 +105,19 @@ def test_lock_and_part_files_that_are_links_are_refused(
     assert victim.read_text() == "mine"
 
 
+def test_a_partial_download_longer_than_the_file_is_no_beginning_of_it(
+    server: ShardServer, cache: Cache, tiny_shards: Path
+) -> None:
+    expected = read(server, cache)
+    shard = ShardSet(tiny_shards, "val").shards[0]
+    whole = next(cache.folder.glob("*.tar"))
+    server.starts.clear()
+    (cache.folder / f".{shard.sha256}.{shard.bytes}.part").write_bytes(whole.read_bytes() + b"x")
+    whole.unlink()
+    assert read(server, Cache(cache.folder)) == expected
+    assert server.starts == [0]
+
+
 def test_a_folder_that_others_may_write_to_is_refused(server: ShardServer, cache: Cache) -> None:
     for mode in (0o777, 0o770, 0o1777):
         cache.folder.mkdir(exist_ok=True)

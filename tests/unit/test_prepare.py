@@ -533,7 +533,7 @@ def test_a_folder_that_is_not_prepared_gets_the_command_that_would(
 
 
 @pytest.mark.parametrize(
-    "address", ["nowhere://a/b.jpg", "s3fs-is-missing://a/b.jpg", "a+b://x.jpg"]
+    "address", ["nowhere://a/b.jpg", "s3fs-is-missing://a/b.jpg", "a+b://x.jpg", "github://x.jpg"]
 )
 def test_an_address_in_a_list_that_nothing_here_opens_is_one_line(
     address: str, tmp_path: Path

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from portrait_dist.data.shards import writer
+from tests import damage
 from tests.cli import Result, assert_one_line, call
 from tests.jobs import PLAIN, TINY, checkpoint, lines
 
@@ -114,6 +115,40 @@ def test_a_refused_command_changes_nothing_in_the_run_folder(
     result = train_into(finished, tiny_shards, "train.max_epochs=2", *keys)
     assert_one_line(result, 2, *parts)
     assert state_of(finished / "run") == before
+
+
+@pytest.mark.parametrize("name", ["ckpt_latest.pth", "ckpt_best.pth"])
+def test_a_damaged_checkpoint_is_refused_before_anything_is_written(
+    name: str, finished: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """To its last byte: a flipped bit, a file that a full disk left empty, another network."""
+    import torch
+
+    shutil.copytree(finished / "run", tmp_path / "run")
+    path = tmp_path / "run" / name
+    whole = path.read_bytes()
+    damage.flip_bit(path, len(whole) // 2)
+    before = state_of(tmp_path / "run")
+    keys = ("train.max_epochs=2", "train.lr=0.002")
+    assert_one_line(train_into(tmp_path, tiny_shards, *keys), 3, name, "damaged")
+    assert state_of(tmp_path / "run") == before
+    path.write_bytes(b"")
+    before = state_of(tmp_path / "run")
+    assert_one_line(train_into(tmp_path, tiny_shards, *keys), 3, name)
+    assert state_of(tmp_path / "run") == before
+    if name == "ckpt_latest.pth":
+        path.write_bytes(whole)
+        state = checkpoint(tmp_path / "run", name)
+        weight = next(iter(state["net"]))
+        state["net"][weight] = state["net"][weight][:1]
+        torch.save(state, path)
+        before = state_of(tmp_path / "run")
+        refused = train_into(tmp_path, tiny_shards, *keys)
+        assert_one_line(refused, 2, name, "another model", f"1 of another shape: {weight}")
+        assert state_of(tmp_path / "run") == before
+    else:
+        path.unlink()
+        assert train_into(tmp_path, tiny_shards, *keys).exit_code == 0
 
 
 def test_what_a_resumed_run_may_change_is_said_and_taken(

@@ -334,7 +334,10 @@ def _copy(
         FetchError: the server has a file of another length.
         ConnectionError: cut off, or too slow.
     """
-    with _open(address, _length(file), options) as answer:
+    start = _length(file)
+    if size is not None and start > size:  # no beginning of this file
+        start = 0
+    with _open(address, start, options) as answer:
         expected = size if size is not None else answer.total
         if answer.total not in (None, expected) or (expected or 0) > max(limit, size or 0):
             raise FetchError(

@@ -170,6 +170,8 @@ def _row(line: int, values: Mapping[str, str], location: Location) -> Row:
     where = f"{shown(location)}, line {line}"
     if not values.get("image"):
         raise InputError(f"{where}: names no image; give columns image, mask and split")
+    if any("\0" in value for value in values.values()):
+        raise InputError(f"{where}: holds a NUL character, which no path can have; correct it")
     split = values.get("split", "")
     if split and split.lower() not in SPLIT_NAMES:
         raise InputError(f"{where}: '{shorten(split)}' is no split; they are train, val and test")

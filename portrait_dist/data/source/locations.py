@@ -42,6 +42,7 @@ def read_bytes(location: Location, limit: int) -> bytes:
 
     Raises:
         OSError: a local file cannot be read, or is longer; see ``read_regular``.
+        InputError: it is no file's address.
         DamagedDataError: there is nothing at the address, or something longer.
         UnreachableError: the address does not answer.
     """
@@ -77,7 +78,7 @@ def file_system(address: str) -> tuple[Any, str]:
 
     try:
         system, path = url_to_fs(address)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # the constructors of fsspec's file systems raise kinds of their own
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{redact(address)}: cannot be opened here ({redact(reason)}); "
@@ -108,6 +109,11 @@ def _attempt(address: str, action: Callable[[], T]) -> T:
         except FileNotFoundError as error:
             raise DamagedDataError(
                 f"{redact(address)}: there is no such file; prepare the data again"
+            ) from error
+        except ValueError as error:  # such as s3:// without a name, which stays so
+            raise InputError(
+                f"{redact(address)}: is no file's address "
+                f"({' '.join(str(error).split())[:200]}); correct it"
             ) from error
         except Exception as error:  # fsspec's file systems raise kinds of their own
             if attempt == ATTEMPTS:

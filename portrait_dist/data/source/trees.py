@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from portrait_dist.data.source.locations import file_system
 from portrait_dist.errors import InputError, UnreachableError
 from portrait_dist.files import open_regular
 from portrait_dist.system.address import check_address, is_address, redact
@@ -152,15 +153,11 @@ class RemoteTree:
 
 def _remote_entries(address: str) -> list[tuple[str, str]]:
     """Names and kinds (``file``, ``directory``) of what a folder at an address holds; no hidden."""
-    from fsspec.core import url_to_fs
-
+    system, path = file_system(address)
     try:
-        system, path = url_to_fs(address)
         entries = system.ls(path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{redact(address)}: there is no such folder; see the address") from None
-    except ImportError as error:
-        raise InputError(f"{redact(address)}: cannot be opened ({error}); install it") from error
     except Exception as error:  # fsspec's file systems raise kinds of their own
         raise UnreachableError(
             f"{redact(address)}: cannot be listed ({type(error).__name__}: "
@@ -204,6 +201,10 @@ class ListedTree:
         if line.startswith(f"{self.root}/"):
             line = line[len(self.root) + 1 :]
         line = line.removeprefix("./")
+        if "\0" in line:
+            raise InputError(
+                f"{names}: holds a NUL character; give one path a line, as find prints"
+            )
         odd = line.startswith("/") or "://" in line or ".." in line
         if odd and (line[0] == "/" or is_address(line) or ".." in line.split("/")):
             raise InputError(
