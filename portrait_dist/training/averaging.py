@@ -67,6 +67,21 @@ class AverageOfBest:
         if self.members and not self._is_current():
             self.write()
 
+    def check_files(self, members: Sequence[Snapshot]) -> None:
+        """Check the models' files to the last byte; one that is missing is done without.
+
+        Raises:
+            DamagedDataError: a file is damaged.
+        """
+        for path in map(self.path, (member.epoch for member in members)):
+            try:
+                if path.exists():
+                    checkpoints.check_whole(path)
+            except (InputError, DamagedDataError) as error:
+                raise DamagedDataError(
+                    f"{path}: is damaged; remove it and resume: the average goes on without it"
+                ) from error
+
     def path(self, epoch: int) -> Path:
         """Return the file of the model after so many epochs."""
         return self.folder / SNAPSHOTS / f"epoch-{epoch}.pth"

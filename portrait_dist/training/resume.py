@@ -15,6 +15,7 @@ from portrait_dist.errors import DamagedDataError, InputError, shorten
 from portrait_dist.runs.folder import LATEST, RunFolder
 from portrait_dist.system.address import redact
 from portrait_dist.training import components
+from portrait_dist.training.averaging import AverageOfBest
 from portrait_dist.training.plan import Plan
 
 SILENT = ("recipe", "run.", "data.workers", "data.prefetch_batches", "data.cache_", "train.threads")
@@ -103,6 +104,8 @@ def check_files(config: Config, network: nn.Module) -> None:
     checkpoints.check_resumable(state, folder.latest)
     if misfit := components.fitting(state["net"], network)[1]:
         raise InputError(f"{folder.latest}: holds another model ({misfit}); {_advice(config)}")
+    members = checkpoints.info_of(state, folder.latest).averaged or ()
+    AverageOfBest(folder.path, greater_is_better=True).check_files(members)
     if not folder.best.exists() or folder.best.samefile(folder.latest):
         return
     try:

@@ -151,6 +151,27 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(
         assert train_into(tmp_path, tiny_shards, *keys).exit_code == 0
 
 
+def test_a_damaged_model_of_the_average_is_refused_and_one_that_is_missing_done_without(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    average = "train.average_best=true"
+    stopped = train_into(tmp_path, tiny_shards, "train.max_epochs=2", average)
+    assert stopped.exit_code == 0
+    run = tmp_path / "run"
+    part = run / "averaging_snapshots" / "epoch-1.pth"
+    part.parent.mkdir()
+    shutil.copy(run / "average_model.pth", part)
+    damage.flip_bit(part, part.stat().st_size // 2)
+    before = state_of(run)
+    more = ("train.max_epochs=3", average)
+    assert_one_line(train_into(tmp_path, tiny_shards, *more), 3, str(part), "remove it")
+    assert state_of(run) == before
+    part.unlink()
+    resumed = train_into(tmp_path, tiny_shards, *more)
+    assert resumed.exit_code == 0
+    assert f"{part}: missing; the average continues without it" in resumed.stderr
+
+
 def test_what_a_resumed_run_may_change_is_said_and_taken(
     finished: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
