@@ -23,10 +23,11 @@ def _summary(result: PackResult) -> str:
         if result.packed
         else ", all of them there already"
     )
+    version = f", version {result.version}" if result.version > 1 else ""
     what = f"part {result.part}: " if result.part and not result.finished else ""
     done = (
         f"{what}{result.samples} samples in {result.shards} shards, {result.bytes / 1e6:.1f} MB, "
-        f"in {result.out}{speed}\n"
+        f"in {result.out}{version}{speed}\n"
     )
     if result.finished:
         return done + f"next: portrait-dist train data.shards={result.out}"
@@ -78,6 +79,11 @@ def _summary(result: PackResult) -> str:
     help="Pack nothing: write the manifest where every shard is there, else name what is missing.",
 )
 @click.option(
+    "--append",
+    is_flag=True,
+    help="Add pairs whose keys are not in --out yet, as new shards behind the old ones.",
+)
+@click.option(
     "--check",
     is_flag=True,
     help="Hash the shards that are there already, instead of comparing their length and time.",
@@ -92,6 +98,7 @@ def pack(
     quality: int,
     part: tuple[int, int] | None,
     finish: bool,
+    append: bool,
     check: bool,
 ) -> PackResult:
     """Pack a prepared tree into WebDataset shards with a manifest and indexes.
@@ -105,11 +112,18 @@ def pack(
     Parts run on any machines that share both folders, at any time and in any order; the last one
     writes the manifest. The bytes are those of one process.
 
+    --append packs new pairs behind packed ones, which stay as they are, in their splits.
+
     Interrupted and run again it finishes with the bytes of an uninterrupted run. At original size
     the JPEG files are stored as they are; those that EXIF says to turn, upright.
     """
+    from portrait_dist.data.shards import append as appending
     from portrait_dist.data.shards import writer
 
+    if append:
+        if part or finish or check:
+            raise click.UsageError("--append stands alone: without --part, --finish and --check")
+        return appending.append(data, out, size, samples_per_shard, workers, codec, quality)
     return writer.pack(
         data,
         out,

@@ -68,6 +68,7 @@ class Event:
         requeue: whether another attempt of a SLURM job can help; None where the exit code decides.
         machine: the fields of :class:`portrait_dist.system.info.Machine`.
         shards: absolute path or address of the shards.
+        shards_version: of their manifest; ``pack --append`` makes a new one.
         rank: the rank that the line is about.
         host: its node.
         relative_speed: of a slow rank, as a fraction of the median.
@@ -99,6 +100,7 @@ class Event:
     requeue: bool | None = None
     machine: dict[str, Any] | None = None
     shards: str | None = None
+    shards_version: int | None = None
     rank: int | None = None
     host: str | None = None
     relative_speed: float | None = None

@@ -192,9 +192,13 @@ def _check_files(config: Config, network: nn.Module) -> None:
         resume.check_files(config, network)
 
 
-def _identity(loaders: Loaders) -> dict[str, str]:
-    """Return the hash of each split's shards, by split."""
-    return {loader.dataset.split: loader.dataset.shards.identity for loader in loaders}
+def _identity(loaders: Loaders) -> dict[str, resume.DataIdentity]:
+    """Return the hashes of each split's shards, by split."""
+    splits = {loader.dataset.split: loader.dataset.shards for loader in loaders}
+    return {
+        split: resume.DataIdentity(shards.identity, shards.earlier_identities)
+        for split, shards in splits.items()
+    }
 
 
 def make_loaders(config: Config, device: torch.device) -> tuple[Plan, Loaders]:

@@ -60,7 +60,12 @@ class RunRecorder(Callback):
             self.folder = RunFolder(self.trainer.checkpoints_dir_path)
             progress = asdict(self._progress(self.trainer.start_epoch, 0))
             location = {"shards": self.shards} if self.shards else {}
-            self.folder.append("start", machine=asdict(machine()), **location, **progress)
+            dataset = getattr(self.trainer.train_loader, "dataset", None)
+            manifest = getattr(getattr(dataset, "shards", None), "manifest", None)
+            version = {"shards_version": manifest.version} if manifest else {}
+            self.folder.append(
+                "start", machine=asdict(machine()), **location, **version, **progress
+            )
 
     def on_interval(
         self,

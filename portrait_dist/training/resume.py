@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,28 @@ class Change:
         return f"{self.key} was {_shown(self.before)}, now it is {_shown(self.now)}"
 
 
-def decide(config: Config, plan: Plan, data: Mapping[str, str], size: tuple[int, int]) -> Start:
+@dataclass(frozen=True)
+class DataIdentity:
+    """The content of a split.
+
+    Args:
+        now: hash of it.
+        earlier: its hashes in the versions before, the first version's first; ``pack --append``
+            makes versions.
+    """
+
+    now: str
+    earlier: Sequence[str] = ()
+
+    @property
+    def version(self) -> int:
+        """Number of the version."""
+        return len(self.earlier) + 1
+
+
+def decide(
+    config: Config, plan: Plan, data: Mapping[str, DataIdentity], size: tuple[int, int]
+) -> Start:
     """Compare a run's latest checkpoint with what is asked for; reads only.
 
     Args:
@@ -130,17 +151,56 @@ def _advice(config: Config) -> str:
     return f"choose another run.name (model.weights={best} starts it from this run's weights)"
 
 
-def _refuse_other_data(config: Config, info: CheckpointInfo, data: Mapping[str, str]) -> None:
+def _refuse_other_data(
+    config: Config, info: CheckpointInfo, data: Mapping[str, DataIdentity]
+) -> None:
+    if (version := _earlier_version(info, data)) is not None:
+        _refuse_other_version(config, info, version, max(one.version for one in data.values()))
+        return
     for split, identity in data.items():
         before = info.data.get(split)
-        if before is not None and before != identity:
+        if before is not None and before != identity.now:
             shards = _of(info.config, "data.shards") or "other shards"
             raise InputError(
                 f"{config.run_dir}: this run's {split} split is that of {_shown(shards)} "
                 f"({before[:8]}), now it is that of {_shown(config.data.shards)} "
-                f"({identity[:8]}): scores would not compare; {_advice(config)}, or give the "
+                f"({identity.now[:8]}): scores would not compare; {_advice(config)}, or give the "
                 "run's own shards"
             )
+
+
+def _earlier_version(info: CheckpointInfo, data: Mapping[str, DataIdentity]) -> int | None:
+    """Return the earlier version of the same shards that a checkpoint saw; None for no such one."""
+    known = {split: info.data[split] for split in data if info.data.get(split) is not None}
+    if all(data[split].now == before for split, before in known.items()):
+        return None
+    for version in range(min((len(one.earlier) for one in data.values()), default=0)):
+        if all(data[split].earlier[version] == before for split, before in known.items()):
+            return version + 1
+    return None
+
+
+def _refuse_other_version(config: Config, info: CheckpointInfo, before: int, now: int) -> None:
+    """Let shards that have grown join between two epochs, and only on purpose.
+
+    Raises:
+        InputError: in the middle of an epoch, or without ``run.accept_changes``.
+    """
+    what = (
+        f"{config.run_dir}: this run saw version {before} of {_shown(config.data.shards)}, "
+        f"now it is version {now}"
+    )
+    if info.batches is not None:
+        raise InputError(
+            f"{what}, and it stopped in the middle of an epoch, which is an order of one version; "
+            f"{_advice(config)}"
+        )
+    if not config.run.accept_changes:
+        raise InputError(
+            f"{what}; {_advice(config)}, or continue with the new version on purpose with "
+            "run.accept_changes=true"
+        )
+    distributed.print0(f"{what}; it continues with that")
 
 
 def _refuse_changes(config: Config, info: CheckpointInfo, size: tuple[int, int]) -> None:

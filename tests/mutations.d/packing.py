@@ -5,6 +5,7 @@ from tests.mutation import Mutation
 STEPS = "tests/slurm/test_steps.py"
 PARTS = "tests/unit/test_pack_parts.py"
 LABELS = "tests/unit/test_labels.py"
+APPEND = "tests/unit/test_append.py"
 
 MUTATIONS = [
     Mutation(
@@ -35,6 +36,30 @@ MUTATIONS = [
         new="    tasks = parts\n",
         test=f"{STEPS}::test_what_would_fail_later_is_refused_before_anything_is_queued",
         why="no task is queued without work",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/append.py",
+        old="[key for key in split.keys(name) if key not in there]",
+        new="[key for key in split.keys(name) if key not in old.get(name, [])]",
+        test=f"{APPEND}::test_new_pairs_become_new_shards_and_old_samples_stay_in_their_splits",
+        why="a sample that is packed never changes its split",
+    ),
+    Mutation(
+        file="portrait_dist/training/resume.py",
+        old="    if info.batches is not None:\n        raise InputError(\n"
+        '            f"{what}, and it stopped',
+        new="    if info.batches is None:\n        raise InputError(\n"
+        '            f"{what}, and it stopped',
+        test=f"{APPEND}::test_a_run_says_which_version_it_saw_and_takes_another_only_on_purpose_"
+        "between_epochs",
+        why="another version never joins in the middle of an epoch",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/append.py",
+        old="_number(plan.name) + next_number.get(plan.split, 0)",
+        new="_number(plan.name)",
+        test=f"{APPEND}::test_new_pairs_become_new_shards_and_old_samples_stay_in_their_splits",
+        why="new shards stand behind the old ones",
     ),
     Mutation(
         file="portrait_dist/inference/labels.py",

@@ -23,6 +23,7 @@ from a server that nobody vouches for: every field is checked for type and bound
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import struct
@@ -123,8 +124,10 @@ class Manifest:
         size: (H, W) of all samples in pixels; None where images keep their own.
         codec: ``jpeg`` or ``raw``.
         quality: of the JPEGs, 1 to 100.
-        samples_per_shard: in all shards but the last of a split.
+        samples_per_shard: in all shards but the last of a split, and of each version of it.
         splits: by name.
+        versions: where ``pack --append`` added shards, how many each split had in each version;
+            the last is this one. Empty for shards that are as they were packed.
     """
 
     source: str
@@ -133,6 +136,12 @@ class Manifest:
     quality: int
     samples_per_shard: int
     splits: dict[str, SplitEntry]
+    versions: tuple[dict[str, int], ...] = ()
+
+    @property
+    def version(self) -> int:
+        """Number of this version; 1 for shards that are as they were packed."""
+        return max(1, len(self.versions))
 
     @property
     def settings(self) -> StorageSettings:
@@ -143,6 +152,8 @@ class Manifest:
         """Return the text of ``manifest.json``, with its own hash as the last field."""
         splits = {name: asdict(split) for name, split in self.splits.items()}
         found = {"format": FORMAT, "source": self.source, **self.settings, "splits": splits}
+        if self.versions:  # sets that never grew keep the bytes of earlier releases
+            found["versions"] = list(self.versions)
         return json.dumps({**found, DIGEST: _digest(found)}, indent=1) + "\n"
 
 
@@ -199,13 +210,31 @@ def _manifest(found: Mapping[str, Any]) -> Manifest:
         quality=_whole(found, "quality", 1, 100),
         samples_per_shard=_whole(found, "samples_per_shard", 1, MAX_SAMPLES),
         splits={name: _split(name, _object(split, name)) for name, split in splits.items()},
+        versions=_versions(found),
     )
     if manifest.codec not in SUFFIXES:
         raise ValueError(f"codec is none of {', '.join(SUFFIXES)}")
+    if manifest.versions:
+        now = {name: len(split.shards) for name, split in manifest.splits.items()}
+        if manifest.versions[-1] != now:
+            raise ValueError("the last version has other shards than splits")
     for split in manifest.splits.values():
         if any(shard.samples > manifest.samples_per_shard for shard in split.shards):
             raise ValueError("a shard has more samples than samples_per_shard")
     return manifest
+
+
+def _versions(found: Mapping[str, Any]) -> tuple[dict[str, int], ...]:
+    if "versions" not in found:
+        return ()
+    versions = tuple(
+        {str(name): _whole(one, name, 0, MAX_SAMPLES) for name in one}
+        for one in (_object(one, "a version") for one in _list(found, "versions"))
+    )
+    for before, after in itertools.pairwise(versions):
+        if before.keys() != after.keys() or any(before[name] > after[name] for name in before):
+            raise ValueError("a version has fewer shards than the one before")
+    return versions
 
 
 def _split(name: str, found: Mapping[str, Any]) -> SplitEntry:

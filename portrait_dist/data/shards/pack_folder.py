@@ -14,7 +14,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,14 @@ class PackFolder:
                 f"{self.out}: was packed from other pairs (source {before.get('source')}); "
                 "give another --out"
             )
+        self.compare_settings(before)
+
+    def compare_settings(self, before: Mapping[str, Any]) -> None:
+        """Compare the settings of packed shards with this command line's.
+
+        Raises:
+            InputError: one differs.
+        """
         for name, value in self.settings.to_dict().items():
             if before.get(name) != value:
                 option, old, new = name.replace("_", "-"), _shown(before.get(name)), _shown(value)

@@ -174,8 +174,19 @@ class ShardSet:
     @property
     def identity(self) -> str:
         """Hash of the split's content: equal where every byte of every shard is."""
+        return self._identity(len(self.shards))
+
+    @property
+    def earlier_identities(self) -> list[str]:
+        """Identities that the split had in earlier versions, the first version's first."""
+        return [self._identity(one[self.split]) for one in self.manifest.versions[:-1]]
+
+    def _identity(self, shards: int) -> str:
         text = "\n".join(
-            [f"{self.split} {self.manifest.settings}", *(shard.sha256 for shard in self.shards)]
+            [
+                f"{self.split} {self.manifest.settings}",
+                *(shard.sha256 for shard in self.shards[:shards]),
+            ]
         )
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -103,6 +103,7 @@ class PackResult:
         part: ``I/N``, or None where the whole folder was packed.
         finished: whether every shard and the manifest are there.
         shards_missing: number of shards of all parts that are not there yet.
+        version: of the manifest; one more after each ``--append`` that added pairs.
     """
 
     samples: int
@@ -115,6 +116,7 @@ class PackResult:
     part: str | None
     finished: bool
     shards_missing: int
+    version: int = 1
 
 
 def pack(
@@ -320,7 +322,9 @@ class _Packing:
     def _completed(self, entries: dict[str, ShardEntry]) -> PackResult:
         """Write the manifest and what belongs to it."""
         folder = self.folder
-        _finish(folder.out, build_manifest(self.plans, entries, folder.split, folder.settings))
+        finish_folder(
+            folder.out, build_manifest(self.plans, entries, folder.split, folder.settings)
+        )
         return self._result(self.plans, entries, finished=True)
 
     def _result(
@@ -508,7 +512,7 @@ def build_manifest(
     )
 
 
-def _finish(out: Path, manifest: Manifest) -> None:
+def finish_folder(out: Path, manifest: Manifest) -> None:
     """Write the indexes for wids, remove what an interrupted run left, then write the manifest."""
     for name, entry in manifest.splits.items():
         write_bytes(out / f"{name}.json", wids_index(name, entry), durable=True)
