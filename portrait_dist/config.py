@@ -132,6 +132,10 @@ class RunConfig:
         Doc("name of the run; its folder is <root>/<name>; the recipe's name when empty"),
     ] = ""
     resume: Annotated[bool, Doc("resume an existing run; if false, it is an error")] = True
+    logger: Annotated[
+        Literal["tensorboard", "wandb", "mlflow", "clearml"],
+        Doc("where curves and pictures go; TensorBoard's files are written in any case"),
+    ] = "tensorboard"
     accept_changes: Annotated[
         bool,
         Doc("resume also where loss, augmentation or optimiser settings are not the run's"),

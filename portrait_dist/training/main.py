@@ -15,6 +15,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from torch import nn
 
 from portrait_dist import checkpoints, distributed, files
@@ -28,13 +29,14 @@ from portrait_dist.preprocessing import normalise
 from portrait_dist.runs.folder import RunFolder, RunLock
 from portrait_dist.system.address import is_address, redact
 from portrait_dist.system.info import cores, environment_number
-from portrait_dist.training import averaging, components, resume
+from portrait_dist.training import averaging, components, resume, trackers
 from portrait_dist.training.device_batches import TensorBatch
 from portrait_dist.training.failures import FailureReport, reporting_failures
 from portrait_dist.training.health import record_collectives
 from portrait_dist.training.plan import Plan, make_plan
 from portrait_dist.training.preemption import StopSignals
 from portrait_dist.training.results import TrainResult
+from portrait_dist.training.trackers import Tracker, open_tracker
 
 if TYPE_CHECKING:
     from portrait_dist.training.trainer import PortraitTrainer
@@ -106,6 +108,7 @@ def _train(
 ) -> TrainResult | None:
     # Each step that may fail on one rank alone is agreed upon before the next one begins: a rank
     # that went further would wait in a collective for one that has ended.
+    distributed.on_every_rank(lambda: trackers.check(config.run.logger))
     plan, loaders = distributed.on_every_rank(lambda: make_loaders(config, device))
     distributed.on_every_rank(loaders[0].check_ranks)
     distributed.on_every_rank(lambda: _check_device(config, device))
@@ -124,6 +127,7 @@ def _train(
             if start.info is not None:
                 distributed.on_every_rank(lambda: _check_files(config, made.network.module))
             _begin(config, report)
+            trainer.tracker = _open_tracker(config)
             _print_plan(config, plan, loaders, device, start, made.network)
             params = _training_params(config, plan, trainer, made, resuming=start.info is not None)
             if plan.batches_per_epoch < len(loaders[0]):
@@ -170,6 +174,13 @@ def _begin(config: Config, report: FailureReport) -> None:
 
     distributed.on_every_rank(write)
     report.folder = config.run_dir
+
+
+def _open_tracker(config: Config) -> Tracker | None:
+    """Open the experiment tracker on rank 0; what it is told of the settings holds no secret."""
+    if distributed.rank() != 0:
+        return None
+    return open_tracker(config.run.logger, config.run_dir, yaml.safe_load(config.to_yaml()))
 
 
 def _decide(config: Config, plan: Plan, loaders: Loaders) -> resume.Start:

@@ -45,6 +45,7 @@ from portrait_dist.training.lean_import import lean_import
 from portrait_dist.training.plan import steps_of
 from portrait_dist.training.schedules import in_steps
 from portrait_dist.training.sg_metrics import AccuracyMetric, ConfusionMatrixMetric
+from portrait_dist.training.trackers import Tracker
 
 # Imported by SuperGradients at module level; used only by export, plotting, S3 upload and other
 # tasks' datasets. Without them importing it takes 12 s of CPU, with them 22 s. (It looks itself
@@ -406,6 +407,8 @@ class AdaptedTrainer(Trainer):
 
     The command line sets it: it holds that folder's lock and has decided whether to resume.
     """
+    tracker: Tracker | None = None
+    """Experiment tracker of rank 0, besides TensorBoard; ``run.logger`` of the command line."""
 
     def __init__(
         self,
@@ -682,6 +685,7 @@ class AdaptedTrainer(Trainer):
             self.training_params.sg_logger = "portrait_dist_logger"
         AtomicSGLogger.writer = staticmethod(self.checkpoint_writer)
         super()._initialize_sg_logger_objects(additional_configs_to_log)
+        self.sg_logger.tracker = self.tracker
         # train() ends each epoch with the learning rates, which _write_scalars_to_logger has logged
         # already.
         add_scalars = self.sg_logger.add_scalars
@@ -999,6 +1003,8 @@ class AtomicSGLogger(BaseSGLogger):
     """
 
     writer: Callable[[str, dict[str, Any]], None]
+    tracker: Tracker | None = None
+    """What gets the curves and pictures too; on rank 0."""
 
     def __init__(self, *args: Any, monitor_system: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, monitor_system=monitor_system, **kwargs)
@@ -1012,11 +1018,34 @@ class AtomicSGLogger(BaseSGLogger):
         """
         if distributed.rank() != 0:
             return
-        for tag, value in tag_scalar_dict.items():
-            self.add_scalar(tag, float(value), global_step)
+        numbers = {tag: float(value) for tag, value in tag_scalar_dict.items()}
+        for tag, number in numbers.items():
+            super().add_scalar(tag, number, global_step)
+        if self.tracker:
+            self.tracker.scalars(numbers, global_step or 0)
         self.tensorboard_writer.flush()
-        values = "\t".join(f"{tag}: {float(value)}" for tag, value in tag_scalar_dict.items())
+        values = "\t".join(f"{tag}: {number}" for tag, number in numbers.items())
         self._write_to_log_file([f"\nepoch {global_step}/{self.max_global_steps}  {values}"])
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
+        """Write one value into TensorBoard, and give it to the tracker."""
+        super().add_scalar(tag=tag, scalar_value=scalar_value, global_step=global_step)
+        if self.tracker and distributed.rank() == 0:
+            self.tracker.scalars({tag: float(scalar_value)}, int(global_step or 0))
+
+    def add_image(
+        self, tag: str, image: Any, data_format: str = "CHW", global_step: int | None = None
+    ) -> None:
+        """Write a picture into TensorBoard, and give uint8 [H, W, 3] to the tracker."""
+        super().add_image(tag=tag, image=image, data_format=data_format, global_step=global_step)
+        if self.tracker and distributed.rank() == 0 and data_format == "HWC":
+            self.tracker.image(tag, image, int(global_step or 0))
+
+    def close(self) -> None:
+        """Close TensorBoard's file and the tracker."""
+        super().close()
+        if self.tracker and distributed.rank() == 0:
+            self.tracker.close()
 
     def _save_checkpoint(self, path: str, state_dict: dict[str, Any]) -> None:
         type(self).writer(path, state_dict)

@@ -39,6 +39,14 @@ def writers(world: World) -> dict[str, Callable[[Path | str], Words]]:
     }
 
 
+def _writers_into(world: World, folder: Path) -> dict[str, Words]:
+    """Return each command that writes, with an output of the right kind in a folder."""
+    return {
+        name: words(folder / f"out{SUFFIXES.get(name, '')}")
+        for name, words in writers(world).items()
+    }
+
+
 def outputs(world: World, random: Random, folder: Path) -> Generator[Case, None, None]:
     """Output paths that cannot be written: exit code 2 before the work begins, nothing left."""
     mine = folder / "file"
@@ -141,7 +149,7 @@ def full_disks(world: World, random: Random, folder: Path) -> Generator[Case, No
     disk = folder / "disk"
     disk.mkdir()
     out, run = disk / "out", disk / "runs" / "run"
-    kinds = {name: words(out) for name, words in writers(world).items()}
+    kinds = _writers_into(world, disk)
     kinds["train"] = train_words(world.shards, run)
     while True:
         name = random.choice([*sorted(kinds), "train"])
@@ -197,7 +205,7 @@ def read_only_disks(world: World, random: Random, folder: Path) -> Generator[Cas
     """Disks that may not be written: outputs there are refused, data there is read all the same."""
     disk = folder / "disk"
     disk.mkdir()
-    refused = {name: words(disk / "out") for name, words in writers(world).items()}
+    refused = _writers_into(world, disk)
     refused["train"] = train_words(world.shards, disk / "runs" / "run")
     while True:
         with mounted(disk, "20m"):

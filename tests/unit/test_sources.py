@@ -329,6 +329,7 @@ def test_stems_that_are_equal_in_a_list_become_whole_paths(tmp_path: Path) -> No
         ("image,mask,key\na.jpg,a.png,x\nb.jpg,b.png,x\n", "line 3: the key 'x' is there twice"),
         ("image,mask\na.jpg,\n", "holds no pair"),
         ("image,mask\na\0.jpg,a.png\n", "line 2: holds a NUL character"),
+        (f"image,mask\n{'a' * 5000}.jpg,a.png\n", "line 2: holds a path of 5,004 characters"),
     ],
 )
 def test_a_list_that_cannot_be_used_names_the_line(tmp_path: Path, text: str, message: str) -> None:

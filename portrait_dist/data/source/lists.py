@@ -52,6 +52,8 @@ LIST_SUFFIXES = (".csv", ".tsv", ".jsonl")
 MOST_BYTES = 1 << 32
 """Of a split file that is read whole."""
 LONGEST_LINE = 1 << 16
+LONGEST_PATH = 4095
+"""Linux's ``PATH_MAX`` without the final NUL."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,10 @@ def _row(line: int, values: Mapping[str, str], location: Location) -> Row:
         raise InputError(f"{where}: names no image; give columns image, mask and split")
     if any("\0" in value for value in values.values()):
         raise InputError(f"{where}: holds a NUL character, which no path can have; correct it")
+    if (longest := max(map(len, values.values()))) > LONGEST_PATH:
+        raise InputError(
+            f"{where}: holds a path of {longest:,} characters; it has at most {LONGEST_PATH:,}"
+        )
     split = values.get("split", "")
     if split and split.lower() not in SPLIT_NAMES:
         raise InputError(f"{where}: '{shorten(split)}' is no split; they are train, val and test")
