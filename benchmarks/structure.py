@@ -37,12 +37,17 @@ segmentation_models.pytorch 5006616, EDM2 4bf8162, spdl ff33a9f, grain f5dd0d8):
 
 | | nanoGPT | torchtitan | smp | EDM2 | spdl / grain |
 |---|---|---|---|---|---|
+| modules in the root | 4 scripts | 2 | 0 | scripts | – |
 | Python lines | 1,220 | 55,761 | 14,281 | 5,008 | 30,839 / 18,958 |
 | lines over 100 columns | 3.6 % | 0.4 % | 2.4 % | 8.2 % | 0.1 % / 0.2 % |
 | comments per 100 lines | 27.7 | 6.8 | 2.9 | 17.5 | 6.3 / 9.8 |
 | function length, median | 10 | 17 | 14 | 6 | 11 / 7 |
 | function length, 90 % | 25 | 63 | 45 | 35 | 45 / 35 |
 | function length, longest | 55 | 353 | 140 | 185 | 1,020 / 117 |
+| functions with a return type | 0 % | 81 % | 26 % | 13 % | 99 % / 52 % |
+
+Comments are those behind a `#`. What a constant is and where its number comes from stands here in
+the string below it, which documentation tools read; these strings are counted apart.
 """
 
 
@@ -54,6 +59,7 @@ class Structure:
     lines: int
     too_wide: int
     comments: float
+    explained: int
     median: int
     most: int
     longest: int
@@ -160,6 +166,19 @@ def comments_of(text: str) -> int:
     )
 
 
+def explained_values(tree: ast.Module) -> int:
+    """Count assignments with a string below that says what the value is."""
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef)]
+    return sum(
+        isinstance(value, ast.Assign | ast.AnnAssign)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+        for body in bodies
+        for value, text in itertools.pairwise(body)
+    )
+
+
 def cpu_seconds(root: Path, code: str) -> float:
     """Median CPU-seconds of a fresh interpreter that runs ``code`` in a tree."""
     taken = []
@@ -189,10 +208,11 @@ def measure(root: Path) -> Structure:
             room = path.relative_to(root / PACKAGE).parts[0]
         rooms["the root" if room.endswith(".py") else room] += len(path.read_text().splitlines())
     return Structure(
-        root_modules=len(list((root / PACKAGE).glob("*.py"))),
+        root_modules=sum(not path.name.startswith("__") for path in (root / PACKAGE).glob("*.py")),
         lines=len(lines),
         too_wide=sum(len(line) > WIDTH for line in lines),
         comments=100 * sum(map(comments_of, texts.values())) / len(lines),
+        explained=sum(map(explained_values, trees.values())),
         median=lengths[len(lengths) // 2],
         most=lengths[len(lengths) * 9 // 10],
         longest=lengths[-1],
@@ -231,7 +251,7 @@ def table(found: dict[str, Structure]) -> str:
 
     all_found = list(found.values())
     add(
-        "modules in the root, __init__ and __main__ too",
+        "modules in the root beside __init__ and __main__",
         [str(one.root_modules) for one in all_found],
     )
     add("Python lines", [f"{one.lines:,}" for one in all_found])
@@ -240,6 +260,7 @@ def table(found: dict[str, Structure]) -> str:
         [f"{one.too_wide:,} ({one.too_wide / one.lines:.1%})" for one in all_found],
     )
     add("comments per 100 lines", [f"{one.comments:.1f}" for one in all_found])
+    add("constants explained by the string below", [str(one.explained) for one in all_found])
     add(
         "function length, median / 90 % / longest",
         [f"{one.median} / {one.most} / {one.longest}" for one in all_found],

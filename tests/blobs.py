@@ -1,10 +1,11 @@
-"""A small network trained within seconds to find a bright ellipse, as a checkpoint."""
+"""Small networks: one trained within seconds to find a bright ellipse, one of random weights."""
 
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from torch import nn
 
 from portrait_dist.inference.placement import fit_photo, shrink
 from portrait_dist.losses import SoftIoULoss
@@ -66,6 +67,22 @@ def train(steps: int = 100) -> UNet:
         value.backward()
         optimizer.step()
     return model.eval()
+
+
+def random_network(norm: str = "batch", features: int = 4) -> UNet:
+    """Return a network with random weights, biases and statistics, none zero or one by chance."""
+    torch.manual_seed(3)
+    model = UNet(init_features=features, norm=norm).eval()
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
 
 
 def save(

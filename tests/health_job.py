@@ -31,7 +31,7 @@ def batches(sickness: str) -> Iterator[int]:
     """Count batches; those of a rank with slow data come late."""
     for number in range(160 if sickness.startswith("slow") else 20):
         if sickness == "slow-data" and distributed.rank() == 1:
-            time.sleep(SECONDS)
+            time.sleep(SECONDS)  # the fault itself
         yield number
 
 
@@ -43,7 +43,7 @@ def compute(net: torch.nn.Module, sickness: str, number: int) -> torch.Tensor:
         if sickness == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
     if sickness == "slow-compute" and distributed.rank() == 1:
-        time.sleep(SECONDS)
+        time.sleep(SECONDS)  # likewise
     time.sleep(0.01)  # each rank's own work; backward takes another
     return net(torch.ones(4, 8)).sum()
 

@@ -103,7 +103,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             end = start + self.server.cuts.pop(0)
         for offset in range(start, end, PIECE):
             self.wfile.write(data[offset : min(offset + PIECE, end)])
-            time.sleep(self.server.delay)
+            time.sleep(self.server.delay)  # the latency of a server far away
             if name.endswith(".tar") and offset >= STALL:
                 self.server.may_send.wait()
         return None

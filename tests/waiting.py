@@ -9,13 +9,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], T], timeout: float = 120, what: str = "") -> T:
+def wait_for(
+    condition: Callable[[], T], timeout: float = 120, what: str = "", pause: float = 0.02
+) -> T:
     """Call a condition until it is true and return its value.
 
     Args:
-        condition: called every 20 ms; exceptions pass through.
+        condition: called again and again; exceptions pass through.
         timeout: seconds after which the test fails.
         what: what is waited for, for the message.
+        pause: seconds between two calls.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -23,4 +26,4 @@ def wait_for(condition: Callable[[], T], timeout: float = 120, what: str = "") -
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout} s: {what or condition}")
-        time.sleep(0.02)
+        time.sleep(pause)

@@ -61,7 +61,7 @@ def _summary(result: ServeResult) -> str:
     default=64,
     show_default=True,
     type=click.IntRange(1, 10_000),
-    help="Requests in work at a time; others are answered with 503 at once.",
+    help="Requests in progress at a time; others are answered with 503 at once.",
 )
 @click.option(
     "--max-megabytes",
@@ -105,7 +105,7 @@ def serve(
     POST /segment takes a photo as the body, or a form's file 'photo', and the options
     output=cutout|mask|side-by-side, format=png|webp|jpeg and
     background=transparent|blur|COLOUR. GET /health and GET /metrics (Prometheus) are for
-    monitoring. Ctrl-C or SIGTERM ends it after the requests that are in work.
+    monitoring. Ctrl-C or SIGTERM ends it after the requests in progress.
     """
     from portrait_dist.inference import service
     from portrait_dist.inference.segmenter import PortraitSegmenter

@@ -7,7 +7,7 @@
 image; ``GET /health`` says that the network is there, ``GET /metrics`` is for Prometheus, and
 ``GET /`` is a page to try it. Threads read, shrink and encode photos; one thread runs the network
 on all photos that wait for it. Everything is bounded: the bytes and pixels of a photo, the time of
-a request, and how many are in work at a time, beyond which the answer is 503 at once.
+a request, and how many are in progress at a time, beyond which the answer is 503 at once.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ LOCAL_NAMES = ("localhost", "127.0.0.1")
 """What a browser may call a service on loopback; another name is a page that was led here (DNS
 rebinding)."""
 CONNECTIONS_PER_REQUEST = 4
-"""Connections that are kept open, for each request that may be in work."""
+"""Open connections allowed for each request that may be in progress."""
 MEDIA_TYPES: dict[str, str] = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """What one service takes on.
+    """Limits of one service.
 
     Attributes:
         batch_size: photos that go through the network together, at most.
-        max_requests: requests that are read or worked on at a time; others get 503.
+        max_requests: requests in progress at a time; further ones get 503.
         max_bytes: of one request's body.
         max_pixels: of one photo.
         timeout_seconds: for one request, from its first byte to its answer.
@@ -166,7 +166,7 @@ class _Metrics:
             registry=self.registry,
         )
         self.working = Gauge(
-            "portrait_requests_working", "Requests in work.", registry=self.registry
+            "portrait_requests_working", "Requests in progress.", registry=self.registry
         )
         self.served = 0
 
@@ -178,11 +178,11 @@ class _Metrics:
 
 
 class _TooLongError(Exception):
-    """A body has more bytes than are taken."""
+    """A body has more bytes than are accepted."""
 
 
 class _BoundedBody:
-    """ASGI middleware: stop to read a body at ``max_bytes``, whatever its headers promise."""
+    """ASGI middleware: stop reading a body at ``max_bytes``, whatever its headers promise."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app, self.max_bytes = app, max_bytes
@@ -206,7 +206,7 @@ class Service:
 
     Args:
         segmenter: predicts the masks.
-        limits: what is taken on.
+        limits: see :class:`ServiceLimits`.
     """
 
     def __init__(self, segmenter: PortraitSegmenter, limits: ServiceLimits) -> None:
@@ -227,7 +227,7 @@ class Service:
         began = time.monotonic()
         # Before the body is read: what is refused costs no memory.
         if self.working >= self.limits.max_requests:
-            busy = _refuse(503, f"{self.working} requests are in work; try again in a second")
+            busy = _refuse(503, f"{self.working} requests are in progress; try again in a second")
             busy.headers["Retry-After"] = "1"
             self.metrics.answered(503, 0.0)
             return busy
@@ -289,7 +289,7 @@ def create_app(
 
     Args:
         segmenter: predicts the masks.
-        limits: what is taken on; the default limits when None.
+        limits: see :class:`ServiceLimits`; the defaults when None.
         host_names: names of this service that a request's Host header may give; ``*`` for any.
 
     Raises:
@@ -352,11 +352,11 @@ def address_of(listening: socket.socket) -> str:
 
 
 def run(segmenter: PortraitSegmenter, limits: ServiceLimits, listening: socket.socket) -> int:
-    """Serve until SIGINT or SIGTERM; requests that are in work are answered first.
+    """Serve until SIGINT or SIGTERM; requests in progress are answered first.
 
     Args:
         segmenter: predicts the masks.
-        limits: what is taken on.
+        limits: see :class:`ServiceLimits`.
         listening: from :func:`listen`.
 
     Returns:
@@ -465,7 +465,7 @@ async def _photo_of(request: Request) -> bytes:
 
     Raises:
         InputError: a form without it, or an empty body.
-        _TooLongError: more bytes than are taken.
+        _TooLongError: more bytes than are accepted.
     """
     from starlette.datastructures import UploadFile
 

@@ -1,10 +1,10 @@
-"""What a network has to be, whoever wrote it, and the check that it is that.
+"""What a network must be, whoever wrote it, and the check for it.
 
 1. It is a ``torch.nn.Module``. Its input is one tensor, float32 [B, 3, H, W]: RGB, normalised with
    :data:`portrait_dist.preprocessing.MEAN` and ``STD``.
 2. Its output is one mask, float [B, 1, h, w] (or [B, h, w]): *logits*, or *probabilities* from 0 to
-   1. Which of them is measured where ``model.output=auto``, and said before training. A mask that
-   is smaller than the image is enlarged to it, bilinearly.
+   1. Which of them is measured where ``model.output=auto``, and printed before training. A mask
+   smaller than the image is enlarged to it, bilinearly.
 3. In place of the tensor it may return a tuple or list whose first entry is that mask, or a dict
    with it under ``out``, ``logits``, ``mask`` or ``pred`` (else its first entry). The other masks
    are *auxiliary outputs*: in training the loss of each is added with ``loss.aux_weight``;
@@ -131,7 +131,7 @@ def speaks_logits(network: nn.Module) -> bool:
 
 
 class MaskNetwork(nn.Module):
-    """Any network under the U-Net's interface, for everything that comes after training.
+    """Any network behind the U-Net's interface, for everything that comes after training.
 
     Args:
         network: of any class.
@@ -169,7 +169,7 @@ def check(
     Args:
         network: to check.
         size: (H, W) of the training images.
-        batch_size: samples of a training batch; of 2 and more, 2 are tried.
+        batch_size: samples of a training batch; at most 2 are tried.
         name: of the network, for messages.
         output: ``logits``, ``probabilities``, or ``auto``: measured.
 

@@ -5,7 +5,7 @@ A name is one of
 - a name of this package: ``unet``, ``soft_iou``, ``adam``;
 - ``sg:NAME``: one that SuperGradients has registered, such as ``sg:pp_lite_t_seg``;
 - ``package.module.Name`` or ``package.module:Name``: anything that can be imported;
-- ``file.py:Name``: out of a file of yours.
+- ``file.py:Name``: from a file of yours.
 
 Importing executes code, so a name that is not this package's, SuperGradients' or that of a library
 named in :data:`LIBRARIES` is imported only where the caller says that it is trusted: because it was
@@ -84,7 +84,7 @@ def build(factory: Factory, args: Mapping[str, Any], setting: str, name: str) ->
     """Call what builds a part.
 
     Raises:
-        InputError: it refuses its arguments; the message has its own words.
+        InputError: it rejects its arguments; the message quotes its error.
     """
     try:
         return factory(**args)
@@ -114,7 +114,7 @@ def _attribute(
     fits = callable(found) if trusted else own
     if not fits:
         classes = [one for one in vars(module) if isinstance(getattr(module, one, None), type)]
-        what = "is nothing that can be called" if found is not None else "is not there"
+        what = "cannot be called" if found is not None else "is not there"
         raise InputError(
             f"{setting}={shorten(name)}: {attribute} {what}.{nearest(attribute, classes)}"
         )
@@ -123,7 +123,7 @@ def _attribute(
 
 
 def _file(path: str, setting: str) -> ModuleType:
-    """Import a file under a name of its own, once in a process."""
+    """Import a file under a unique module name, once in a process."""
     file = Path(path)
     if not file.is_file():
         raise InputError(
@@ -158,7 +158,9 @@ def _module(path: str, setting: str, name: str) -> ModuleType:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise _failed(setting, name, error) from error
         extra = EXTRAS.get(package)
-        advice = f"pip install 'portrait-dist[{extra}]'" if extra else "install it, or see the name"
+        advice = (
+            f"pip install 'portrait-dist[{extra}]'" if extra else "install it, or correct the name"
+        )
         raise InputError(
             f"{setting}={shorten(name)}: there is no module {error.name}; {advice}"
         ) from None
@@ -174,6 +176,6 @@ def _failed(setting: str, name: str, error: Exception) -> InputError:
 
 
 def _find_modules_in(folder: Path) -> None:
-    """Let modules of a folder be imported, behind all others: none hides the standard library's."""
+    """Append a folder to the import path: its modules hide none of the standard library."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))

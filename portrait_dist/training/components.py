@@ -1,7 +1,7 @@
-"""The parts of a run out of its configuration: network, loss, metrics, optimiser, schedule.
+"""Build the parts of a run from its configuration: network, loss, metrics, optimiser, schedule.
 
-Names are those of :mod:`portrait_dist.recipes.parts`; what a network has to be stands in
-:mod:`portrait_dist.models.contract`. Losses and metrics of others are brought to one convention:
+Names are those of :mod:`portrait_dist.recipes.parts`; what a network must be is described in
+:mod:`portrait_dist.models.contract`. Foreign losses and metrics are adapted to one convention:
 
 - a loss is a class, or a plain function. It takes (mask, target), both float [B, 1, H, W], and
   returns a scalar, or (scalar, values to log). Whether it wants logits is ``loss.input``.
@@ -64,7 +64,7 @@ class Components:
 
 
 def make(config: Config, size: tuple[int, int], batch_size: int, *, new: bool) -> Components:
-    """Build the parts of a run; whatever is wrong with one is found here, before anything starts.
+    """Build the parts of a run; what is wrong with one is found here, before anything starts.
 
     Args:
         config: the configuration.
@@ -162,7 +162,7 @@ def _refuse_settings_of_the_unet(config: Config) -> None:
 
 
 def load_weights(network: nn.Module, config: Config) -> None:
-    """Begin with the weights of ``model.weights``; say what does not fit where it may.
+    """Load the weights of ``model.weights``; report what does not fit where that is allowed.
 
     Raises:
         InputError: no checkpoint, or with ``model.strict`` weights of another network.
@@ -339,7 +339,7 @@ def make_metrics(config: MetricsConfig) -> list[Metric]:
     classes = [type(metric).__name__ for metric in found]
     for one in classes:
         if classes.count(one) > 1:
-            raise InputError(f"metrics.names: {one} stands there twice")
+            raise InputError(f"metrics.names: {one} is listed twice")
     return found
 
 

@@ -1,8 +1,8 @@
 """SuperGradients' IoU, Dice and BCE-Dice losses, for the targets that segmentation loaders give.
 
-SuperGradients' own ones want integer targets without a channel, break at an ignored class that does
-not follow the last one, and take logits where probabilities were asked for. The functions
-here have their definitions; :mod:`portrait_dist.training.sg_adapter` puts them in place of theirs.
+SuperGradients' own want integer targets without a channel, fail for an ignored class other than
+the one after the last, and take logits where probabilities were asked for. The functions here
+follow their definitions; :mod:`portrait_dist.training.sg_adapter` puts them in place of theirs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def structure_loss(loss: Any, predict: Tensor, target: Tensor) -> Tensor:
-    """Compute an IoU or Dice loss: stands for ``AbstarctSegmentationStructureLoss.forward``.
+    """Compute an IoU or Dice loss, in place of ``AbstarctSegmentationStructureLoss.forward``.
 
     Args:
         loss: the loss, which says numerator and denominator and how to reduce.
@@ -99,7 +99,7 @@ def _with_channels(predict: Tensor, target: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(loss: Any, predict: Tensor, target: Tensor) -> Tensor:
-    """Compute the cross-entropy of one-channel logits: stands for ``BCE.forward``.
+    """Compute the cross-entropy of one-channel logits, in place of ``BCE.forward``.
 
     Args:
         loss: a ``BCEWithLogitsLoss``.
@@ -110,7 +110,7 @@ def binary_cross_entropy(loss: Any, predict: Tensor, target: Tensor) -> Tensor:
 
 
 def bce_dice_loss(loss: Any, predict: Tensor, target: Tensor) -> Tensor:
-    """Compute BCE-Dice: stands for ``BCEDiceLoss.forward``.
+    """Compute BCE-Dice, in place of ``BCEDiceLoss.forward``.
 
     Args:
         loss: the loss; its ``dice.apply_sigmoid`` says whether ``predict`` are logits.

@@ -1,7 +1,7 @@
-"""What becomes of each training parameter of SuperGradients: none is ignored without a word.
+"""How each training parameter of SuperGradients is treated: none is ignored silently.
 
 A parameter is *honoured* (it does what it does in SuperGradients), *refused* (with it the training
-does not start), or *warned of* (SuperGradients itself does not read it there, or nobody knows it).
+does not start), or *warned of* (SuperGradients itself does not read it, or it is unknown).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Break:
         area: of the campaign that must find it.
         file: source file, relative to the repository.
         old: text that occurs once in it.
-        new: what stands there instead.
+        new: what replaces it.
     """
 
     why: str

@@ -178,7 +178,7 @@ def _wait(child: int, case: Case) -> tuple[int, str]:
             watch.kill()
             os.waitpid(child, 0)
             return -signal.SIGKILL, hang
-        time.sleep(pause)
+        time.sleep(pause)  # between two looks: a wait in waitpid could not see a hang
         pause = min(0.05, pause * 1.5)
 
 

@@ -282,7 +282,7 @@ def _text(path: Path) -> str:
 
 
 def photos(world: World, random: Random, folder: Path) -> Generator[Case, None, None]:
-    """Folders of photos of which some are odd: the good ones are done."""
+    """Folders in which some photos are odd: the others are processed."""
     for number in itertools.count():
         copy = odd.copy_tree(world.photos, folder / f"photos{number}")
         victim = copy / "good0.jpg"

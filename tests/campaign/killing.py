@@ -109,7 +109,7 @@ def _disturb(
             with contextlib.suppress(psutil.NoSuchProcess):
                 (victim or family[process.pid]).send_signal(kill.number)
             return
-        time.sleep(0.02)
+        time.sleep(0.02)  # between two looks at the processes and the file
 
 
 def _changes(path: Path) -> Callable[[], int]:

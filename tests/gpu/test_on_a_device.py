@@ -214,7 +214,7 @@ def test_three_hundred_batches_arrive_whole_while_the_device_works(
             for _ in range(random.integers(4)):
                 work = torch.tanh(work @ work)
             if random.random() < 0.1:
-                time.sleep(0.002)
+                time.sleep(0.002)  # a consumer that is late now and then is the point
             on_device.append(
                 torch.stack([one.sum(dtype=torch.int64) for one in (batch.image, batch.alpha)])
             )

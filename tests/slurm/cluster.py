@@ -8,9 +8,8 @@ It has munged, slurmctld and two slurmd (n0, n1).
 
 Nothing outside the folder is written, so that clusters can stand side by side; ports are free ones
 of the loopback interface. By
-hand, to try commands on it: ``python tests/slurm/cluster.py FOLDER`` prints the line that points
-    SLURM's commands at it, and runs
-until Ctrl-C. Needs Debian's slurm-wlm and munge.
+hand, to try commands on it: ``python -m tests.slurm.cluster FOLDER`` prints the line that points
+SLURM's commands at it, and runs until Ctrl-C. Needs Debian's slurm-wlm and munge.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+from tests import waiting
 
 PROGRAMS = (
     "munged",
@@ -219,10 +220,13 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         self.daemons.clear()
-        while leftovers := [pid for pid, _ in self.processes()]:
-            for pid in leftovers:
-                _kill(pid)
-            time.sleep(0.05)
+        waiting.wait_for(self._kill_what_is_left, what="every process of the cluster is gone")
+
+    def _kill_what_is_left(self) -> bool:
+        leftovers = [pid for pid, _ in self.processes()]
+        for pid in leftovers:
+            _kill(pid)
+        return not leftovers
 
     def processes(self) -> Iterator[tuple[int, dict[str, str]]]:
         """(pid, environment) of every process of this cluster and of its jobs."""
@@ -292,14 +296,12 @@ class Cluster:
         return self.job(number)
 
     def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        """Poll a condition; TimeoutError that says what never happened."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"after {seconds} s it is still not so that {what}\n{self.report()}"
-                )
-            time.sleep(0.2)
+        """Wait for a condition; TimeoutError that says what never happened, with the logs' ends."""
+        try:
+            # Most conditions start a program of SLURM's: asked less often, they disturb less.
+            waiting.wait_for(condition, seconds, what, pause=0.2)
+        except AssertionError as error:
+            raise TimeoutError(f"{error}\n{self.report()}") from None
 
     def report(self) -> str:
         """The ends of the daemons' logs and the queue, for a failing test."""

@@ -18,7 +18,7 @@ from portrait_dist.runs.steps import TaskState, read_events
 from portrait_dist.slurm.step_job import MOST_FAILURES, MOST_REQUEUES, Ended, decide
 from tests.cli import assert_one_line, call
 from tests.slurm.cluster import Cluster
-from tests.unit.test_pack import write_tree
+from tests.trees import write_tree
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of remote shards."""
+"""Fixtures of several files: a trained network, and shards behind a server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import blobs
 from tests.shard_server import ShardServer, serving
+
+
+@pytest.fixture(scope="session")
+def trained_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network that has learnt to find ellipses, as training saves it."""
+    return blobs.save(blobs.train(), tmp_path_factory.mktemp("trained") / "ckpt_best.pth")
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_a_loss_that_cannot_train_is_refused_in_one_line() -> None:
     for name, message in (
         ("torch.nn.CrossEntropyLos", "Did you mean 'CrossEntropyLoss'"),
         ("torch.nn.TripletMarginLoss", "fails for masks"),
-        (f"{NETS}:STOP_IN_STEP", "nothing that can be called"),
+        (f"{NETS}:STOP_IN_STEP", "cannot be called"),
     ):
         with pytest.raises(InputError, match=message):
             loss_of(f"loss.name={name}")
@@ -121,7 +121,7 @@ def test_metrics_by_name_score_the_same_masks() -> None:
         (["metrics.names=torchmetrics.classification.BinaryAUROC"], "is no sum"),
         (["metrics.names=torch.nn.L1Loss"], "no torchmetrics.Metric"),
         (["metrics.args.Nothing.x=1"], "there is no such metric"),
-        (["metrics.names=SoftIoU"], "stands there twice"),
+        (["metrics.names=SoftIoU"], "is listed twice"),
     ],
 )
 def test_a_metric_that_would_depend_on_ranks_is_refused(keys: list[str], message: str) -> None:

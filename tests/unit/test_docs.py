@@ -53,6 +53,36 @@ def test_every_module_named_in_the_architecture_exists() -> None:
     assert [name for name in named if not (ROOT / "portrait_dist" / name).exists()] == []
 
 
+def test_the_answers_in_the_architecture_are_in_the_files_named() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    answers = re.findall(r"`(\w+)` in `([\w/]+\.py)`", text)
+    assert len(answers) >= 10
+    assert [
+        f"{file}: {name}"
+        for name, file in answers
+        if not re.search(
+            rf"^\s*(?:def|class) {name}\b", (ROOT / "portrait_dist" / file).read_text(), re.M
+        )
+    ] == []
+
+
+def test_no_test_file_imports_another() -> None:
+    files = (ROOT / "tests").rglob("*.py")
+    pattern = re.compile(r"^(?:from|import) (?:tests\.\w+\.test_|.* import test_)", re.M)
+    assert [path.name for path in files if pattern.search(path.read_text())] == []
+
+
+def test_every_sleep_of_a_test_says_what_it_stands_for() -> None:
+    silent = [
+        f"{path.name}: {line.strip()}"
+        for path in (ROOT / "tests").rglob("*.py")
+        if path.name != "waiting.py"
+        for line in path.read_text().splitlines()
+        if "time.sleep(" in line and "#" not in line
+    ]
+    assert silent == []
+
+
 def test_every_command_is_in_the_readme() -> None:
     from portrait_dist.cli import COMMANDS
 

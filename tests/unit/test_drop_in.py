@@ -32,6 +32,18 @@ torch.set_num_threads(1)
 BOTH = pytest.mark.parametrize("kind", [Trainer, PortraitTrainer], ids=["stock", "ours"])
 
 
+def one_epoch(**more: Any) -> dict[str, Any]:
+    return {
+        "max_epochs": 1,
+        "initial_lr": 0.1,
+        "lr_mode": "CosineLRScheduler",
+        "loss": nn.BCELoss(),
+        "valid_metrics_list": [SoftIoU()],
+        "metric_to_watch": "SoftIoU",
+        **more,
+    }
+
+
 class Tiny(nn.Module):
     """A pixelwise classifier: probabilities [B, 1, H, W]."""
 
@@ -278,15 +290,7 @@ def test_checkpoints_hold_the_preprocessing_of_networks_that_predict(tmp_path: P
     use_device(torch.device("cpu"))
     loader = DataLoader(Images(*batches().dataset.tensors), batch_size=4)  # type: ignore
     trainer = PortraitTrainer("run", str(tmp_path))
-    params = {
-        "max_epochs": 1,
-        "initial_lr": 0.1,
-        "lr_mode": "CosineLRScheduler",
-        "loss": nn.BCELoss(),
-        "valid_metrics_list": [SoftIoU()],
-        "metric_to_watch": "SoftIoU",
-    }
-    trainer.train(Predicts(), params, loader, loader)
+    trainer.train(Predicts(), one_epoch(), loader, loader)
     for name in ("ckpt_best.pth", "ckpt_latest.pth", "average_model.pth"):
         assert checkpoint(tmp_path / "run", name)["processing_params"]["class_names"] == [
             "portrait"
@@ -445,15 +449,7 @@ def test_networks_that_check_their_input_are_shown_what_they_will_get(
             return self.multiple, self.multiple
 
     use_device(torch.device("cpu"))
-    params = {
-        "max_epochs": 1,
-        "initial_lr": 0.1,
-        "lr_mode": "CosineLRScheduler",
-        "loss": nn.BCELoss(),
-        "valid_metrics_list": [SoftIoU()],
-        "metric_to_watch": "SoftIoU",
-        "max_train_batches": 2,
-    }
+    params = one_epoch(max_train_batches=2)
 
     def train(model: nn.Module, name: str) -> list[str]:
         """Train two batches of the stream, and return the sample keys that were seen."""

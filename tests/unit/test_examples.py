@@ -74,18 +74,6 @@ def test_own_images_and_grey_masks_become_shards_with_their_masks(shards: Path) 
         assert iou(np.asarray(alpha) / 255, expected / 255) > 0.95, key
 
 
-def test_the_tutorials_code_trains(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    from portrait_dist.data.source import split
-
-    example("own_data").arrange(*folders, tmp_path / "raw")
-    split.prepare(tmp_path / "raw", tmp_path / "data")
-    small = ("--epochs", "1", "--side", "32", "--features", "2", "--batch-size", "4")
-    checkpoints = ("--checkpoints", str(tmp_path))
-    model = example("tutorial").main([str(tmp_path / "data"), *small, *checkpoints])
-    assert (tmp_path / "aisegment_example" / "ckpt_best.pth").is_file()
-    assert not model.training
-
-
 def test_fine_tuning_starts_a_run_of_its_own_from_the_weights_of_the_first(
     shards: Path, tmp_path: Path
 ) -> None:

@@ -13,22 +13,7 @@ from torch import Tensor, nn
 from portrait_dist.data.source.drawing import draw_portrait
 from portrait_dist.losses import SoftIoULoss
 from portrait_dist.models import UNet, fused
-
-
-def network(norm: str = "batch", features: int = 4) -> UNet:
-    """Return a network with random weights, biases and statistics, none zero or one by chance."""
-    torch.manual_seed(3)
-    model = UNet(init_features=features, norm=norm).eval()
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            module.running_mean.normal_(std=0.3)
-            module.running_var.uniform_(0.5, 1.5)
-    return model
+from tests import blobs
 
 
 @torch.no_grad()
@@ -41,7 +26,7 @@ def logits(model: UNet, x: Tensor) -> Tensor:
 def test_merged_network_gives_the_same_logits_at_every_pixel_borders_included(
     norm: str, size: tuple[int, int]
 ) -> None:
-    model = network(norm).double()
+    model = blobs.random_network(norm).double()
     x = torch.randn(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
         merged = fused.merge_up_convolutions(fused.fold_batch_norm(model))(x)
@@ -49,7 +34,7 @@ def test_merged_network_gives_the_same_logits_at_every_pixel_borders_included(
 
 
 def test_folding_leaves_no_batch_norm_and_the_same_output() -> None:
-    model = network()
+    model = blobs.random_network()
     folded = fused.fold_batch_norm(model)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     x = torch.randn(2, 3, 64, 64)
@@ -57,7 +42,7 @@ def test_folding_leaves_no_batch_norm_and_the_same_output() -> None:
 
 
 def test_optimising_leaves_the_model_as_it_was() -> None:
-    model = network().train()
+    model = blobs.random_network().train()
     before = copy.deepcopy(model.state_dict())
     fused.for_inference(model, "cpu", precision="bf16")(torch.randn(1, 3, 32, 32))
     assert model.training
@@ -65,7 +50,7 @@ def test_optimising_leaves_the_model_as_it_was() -> None:
 
 
 def test_network_for_inference_takes_and_gives_float32_whatever_it_computes_in() -> None:
-    model, x = network(), torch.randn(2, 3, 32, 32)
+    model, x = blobs.random_network(), torch.randn(2, 3, 32, 32)
     for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.05)):
         probabilities = fused.for_inference(model, "cpu", precision=precision)(x)
         assert probabilities.dtype == torch.float32
@@ -75,7 +60,7 @@ def test_network_for_inference_takes_and_gives_float32_whatever_it_computes_in()
 
 
 def test_compiled_network_gives_the_masks_of_the_plain_one() -> None:
-    model = network()
+    model = blobs.random_network()
     compiled = fused.for_inference(
         model, "cpu", precision="fp32", compile=True, batch_shape=(2, 3, 32, 32)
     )

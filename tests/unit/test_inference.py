@@ -30,13 +30,8 @@ from tests import blobs
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return blobs.save(blobs.train(), tmp_path_factory.mktemp("run") / "ckpt_best.pth")
-
-
-@pytest.fixture(scope="module")
-def segmenter(checkpoint: Path) -> PortraitSegmenter:
-    return PortraitSegmenter.from_checkpoint(checkpoint, device="cpu", precision="fp32")
+def segmenter(trained_checkpoint: Path) -> PortraitSegmenter:
+    return PortraitSegmenter.from_checkpoint(trained_checkpoint, device="cpu", precision="fp32")
 
 
 def iou(alpha: Alpha, truth: Alpha) -> float:

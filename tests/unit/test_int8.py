@@ -13,7 +13,6 @@ from portrait_dist.inference.segmenter import PortraitSegmenter
 from portrait_dist.models import UNet, fused, int8
 from portrait_dist.preprocessing import normalise
 from tests import blobs
-from tests.unit.test_fast import network as random_network
 
 pytestmark = pytest.mark.skipif(
     not int8.is_supported(), reason="this CPU has no 8-bit dot products"
@@ -25,7 +24,7 @@ def network() -> UNet:
 
     So sides cannot be mixed up unseen.
     """
-    model = random_network(features=8)
+    model = blobs.random_network(features=8)
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.kernel_size != (1, 1):
             module.weight.data[..., 0, 0] *= 2

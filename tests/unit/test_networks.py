@@ -106,7 +106,7 @@ def test_auxiliary_outputs_count_in_training_with_their_weight_and_nowhere_else(
         ("nowhere.py:Net", "there is no such file"),
         (f"{NETS}:Halfed", "Halfed is not there. Did you mean 'Halved'"),
         ("no_such_package:Net", "there is no module no_such_package"),
-        (f"{NETS}:STOP_IN_STEP", "is nothing that can be called"),
+        (f"{NETS}:STOP_IN_STEP", "cannot be called"),
         ("sg:pp_light_t_seg", "SuperGradients has none of this name. Did you mean 'pp_lite_t_seg'"),
         ("segmentation_models_pytorch.Unett", "Did you mean 'Unet'"),
     ],

@@ -32,27 +32,13 @@ from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.system.threads import map_in_order
 from tests.cli import PORTRAIT_DIST, assert_one_line, call
 from tests.damage import cut, flip_bit
+from tests.trees import write_tree
 from tests.waiting import wait_for
 
 
 def files(folder: Path) -> dict[str, bytes]:
     """Content of every file of a folder, hidden ones too."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def write_tree(data: Path, keys: dict[str, list[str]], size: tuple[int, int] = (24, 16)) -> Path:
-    """A prepared tree of tiny pairs, made by hand."""
-    for name in SPLITS:
-        (data / name).mkdir(parents=True, exist_ok=True)
-        for number, key in enumerate(keys.get(name, [])):
-            pixels = np.random.default_rng(number).integers(0, 256, (*size, 4), dtype=np.uint8)
-            Image.fromarray(pixels[..., :3]).save(data / name / f"{key}.jpg", quality=90)
-            Image.fromarray(pixels, "RGBA").save(data / name / f"{key}.png")
-    splits = {name: keys.get(name, []) for name in SPLITS}
-    (data / "split.json").write_text(
-        json.dumps({"format": 1, "source": "by hand", "splits": splits})
-    )
-    return data
 
 
 @pytest.fixture

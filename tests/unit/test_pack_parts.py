@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from portrait_dist.errors import InputError
 from portrait_dist.files import ExclusiveLock, create_text, remove_abandoned_files, temporary_path
 from tests.cli import PORTRAIT_DIST, assert_one_line, call
 from tests.damage import cut, flip_bit
-from tests.unit.test_pack import write_tree
+from tests.trees import write_tree
 from tests.waiting import wait_for
 
 ARGUMENTS = ("--size", "16", "--samples-per-shard", "3", "--workers", "1")
@@ -85,6 +87,24 @@ def end(process: subprocess.Popen[str]) -> dict[str, object]:
     assert process.returncode == 0, stderr
     found: dict[str, object] = json.loads(stdout)
     return found
+
+
+@contextlib.contextmanager
+def locked_elsewhere(lock: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds a lock file until it gets a line."""
+    code = (
+        "import sys; from pathlib import Path; from portrait_dist.files import ExclusiveLock;"
+        "lock = ExclusiveLock(Path(sys.argv[1]), str); print('held', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        yield holder
 
 
 def test_the_plan_is_a_pure_function_and_parts_divide_it() -> None:
@@ -256,19 +276,7 @@ def test_a_part_that_is_being_packed_is_refused_and_so_is_all_of_it(
     out = tmp_path / "out"
     out.mkdir()
     folder = pack_folder.PackFolder(out, read_split(tree), Settings((16, 16), "jpeg", 95, 3))
-    code = (
-        "import sys; from pathlib import Path; from portrait_dist.files import ExclusiveLock;"
-        "lock = ExclusiveLock(Path(sys.argv[1]), str); print('held', flush=True); input()"
-    )
-    lock = out / pack_folder.Part(1, 3).lock_name
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(lock)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as holder:
-        assert holder.stdout
-        assert holder.stdout.readline() == "held\n"
+    with locked_elsewhere(out / pack_folder.Part(1, 3).lock_name) as holder:
         folder.begin(parts=3)
         for options in (["--part", "1/3"], [], ["--finish"]):
             refused = call("pack", "--data", tree, "--out", out, *ARGUMENTS, *options)
@@ -285,22 +293,11 @@ def test_a_requeued_part_waits_for_the_lock_of_a_node_that_died(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    code = (
-        "import sys; from pathlib import Path; from portrait_dist.files import ExclusiveLock;"
-        "lock = ExclusiveLock(Path(sys.argv[1]), str); print('held', flush=True); input()"
-    )
     folder = pack_folder.PackFolder(out, read_split(tree), Settings((16, 16), "jpeg", 95, 3))
     folder.begin(parts=1)
     lock = out / pack_folder.Part(0, 1).lock_name
     refusals: list[Path] = []
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(lock)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as holder:
-        assert holder.stdout
-        assert holder.stdout.readline() == "held\n"
+    with locked_elsewhere(lock) as holder:
 
         def try_lock(path: Path, *arguments: Any, **options: Any) -> ExclusiveLock:
             try:

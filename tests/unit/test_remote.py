@@ -227,7 +227,7 @@ def test_prefetching_keeps_to_its_fraction_of_a_cache_that_does_not_hold_the_spl
         keys += batch.keys
         asked = min(number // 2 + 2, 6)  # those of the batches so far, and the next one
         wait_until_asked(lambda: len(server.tars), asked)
-        time.sleep(0.05)
+        time.sleep(0.05)  # no event says that nothing more will be asked
         assert len(server.tars) == asked
     assert keys == [key for key, _, _ in content(ShardSet(folder, "train"))]
     assert sorted(server.tars) == [shard.name for shard in loader.dataset.shards.shards]

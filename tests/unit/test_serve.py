@@ -113,13 +113,8 @@ class HeldUp:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return blobs.save(blobs.train(), tmp_path_factory.mktemp("run") / "ckpt_best.pth")
-
-
-@pytest.fixture(scope="module")
-def segmenter(checkpoint: Path) -> PortraitSegmenter:
-    return PortraitSegmenter.from_checkpoint(checkpoint, device="cpu", precision="fp32")
+def segmenter(trained_checkpoint: Path) -> PortraitSegmenter:
+    return PortraitSegmenter.from_checkpoint(trained_checkpoint, device="cpu", precision="fp32")
 
 
 @pytest.fixture
@@ -263,8 +258,16 @@ def test_a_failure_of_the_network_is_answered_and_the_service_lives(
     assert service.post(png(1)).status == 200
 
 
-def test_sigterm_ends_the_command_after_the_request_in_work(checkpoint: Path) -> None:
-    command = [*PORTRAIT_DIST, "serve", "--checkpoint", str(checkpoint), "--port", "0", "--json"]
+def test_sigterm_ends_the_command_after_the_request_in_work(trained_checkpoint: Path) -> None:
+    command = [
+        *PORTRAIT_DIST,
+        "serve",
+        "--checkpoint",
+        str(trained_checkpoint),
+        "--port",
+        "0",
+        "--json",
+    ]
     process = subprocess.Popen(
         [*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -302,12 +305,16 @@ def _listens(host: str, port: int) -> bool:
     return True
 
 
-def test_a_port_that_is_taken_and_a_host_that_is_not_here_are_one_line(checkpoint: Path) -> None:
+def test_a_port_that_is_taken_and_a_host_that_is_not_here_are_one_line(
+    trained_checkpoint: Path,
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        result = call("serve", "--checkpoint", checkpoint, "--port", str(port))
+        result = call("serve", "--checkpoint", trained_checkpoint, "--port", str(port))
         assert_one_line(result, 2, f"--port {port}", "in use", "--port 0")
-    result = call("serve", "--checkpoint", checkpoint, "--host", "203.0.113.7", "--port", "0")
+    result = call(
+        "serve", "--checkpoint", trained_checkpoint, "--host", "203.0.113.7", "--port", "0"
+    )
     assert_one_line(result, 2, "203.0.113.7")
 
 
