@@ -261,9 +261,7 @@ def retry(
             if (lasting := _lasting(error, address, failures)) is not None:
                 raise lasting from error
             reason = _reason(error)
-        # What brought bytes was a success for the pause: a link that drops every minute is no
-        # outage.
-        if (length := reached()) > furthest:
+        if (length := reached()) > furthest:  # a link that drops every minute is no outage
             failures, furthest = 1, length
         left = pace.seconds_left(length)
         if left <= 0:

@@ -297,8 +297,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
                 exact=self.exact,
                 codec=self.shards.codec,
             )
-        # The codecs raise kinds of their own (ValueError, cv2.error, struct.error, …).
-        except Exception as error:
+        except Exception as error:  # the codecs raise kinds of their own
             reason = " ".join(str(error).split())
             raise DamagedDataError(
                 f"{self.shards.name(sample)} ({encoded.key}): does not decode ({reason}); find all "
