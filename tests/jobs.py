@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import psutil
 import torch
 
 from tests import waiting
+from tests.cli import Result, call
 
 # Small enough that a job is little more than its imports; no batch norm, so that the number of
 # ranks changes nothing but rounding.
@@ -177,3 +179,28 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     """Largest absolute difference of two state dicts."""
     assert one.keys() == other.keys()
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def train_into(root: Path, shards: Path, *keys: str) -> Result:
+    """Call ``train`` in this process for a tiny run named ``run``."""
+    return call(
+        "train",
+        "--json",
+        "--recipe",
+        PLAIN,
+        f"data.shards={shards}",
+        f"run.root={root}",
+        "run.name=run",
+        "train.batch_size=19",
+        *TINY,
+        *keys,
+    )
+
+
+def state_of(run: Path) -> dict[str, str]:
+    """Hash every file of a run folder but the lock."""
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in run.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }

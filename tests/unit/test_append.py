@@ -21,11 +21,11 @@ from portrait_dist.data.shards.verify import verify
 from portrait_dist.data.shards.writer import PackResult, pack
 from portrait_dist.errors import DamagedDataError
 from tests.cli import assert_one_line, call
-from tests.jobs import checkpoint, lines
-from tests.unit.test_pack import write_tree
-from tests.unit.test_pack_parts import FILE_OPERATIONS, PROCESSES
-from tests.unit.test_resume import state_of, train_into
+from tests.dying import FILE_OPERATIONS, processes
+from tests.jobs import checkpoint, lines, state_of, train_into
+from tests.trees import write_tree
 
+PROCESSES = processes(__name__)
 OLD = {"train": [f"p-{i:02d}" for i in range(8)], "val": ["q-0", "q-1"], "test": ["r-0"]}
 # The grown tree: two old pairs have moved to other splits, one is gone, six are new.
 GROWN = {

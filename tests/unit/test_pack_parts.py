@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -29,6 +28,7 @@ from portrait_dist.errors import InputError
 from portrait_dist.files import ExclusiveLock, create_text, remove_abandoned_files, temporary_path
 from tests.cli import PORTRAIT_DIST, assert_one_line, call
 from tests.damage import cut, flip_bit
+from tests.dying import FILE_OPERATIONS, processes
 from tests.trees import write_tree
 from tests.waiting import wait_for
 
@@ -144,11 +144,7 @@ def test_parts_in_any_order_write_the_bytes_of_one_process(
     assert hashes(out) == whole
 
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", __name__])
-"""Processes that have torch already: a part of tiny pairs is then packed in milliseconds."""
-FILE_OPERATIONS = ("open", "os.link", "os.remove", "os.rename")
-"""Names of Python's audit events."""
+PROCESSES = processes(__name__)
 
 
 def pack_and_die(tree: Path, out: Path, part: tuple[int, int], dies_at: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import yaml
 from portrait_dist.data.shards import writer
 from tests import damage
 from tests.cli import Result, assert_one_line, call
-from tests.jobs import PLAIN, TINY, checkpoint, lines
+from tests.jobs import PLAIN, checkpoint, lines, state_of, train_into
 
 Train = Callable[..., Result]
 
@@ -33,30 +32,6 @@ def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     root = tmp_path_factory.mktemp("finished")
     assert train_into(root, tiny_shards, "train.max_epochs=1").exit_code == 0
     return root
-
-
-def train_into(root: Path, shards: Path, *keys: str) -> Result:
-    return call(
-        "train",
-        "--json",
-        "--recipe",
-        PLAIN,
-        f"data.shards={shards}",
-        f"run.root={root}",
-        "run.name=run",
-        "train.batch_size=19",
-        *TINY,
-        *keys,
-    )
-
-
-def state_of(run: Path) -> dict[str, str]:
-    """Hash of every file of a run folder but the lock."""
-    return {
-        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in run.rglob("*")
-        if path.is_file() and path.name != ".lock"
-    }
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
