@@ -168,6 +168,23 @@ def test_preparing_is_measured_by_listing_and_by_a_file_of_names(tmp_path: Path)
     assert all(0 < row["peak_megabytes"] < 300 for row in found["rows"])
 
 
+def test_packing_is_measured_for_one_and_two_processes_against_decoding_alone(
+    tmp_path: Path,
+) -> None:
+    found = measured("pack", tmp_path / "pack.json", "--quick")
+    assert [row["name"] for row in found["rows"]] == [
+        "decoding alone",
+        "256x256, 1 process",
+        "256x256, 2 processes",
+    ]
+    assert all(row["pairs_per_second"] > 0 < row["cpu_seconds_per_pair"] for row in found["rows"])
+    sets = {(row["pairs"], row["nodes"]) for row in found["arithmetic"]}
+    assert {(34_427, 1), (10**8, 64)} < sets
+    for row in found["arithmetic"]:
+        hours = row["minutes"] * row["nodes"] * row["cores_per_node"] / 60
+        assert hours == pytest.approx(row["cpu_hours"], rel=0.02)
+
+
 def test_cpu_seconds_count_child_processes_that_live_and_that_ended() -> None:
     measure = importlib.import_module("measure")
     burn = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"

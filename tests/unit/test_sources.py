@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import functools
+import http.server
 import io
 import json
 import shutil
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -370,6 +374,46 @@ def test_a_source_at_an_address_is_packed_where_it_is(tmp_path: Path) -> None:
         assert_one_line(copied, 2, "use --mode reference")
     finally:
         memory.rm("/portraits", recursive=True)
+
+
+class Listing(http.server.SimpleHTTPRequestHandler):
+    """Gives files, and a page of links for a folder, as any web server does."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_pictures_on_a_web_server_are_prepared_and_packed_where_they_are_each_fetched_once(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("aiohttp", reason="the extra http is not installed")
+    raw = images_and_masks(tmp_path / "raw")
+    handler = functools.partial(Listing, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/raw"
+        data = tmp_path / "data"
+        made = call("prepare", "--raw", address, "--out", data, "--json")
+        assert made.json["pairs"] == len(KEYS), made
+        assert not [path for path in Listing.asked if path.endswith((".jpg", ".png"))]
+        Listing.asked.clear()
+        packed = call("pack", "--data", data, "--out", tmp_path / "a", "--size", "24x32")
+        assert packed.exit_code == 0, packed
+        pictures = [path for path in Listing.asked if not path.endswith("/")]
+        assert len(pictures) == len(set(pictures)) == 2 * len(KEYS)
+        parts = ("--data", data, "--out", tmp_path / "b", "--size", "24x32", "--part")
+        for part in ("1/2", "0/2"):
+            assert call("pack", *parts, part).exit_code == 0
+        server.shutdown()
+    call("pack", "--data", raw, "--out", tmp_path / "c", "--size", "24x32")
+    tars = [[s.sha256 for s in ShardSet(tmp_path / out, "train").shards] for out in "abc"]
+    assert tars[0] == tars[1] == tars[2]
 
 
 def test_an_address_with_a_password_is_not_written_down(tmp_path: Path) -> None:
