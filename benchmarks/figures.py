@@ -72,6 +72,7 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
         **_training(speed),
         **_remote(_read(results, "2026-11-23-amd-epyc-2-cores-remote.json")),
         **_order(_read(results, "2026-11-29-amd-epyc-2-cores-order.json")),
+        **_packing(_read(results, "2026-11-29-amd-epyc-2-cores-pack.json")),
         **_matrix(_read(results, "2026-11-29-matrix.json")),
         **_installs(_read(results, "2026-11-29-installs.json")),
         **_quickstart(_read(results, "2026-11-29-amd-epyc-2-cores-quickstart.json")),
@@ -170,6 +171,28 @@ def _order(part: dict[str, Any]) -> dict[str, str]:
         "order.cpu-seconds": f"{seconds:.2f} s",
         "order.megabytes": f"{max(row['megabytes'] for row in rows):.0f} MB",
     }
+
+
+def _packing(part: dict[str, Any]) -> dict[str, str]:
+    spent = {row["name"]: row["cpu_seconds_per_pair"] for row in part["rows"]}
+    one, two = spent["256x256, 1 process"], spent["256x256, 2 processes"]
+    many = [row for row in part["arithmetic"] if row["name"] == "10^8 pairs, 256x256"]
+    few = [row for row in part["arithmetic"] if row["name"] == "AISegment, 256x256"]
+    return {
+        "packing.cpu": f"{one * 1000:.1f} ms",
+        "packing.original": f"{spent['original, 1 process'] * 1000:.1f} ms",
+        "packing.decoding": f"{spent['decoding alone'] / one:.0%}",
+        "packing.two": f"{two / one:.2f}",
+        "packing.aisegment": f"{few[0]['cpu_hours'] * 60:.0f}",
+        "packing.hours": f"{many[0]['cpu_hours']:.0f}",
+        "packing.one-node": f"{many[0]['minutes'] / 60:.1f} hours",
+        "packing.16-nodes": f"{_of(many, 16):.0f} minutes",
+        "packing.64-nodes": f"{_of(many, 64):.1f} minutes",
+    }
+
+
+def _of(rows: list[dict[str, Any]], nodes: int) -> float:
+    return float(next(row["minutes"] for row in rows if row["nodes"] == nodes))
 
 
 def _matrix(part: dict[str, Any]) -> dict[str, str]:
