@@ -120,19 +120,9 @@ def pack(
     from portrait_dist.data.shards import append as appending
     from portrait_dist.data.shards import writer
 
+    arguments = (data, out, size, samples_per_shard, workers, codec, quality)
     if append:
         if part or finish or check:
             raise click.UsageError("--append stands alone: without --part, --finish and --check")
-        return appending.append(data, out, size, samples_per_shard, workers, codec, quality)
-    return writer.pack(
-        data,
-        out,
-        size,
-        samples_per_shard,
-        workers,
-        codec,
-        quality,
-        part=part,
-        finish=finish,
-        check=check,
-    )
+        return appending.append(*arguments)
+    return writer.pack(*arguments, part=part, finish=finish, check=check)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -13,7 +14,8 @@ from portrait_dist.commands import Size, command, options
 from portrait_dist.commands.numbers import Integer
 
 if TYPE_CHECKING:
-    from portrait_dist.inference.batch import PredictResult
+    from portrait_dist.inference.batch import ImageOptions, PredictResult
+    from portrait_dist.inference.labels import Labels
     from portrait_dist.inference.outputs import ImageFormat
     from portrait_dist.inference.segmenter import SegmenterOptions
 
@@ -57,6 +59,74 @@ def _kinds(
     return kinds or ("mask", "cutout", "side-by-side")
 
 
+LABEL_OPTIONS = (
+    click.option(
+        "--from-shards",
+        metavar="SHARDS",
+        default="",
+        help="Take the samples of packed shards for photos, in place of PATHs.",
+    ),
+    click.option(
+        "--split",
+        default="train",
+        show_default=True,
+        type=click.Choice(["train", "val", "test"]),
+        help="Split of --from-shards.",
+    ),
+    click.option(
+        "--out-shards",
+        type=click.Path(path_type=Path),
+        help="Also pack photos and masks into shards that can be trained with.",
+    ),
+    click.option(
+        "--min-confidence",
+        default=0.0,
+        show_default=True,
+        type=click.FloatRange(0, 1),
+        help="Leave masks out of --out-shards whose confidence, the mean of |2 alpha - 1| over the "
+        "pixels, is lower.",
+    ),
+    click.option(
+        "--shard-size",
+        type=Size(original=True),
+        default="256x256",
+        show_default=True,
+        help="Pixels of the samples of --out-shards; with --from-shards they are as they were.",
+    ),
+    click.option(
+        "--samples-per-shard",
+        type=Integer(1, 10**7),
+        default=1024,
+        show_default=True,
+        help="Of --out-shards.",
+    ),
+)
+
+
+def _labels(function: Callable[..., object]) -> Callable[..., object]:
+    """Add the options of masks that become training data; the command gets them as ``labels``."""
+
+    @functools.wraps(function)
+    def run(
+        *,
+        from_shards: str,
+        split: str,
+        out_shards: Path | None,
+        min_confidence: float,
+        shard_size: tuple[int, int] | None,
+        samples_per_shard: int,
+        **others: object,
+    ) -> object:
+        from portrait_dist.inference.labels import Labels
+
+        labels = Labels(
+            out_shards, min_confidence, shard_size, samples_per_shard, from_shards, split
+        )
+        return function(labels=labels, **others)
+
+    return functools.reduce(lambda done, option: option(done), reversed(LABEL_OPTIONS), run)
+
+
 @command("predict", summary=_summary, epilog=EXAMPLES)
 @options.checkpoint
 @click.argument("paths", nargs=-1, metavar="PATH...")
@@ -95,46 +165,7 @@ def _kinds(
     is_flag=True,
     help="Do nothing: check that every photo is done, else name what is missing.",
 )
-@click.option(
-    "--from-shards",
-    metavar="SHARDS",
-    default="",
-    help="Take the samples of packed shards for photos, in place of PATHs.",
-)
-@click.option(
-    "--split",
-    default="train",
-    show_default=True,
-    type=click.Choice(["train", "val", "test"]),
-    help="Split of --from-shards.",
-)
-@click.option(
-    "--out-shards",
-    type=click.Path(path_type=Path),
-    help="Also pack photos and masks into shards that can be trained with.",
-)
-@click.option(
-    "--min-confidence",
-    default=0.0,
-    show_default=True,
-    type=click.FloatRange(0, 1),
-    help="Leave masks out of --out-shards whose confidence, the mean of |2 alpha - 1| over the "
-    "pixels, is lower.",
-)
-@click.option(
-    "--shard-size",
-    type=Size(original=True),
-    default="256x256",
-    show_default=True,
-    help="Pixels of the samples of --out-shards; with --from-shards they are as they were.",
-)
-@click.option(
-    "--samples-per-shard",
-    type=Integer(1, 10**7),
-    default=1024,
-    show_default=True,
-    help="Of --out-shards.",
-)
+@_labels
 @options.trained_size
 @options.trust_code
 def predict(
@@ -150,12 +181,7 @@ def predict(
     image_format: ImageFormat,
     size: tuple[int, int] | None,
     trust_code: bool,
-    from_shards: str,
-    split: str,
-    out_shards: Path | None,
-    min_confidence: float,
-    shard_size: tuple[int, int] | None,
-    samples_per_shard: int,
+    labels: Labels,
     **network: Unpack[SegmenterOptions],
 ) -> PredictResult | None:
     """Write mask, cut-out and side-by-side image of photos, at their own resolution.
@@ -167,43 +193,54 @@ def predict(
     again. Under torchrun every rank does its part of the photos; other parts run anywhere, in any
     order, and --finish checks them, and packs --out-shards.
     """
-    from portrait_dist import distributed
     from portrait_dist.inference import batch
-    from portrait_dist.inference.labels import Labels
 
-    if bool(paths) == bool(from_shards):
-        raise click.UsageError(
-            "Give PATHs or --from-shards, one of both." if paths else "Missing argument 'PATH...'."
-        )
+    _check_photos(paths, labels)
     images = batch.ImageOptions(background, kinds, image_format, size, network, trust_code)
-    labels = Labels(out_shards, min_confidence, shard_size, samples_per_shard, from_shards, split)
     labels.check(kinds, image_format)
     if out == "-":
         photo = _only_photo(paths, kinds)
         sys.stdout.buffer.write(batch.predict_to_bytes(checkpoint, photo, images))
         return None
-    predict_part = functools.partial(
-        batch.predict_files,
-        checkpoint,
-        paths,
-        out,
-        images,
-        force=force,
-        batch_size=batch_size,
-        labels=labels,
-    )
-    if finish:
-        result: PredictResult | None = batch.check_finished(
-            checkpoint, paths, out, images, part=part, labels=labels
+    arguments = (checkpoint, paths, out, images)
+    found = _predict(arguments, part, finish, labels, force=force, batch_size=batch_size)
+    if found is None or part is not None or labels.out is None:
+        return found
+    return batch.label(found, paths, out, images, labels)
+
+
+def _check_photos(paths: tuple[str, ...], labels: Labels) -> None:
+    if bool(paths) == bool(labels.source):
+        raise click.UsageError(
+            "Give PATHs or --from-shards, one of both." if paths else "Missing argument 'PATH...'."
         )
-    elif part is None and distributed.world_size() > 1:
-        result = batch.predict_on_every_rank(predict_part)
-    else:
-        number, parts = part or (0, 1)
-        result = predict_part(part=number, parts=parts)
-    if result is None or part is not None or out_shards is None:
-        return result
-    return batch.label(result, paths, out, images, labels)
+
+
+def _predict(
+    arguments: tuple[str, tuple[str, ...], str, ImageOptions],
+    part: tuple[int, int] | None,
+    finish: bool,
+    labels: Labels,
+    *,
+    force: bool,
+    batch_size: int,
+) -> PredictResult | None:
+    """Predict the photos of one part, of this rank, or all, or check that all are done.
+
+    None on ranks whose result another one returns.
+    """
+    from portrait_dist import distributed
+    from portrait_dist.inference import batch
+
+    if finish:
+        return batch.check_finished(*arguments, part=part, labels=labels)
+    predict_part = functools.partial(
+        batch.predict_files, *arguments, force=force, batch_size=batch_size, labels=labels
+    )
+    if part is None and distributed.world_size() > 1:
+        return batch.predict_on_every_rank(predict_part)
+    number, parts = part or (0, 1)
+    return predict_part(part=number, parts=parts)
 
 
 def _only_photo(paths: tuple[str, ...], kinds: tuple[str, ...]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
@@ -12,7 +13,7 @@ import click
 from portrait_dist.commands import command, options
 
 if TYPE_CHECKING:
-    from portrait_dist.slurm.steps import StepsSubmission
+    from portrait_dist.slurm.steps import StepJob, StepsSubmission
     from portrait_dist.slurm.submit import Request, Submission
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -209,9 +210,8 @@ def submit_pack(
     """
     from portrait_dist.slurm import steps
 
-    jobs, given, _ = _packing(arguments, _request(slurm), parts)
-    out = given["out"]
-    return steps.submit_steps(jobs, out.absolute().parent, [out], dry_run)
+    packing = _packing(arguments, _request(slurm), parts)
+    return steps.submit_steps(packing.jobs, packing.out.absolute().parent, [packing.out], dry_run)
 
 
 @_add
@@ -308,17 +308,26 @@ def submit_pipeline(
     settings = [argument for argument in arguments if SETTING.match(argument)]
     others = [argument for argument in arguments if not SETTING.match(argument)]
     shards = steps.shards_folder(recipe, settings)
-    packing = _request(slurm | {"gpus_per_node": 0, "cpus_per_node": pack_cpus})
-    jobs, _, samples = _packing((f"--data={data}", f"--out={shards}", *others), packing, parts)
-    jobs, loaded = steps.pipeline(jobs, recipe, settings, request, samples, evaluate_split)
+    on_cpus = _request(slurm | {"gpus_per_node": 0, "cpus_per_node": pack_cpus})
+    packing = _packing((f"--data={data}", f"--out={shards}", *others), on_cpus, parts)
+    jobs, loaded = steps.pipeline(
+        packing.jobs, recipe, settings, request, packing.train_samples, evaluate_split
+    )
     run = loaded.run_dir
     return steps.submit_steps(jobs, run.absolute().parent, [run, Path(shards)], dry_run)
 
 
-def _packing(
-    arguments: tuple[str, ...], request: Request, parts: int
-) -> tuple[list[Any], dict[str, Any], int]:
-    """Check a packing; its jobs, its options and the number of training pairs."""
+@dataclass(frozen=True)
+class _Packing:
+    """A packing that was checked: its jobs, where it goes, how many pairs will train."""
+
+    jobs: list[StepJob]
+    out: Path
+    train_samples: int
+
+
+def _packing(arguments: tuple[str, ...], request: Request, parts: int) -> _Packing:
+    """Check a packing, and make its jobs."""
     from portrait_dist.commands.pack import pack
     from portrait_dist.data.shards import writer
     from portrait_dist.slurm import steps
@@ -327,7 +336,7 @@ def _packing(
     names = ("data", "out", "size", "samples_per_shard", "codec", "quality")
     plan = writer.plan_pack(**{name: given[name] for name in names})
     jobs = steps.in_parts("pack", arguments, request, parts, plan.shards)
-    return jobs, given, plan.samples["train"]
+    return _Packing(jobs, given["out"], plan.samples["train"])
 
 
 def _parsed(

@@ -170,9 +170,7 @@ def predict_files(
     """
     plan = images.plan(Path(out))
     files.check_folder_writable(plan.folder)
-    found = _find(paths, plan.folder, labels)
-    if part == 0 and (skipped := found.describe_skipped()):
-        print(skipped, file=sys.stderr)
+    found = _find(paths, plan.folder, labels, reported=part == 0)
     segmenter = images.segmenter(checkpoint)
     journal = Journal(plan.folder, images.fingerprint(segmenter, checkpoint), part, parts)
     result = _predict_found(found, images, _Work(segmenter, plan, journal, batch_size), force=force)
@@ -181,8 +179,13 @@ def predict_files(
     return result
 
 
-def _find(paths: Sequence[str], out: Path, labels: Labels) -> Found:
-    return find_samples(labels.source, labels.split) if labels.source else find_photos(paths, out)
+def _find(paths: Sequence[str], out: Path, labels: Labels, *, reported: bool = False) -> Found:
+    """Find the photos; of several parts one reports which files are none."""
+    source = labels.source
+    found = find_samples(source, labels.split) if source else find_photos(paths, out)
+    if reported and (skipped := found.describe_skipped()):
+        print(skipped, file=sys.stderr)
+    return found
 
 
 def label(

@@ -387,7 +387,7 @@ def _training_params(
     return {**params, **_warmup(plan), **made.params}
 
 
-def _warmup(plan: Plan) -> dict[str, Any]:
+def _warmup(plan: Plan) -> dict[str, float | str | None]:
     """Return the parameters of the learning rate and its way to the schedule."""
     return {
         "initial_lr": plan.lr,

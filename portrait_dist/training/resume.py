@@ -99,14 +99,19 @@ def decide(
             "train on"
         )
         return Start(info, finished=True)
+    _refuse_other_batch(folder, plan, info)
+    _print_start(config, info)
+    return Start(info)
+
+
+def _refuse_other_batch(folder: RunFolder, plan: Plan, info: CheckpointInfo) -> None:
+    # A position within an epoch is a number of global batches: of another size it is another place.
     if info.batches is not None and info.global_batch not in (None, plan.global_batch):
         raise InputError(
             f"{folder.latest}: stopped in the middle of an epoch with a global batch of "
             f"{info.global_batch}, now it is {plan.global_batch}; set "
             f"train.global_batch={info.global_batch}"
         )
-    _print_start(config, info)
-    return Start(info)
 
 
 def check_files(config: Config, network: nn.Module) -> None:
