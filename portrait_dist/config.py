@@ -205,6 +205,10 @@ class DataConfig:
     ] = 1800.0
 
 
+Args = dict[str, Any]
+"""Arguments of a part that has a name: plain values by argument, set as ``SECTION.args.NAME``."""
+
+
 @dataclass
 class AugmentConfig:
     """Random changes of training images."""
@@ -223,10 +227,17 @@ class AugmentConfig:
         ASK,
         Doc("probability of a new background taken from another image of the batch"),
     ] = 0.0
-
-
-Args = dict[str, Any]
-"""Arguments of a part that has a name: plain values by argument, set as ``SECTION.args.NAME``."""
+    transforms: Annotated[
+        str,
+        ASK,
+        Doc(
+            "transforms of image and mask before these: package.module:build or file.py:build, "
+            "which returns torchvision's, albumentations' or any callable"
+        ),
+    ] = ""
+    args: Annotated[Args, ASK, Doc("arguments of its build, augment.args.NAME=VALUE")] = field(
+        default_factory=dict
+    )
 
 
 @dataclass

@@ -24,8 +24,10 @@ from portrait_dist.data import build_loader
 from portrait_dist.data.augment import Augment
 from portrait_dist.data.stream.dataset import StreamKeywords
 from portrait_dist.data.stream.loader import StreamLoader
+from portrait_dist.data.stream.transforms import Transform
 from portrait_dist.errors import InputError
 from portrait_dist.preprocessing import normalise
+from portrait_dist.recipes import parts
 from portrait_dist.runs.folder import RunFolder, RunLock
 from portrait_dist.system.address import is_address, redact
 from portrait_dist.system.info import cores, environment_number
@@ -230,10 +232,25 @@ def make_loaders(config: Config, device: torch.device) -> tuple[Plan, Loaders]:
     options = _loader_options(config, device)
     samples = ShardSet(data.shards, "train", cache=options["cache"]).samples
     plan = make_plan(config, samples, distributed.world_size())
+    augmented: _LoaderOptions = {**options, "transforms": _transforms(config.augment)}
     return plan, (
-        build_loader(data.shards, "train", plan.batch_size, train.seed, **options),
+        build_loader(data.shards, "train", plan.batch_size, train.seed, **augmented),
         build_loader(data.shards, "val", plan.batch_size, train.seed, **options),
     )
+
+
+def _transforms(augment: AugmentConfig) -> Transform | None:
+    """Build the user's own transforms.
+
+    Raises:
+        InputError: they cannot be found or built.
+    """
+    if not augment.transforms:
+        return None
+    setting = "augment.transforms"
+    factory = parts.resolve(augment.transforms, setting, {})
+    built: Transform = parts.build(factory, augment.args, setting, augment.transforms)
+    return built
 
 
 class _LoaderOptions(StreamKeywords, total=False):

@@ -135,4 +135,19 @@ MUTATIONS = [
         "test_epochs_cut_short_are_exact_and_keep_the_threads_at_work",
         why="what was decoded for an epoch cut elsewhere is discarded",
     ),
+    Mutation(
+        file="portrait_dist/data/stream/transforms.py",
+        old='        if function in _WITH_GENERATOR and options.get("generator") is None:',
+        new="        if False:",
+        test="tests/unit/test_transforms.py"
+        "::test_torchs_functions_without_a_generator_draw_from_the_samples_own",
+        why="transforms draw from the sample's own generator",
+    ),
+    Mutation(
+        file="portrait_dist/data/stream/pipeline.py",
+        old="            self._epoch + self._epochs_ahead,\n            positions,",
+        new="            self._epoch,\n            positions,",
+        test="tests/unit/test_transforms.py::test_threads_ranks_and_resuming_change_no_sample",
+        why="transforms draw by the epoch that a sample belongs to",
+    ),
 ]

@@ -58,7 +58,7 @@ def levels(normalised: torch.Tensor) -> np.ndarray:
     return ((normalised.permute(0, 2, 3, 1) * std + mean) * 255).double().numpy()
 
 
-EVERYTHING = {"scale": 0.25, "rotation": 10, "translation": 0.1, "background": 0.5}
+EVERYTHING: dict[str, Any] = {"scale": 0.25, "rotation": 10, "translation": 0.1, "background": 0.5}
 
 
 def moved(parameters: Parameters) -> DeviceParameters:

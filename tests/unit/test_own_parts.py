@@ -51,6 +51,14 @@ def test_an_own_loss_trains_and_an_own_metric_is_watched(tiny_shards: Path, tmp_
     assert state["metrics"]["valid"]["Foreground"] == result.best
 
 
+def test_own_transforms_train(tiny_shards: Path, tmp_path: Path) -> None:
+    keys = ("model.init_features=2", *SHORT)
+    result = example("own_transform").main(str(tiny_shards), str(tmp_path), *keys)
+    config = checkpoints.read_info(result.checkpoint).config
+    assert config["augment"]["transforms"].endswith("own_transform.py:build")
+    assert config["augment"]["args"] == {"degrees": 15}
+
+
 def test_the_network_of_the_readme_fulfils_the_contract(tmp_path: Path) -> None:
     text = (EXAMPLES.parent / "README.md").read_text()
     code = next(part for part in text.split("```python\n") if part.startswith("# nets.py"))

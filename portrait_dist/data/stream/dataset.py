@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from portrait_dist import distributed
 from portrait_dist.data.shards.reader import ShardSet
 from portrait_dist.data.stream.order import BatchPlan, Ints, Order, whole_number
+from portrait_dist.data.stream.transforms import SampleTransforms, Transform
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.preprocessing import DEFAULT_SIZE
 
@@ -59,6 +60,7 @@ class StreamKeywords(TypedDict, total=False):
     on_damage: str
     drop_last: bool | None
     cache: Cache | None
+    transforms: Transform | None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class StreamOptions:
             once.
         drop_last: drop what does not fill a global batch; None: only for ``train``.
         cache: where remote shards are kept; None: the user's cache folder.
+        transforms: of image and mask, see :mod:`portrait_dist.data.stream.transforms`; the decoding
+            threads apply them, with random numbers by (seed, epoch, position).
 
     Raises:
         InputError: a value is wrong.
@@ -90,6 +94,7 @@ class StreamOptions:
     on_damage: str = "stop"
     drop_last: bool | None = None
     cache: Cache | None = None
+    transforms: Transform | None = None
 
     def __post_init__(self) -> None:
         if self.on_damage not in ("stop", "skip"):
@@ -163,6 +168,11 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
             shard_sizes=self.shards.shard_sizes,
         )
         self.seed = self.order.seed
+        self.transforms = (
+            None
+            if options.transforms is None
+            else SampleTransforms(options.transforms, self.seed, "augment.transforms")
+        )
         self.damaged: dict[str, str] = {}
         # Epoch and positions done, in shared memory: copies of this dataset in the processes of a
         # DataLoader, persistent ones too, see a change.
@@ -327,6 +337,8 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
                 except DamagedDataError as error:
                     self.skip(sample, error)
                     continue
+                if self.transforms:
+                    self.transforms(image, alpha, epoch=epoch, position=position, key=name)
                 yield {
                     "image": torch.from_numpy(image),
                     "alpha": torch.from_numpy(alpha),

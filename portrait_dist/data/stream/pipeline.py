@@ -107,6 +107,7 @@ class PendingBatch:
     """One batch in the making.
 
     Args:
+        epoch: number of the epoch.
         positions: int64 [B], of the epoch.
         samples: B numbers of samples.
         image: uint8 [B, H, W, 3], to be filled.
@@ -116,6 +117,7 @@ class PendingBatch:
 
     def __init__(
         self,
+        epoch: int,
         positions: Ints,
         samples: list[int],
         image: torch.Tensor,
@@ -127,7 +129,7 @@ class PendingBatch:
             for first in range(0, len(samples), rows_per_task)
         ]
         self.cancelled = threading.Event()
-        self._positions, self._samples = positions, samples
+        self._epoch, self._positions, self._samples = epoch, positions, samples
         self._image, self._alpha = image, alpha
         self._keys = [""] * len(samples)
         self._errors: dict[int, Exception] = {}
@@ -152,6 +154,14 @@ class PendingBatch:
                     self._keys[row] = dataset.read(
                         self._samples[row], images[row], alphas[row], self.cancelled
                     )
+                    if dataset.transforms:
+                        dataset.transforms(
+                            images[row],
+                            alphas[row],
+                            epoch=self._epoch,
+                            position=int(self._positions[row]),
+                            key=self._keys[row],
+                        )
                 except DamagedDataError as error:
                     dataset.skip(self._samples[row], error)
                     self._skipped.add(row)
@@ -246,8 +256,9 @@ class DecodePipeline:
         """
         # Only then the next batches in the queue are those of the position that is sought.
         expected = self._at_end and self.continues and start == 0 and most == self._most
-        # Without a shuffle all epochs are the same but for the number.
-        if expected and (epoch == self._epoch + 1 or self._dataset.order.kind == "sequential"):
+        # Without a shuffle all epochs are the same but for the number, which transforms draw by.
+        same = self._dataset.order.kind == "sequential" and not self._dataset.transforms
+        if expected and (epoch == self._epoch + 1 or same):
             self._epochs_ahead -= 1
         else:
             self._discard()
@@ -366,6 +377,7 @@ class DecodePipeline:
         """Hand the rows of one batch to the threads."""
         size, rows = self._dataset.size, len(samples)
         pending = PendingBatch(
+            self._epoch + self._epochs_ahead,
             positions,
             samples.tolist(),
             self._buffers.take(rows, *size, 3),
