@@ -4,16 +4,13 @@
     python benchmarks/agreement.py --quick                        # 2 and 4 processes
 
 Each process runs steps that only sleep, and exchanges its request after each one, as the trainer
-does.
-Rows: ``every-step`` exchanges in each step and reads in the next one (the trainer before the
-    interval
-grew with the number of ranks); ``interval`` is the trainer's. The cost of a row is what the process
-spends in the exchange: waiting, and CPU time of all its threads. The processes share the cores of
-    one
-machine, so that waits of many of them are upper bounds: ``hop_microseconds`` is what one of the 2
-(N - 1) messages of a ring takes, measured without other work, and with it the rows for 512 and
-4,096 ranks are computed (``extrapolated``): the exchange's duration, and how long a step would wait
-for it.
+does. Rows: ``every-step`` exchanges in each step and reads in the next one (the trainer before the
+interval grew with the number of ranks); ``interval`` is the trainer's. The cost of a row is what
+the process spends in the exchange: waiting, and CPU time of all its threads. The processes share
+the cores of one machine, so that waits of many of them are upper bounds: ``hop_microseconds`` is
+what one of the 2 (N - 1) messages of a ring takes, measured without other work, and with it the
+rows for 512 and 4,096 ranks are computed (``extrapolated``): the exchange's duration, and how long
+a step would wait for it.
 """
 
 from __future__ import annotations

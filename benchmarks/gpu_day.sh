@@ -98,5 +98,7 @@ step loader 300 "$PYTHON" $B/loader.py --data "$SHARDS" --json "$OUT/loader.json
   $([ "$DEVICE" = cpu ] && echo --quick --repeats 1)
 step epoch_ends 200 "$PYTHON" $B/epoch_ends.py --json "$OUT/epoch_ends.json" \
   $([ "$DEVICE" = cpu ] && echo --quick --repeats 1 --features 2)
+step step_parts 300 "$PYTHON" $B/step_parts.py --device "$DEVICE" --json "$OUT/step_parts.json" \
+  $([ "$DEVICE" = cpu ] && echo --quick)
 rm -rf "$OUT/data/raw" "$OUT/data/tree"
 exit $FAILED

@@ -223,6 +223,34 @@ def run_measured(command: Sequence[str], **options: Any) -> tuple[str, float]:
 
 
 @contextlib.contextmanager
+def older_tree(commit: str) -> Iterator[Path]:
+    """Check an older commit out into a folder of its own for a while."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder, "older")
+        _git("worktree", "add", "--detach", str(tree), commit)
+        try:
+            yield tree
+        finally:
+            _git("worktree", "remove", "--force", str(tree))
+
+
+def run_in_tree(tree: Path, program: str, *arguments: str) -> None:
+    """Run a program of this folder with the package of another tree.
+
+    It must not import this module, which puts this tree's package first.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), *_python_path()])}
+    command = [sys.executable, str(Path(__file__).with_name(program)), *arguments]
+    run_measured(command, env=environment)
+
+
+def _python_path() -> list[str]:
+    """PYTHONPATH without this tree: the dependencies may lie there."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [one for one in folders if one and Path(one).resolve() != REPOSITORY]
+
+
+@contextlib.contextmanager
 def precision_of_fp32(name: str) -> Iterator[None]:
     """Set how GPUs multiply float32 for a while.
 

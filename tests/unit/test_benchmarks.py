@@ -311,6 +311,14 @@ def test_files_are_written_beside_the_next_epoch(tmp_path: Path) -> None:
     assert by["no files"]["megabytes_written"] < by["background"]["megabytes_written"]
 
 
+def test_the_hosts_time_of_a_step_is_measured_by_part(tmp_path: Path) -> None:
+    arguments = ("--quick", "--steps", "50", "--device", "cpu")
+    (row,) = measured("step_parts", tmp_path / "step_parts.json", *arguments)["rows"]
+    parts = ("augment", "forward", "loss", "backward", "optimiser", "ema", "metrics")
+    assert all(0 < row[part] < row["lowest_ms"] for part in parts)
+    assert sum(row[part] for part in parts) <= row["lowest_ms"]
+
+
 def test_a_gpu_day_names_every_step_and_ends_those_that_hang(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\ncase "$*" in *doctor*) exit 3;; *unet*) sleep 60;; esac\n')
