@@ -6,14 +6,14 @@ All read the same pixels on the same cores.
     python benchmarks/loader.py --data RAW --json loader.json     # a raw AISegment tree
     python benchmarks/loader.py --data SHARDS --json loader.json  # without tutorial and pack rows
 
-Rows, for ``size`` 256 and original: tutorial (AISegmentDataset in a DataLoader), webdataset,
-litdata, mosaicml-streaming (same encoded bytes, their own DataLoader, decoded by Pillow),
-portrait_dist-uint8, portrait_dist-float (augmented and normalised on the CPU), portrait_dist-raw
-(the raw codec), ceiling (our decoder on bytes in memory, all cores, nothing else). With
-``--full-peers`` also the other libraries with our decoder. All have as many worker processes or
-threads as there are cores, and are past their first epoch when timed. Then pack against decoding
+Rows, for ``size`` 256 and original: tutorial (AISegmentDataset in a DataLoader), the peers of
+peers.py with Pillow (grain and lancedb also with our decoder, with ``--full-peers`` spdl and all),
+portrait_dist-uint8, portrait_dist-5-batches (the same in epochs of five batches),
+portrait_dist-float (augmented and normalised on the CPU), portrait_dist-raw (the raw codec),
+ceiling (our decoder on bytes in memory, all cores, nothing else). All have as many worker processes
+or threads as there are cores, and are past their first epoch when timed. Then pack against decoding
 its mattes alone, the time to the first batch, memory, and how far the scaled JPEG decoding is from
-the exact one.
+the exact one. ``coverage.py`` shows what each peer loses.
 """
 
 from __future__ import annotations
@@ -37,16 +37,13 @@ from typing import Any
 
 import measure
 import numpy as np
-from numpy.typing import NDArray
+import peers
+from peers import BATCH, PEERS, SIDE, Pixels, members
 
 from portrait_dist.data.shards.decode import decode_pair
 from portrait_dist.data.shards.reader import ShardSet, read_manifest
 from portrait_dist.system.info import cores
 
-BATCH = 16
-SIDE = 256
-Pixels = NDArray[np.uint8]
-Decoder = Callable[[bytes, bytes], tuple[Pixels, Pixels]]
 Case = measure.Case
 
 
@@ -118,28 +115,6 @@ def repeated(raw: Path, out: Path, copies: int) -> Path:
     return out
 
 
-# Peers --------------------------------------------------------------------------------------------
-
-
-def pillow(image: bytes, alpha: bytes) -> tuple[Pixels, Pixels]:
-    """Decode and, where larger, resize as the tutorial does."""
-    from PIL import Image
-
-    pixels: Image.Image = Image.open(io.BytesIO(image)).convert("RGB")
-    mask: Image.Image = Image.open(io.BytesIO(alpha))
-    if pixels.size != (SIDE, SIDE):
-        pixels = pixels.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        mask = mask.resize((SIDE, SIDE), Image.Resampling.NEAREST)
-    return np.array(pixels), np.array(mask)
-
-
-def ours(image: bytes, alpha: bytes) -> tuple[Pixels, Pixels]:
-    """Decode with this project's decoder."""
-    pixels, mask = np.empty((SIDE, SIDE, 3), np.uint8), np.empty((SIDE, SIDE), np.uint8)
-    decode_pair(image, alpha, None, pixels, mask, exact=False)
-    return pixels, mask
-
-
 def tutorial(tree: Path, workers: int, images: int) -> Callable[[], Iterable[Any]]:
     from torch.utils.data import DataLoader, Subset
 
@@ -153,108 +128,10 @@ def tutorial(tree: Path, workers: int, images: int) -> Callable[[], Iterable[Any
     return lambda: loader
 
 
-class _Decoded:
-    """A peer's dataset whose samples are decoded; picklable."""
-
-    def __init__(self, decode: Decoder) -> None:
-        self.decode = decode
-
-    def __call__(self, sample: dict[str, bytes]) -> tuple[Pixels, Pixels]:
-        return self.decode(sample["jpg"], sample["png"])
-
-
-def webdataset(
-    shards: Path, work: Path, workers: int, decode: Decoder
-) -> Callable[[], Iterable[Any]]:
-    import webdataset as wds
-    from torch.utils.data import DataLoader
-
-    urls = sorted(str(path) for path in shards.glob("train-*.tar"))
-    stream = (
-        wds.WebDataset(urls, shardshuffle=len(urls), empty_check=False, seed=1)
-        .shuffle(128)
-        .map(_Decoded(decode))
-    )
-    loader = DataLoader(
-        stream.batched(BATCH), batch_size=None, num_workers=workers, persistent_workers=workers > 0
-    )
-    return lambda: loader
-
-
-def litdata(shards: Path, work: Path, workers: int, decode: Decoder) -> Callable[[], Iterable[Any]]:
-    import litdata as lit
-
-    folder = work / f"litdata-{shards.name}"
-    if not folder.exists():
-        _write_litdata(shards, folder)
-
-    class Decoding(lit.StreamingDataset):
-        def __getitem__(self, index: Any) -> tuple[Pixels, Pixels]:
-            return decode(*super().__getitem__(index))
-
-    dataset = Decoding(str(folder), shuffle=True, seed=1)
-    loader = lit.StreamingDataLoader(
-        dataset, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0
-    )
-    return lambda: loader
-
-
-def _write_litdata(shards: Path, folder: Path) -> None:
-    from litdata.streaming.cache import Cache
-
-    cache = Cache(str(folder), chunk_bytes="64MB")
-    for index, (image, alpha) in enumerate(members(shards)):
-        cache[index] = (image, alpha)
-    cache.done()
-    cache.merge()
-
-
-def mosaicml(
-    shards: Path, work: Path, workers: int, decode: Decoder
-) -> Callable[[], Iterable[Any]]:
-    import streaming
-    from streaming.base.util import clean_stale_shared_memory
-    from torch.utils.data import DataLoader
-
-    folder = work / f"mosaicml-{shards.name}"
-    if not folder.exists():
-        with streaming.MDSWriter(
-            out=str(folder), columns={"jpg": "bytes", "png": "bytes"}
-        ) as writer:
-            for image, alpha in members(shards):
-                writer.write({"jpg": image, "png": alpha})
-    clean_stale_shared_memory()
-
-    class Decoding(streaming.StreamingDataset):
-        def __getitem__(self, index: Any) -> tuple[Pixels, Pixels]:
-            sample = super().__getitem__(index)
-            return decode(sample["jpg"], sample["png"])
-
-    dataset = Decoding(local=str(folder), shuffle=True, batch_size=BATCH, num_canonical_nodes=1)
-    loader: DataLoader[Any] = DataLoader(
-        dataset, BATCH, num_workers=workers, persistent_workers=workers > 0
-    )
-    return lambda: loader
-
-
-PEERS: dict[str, tuple[str, Callable[..., Callable[[], Iterable[Any]]]]] = {
-    "webdataset": ("webdataset", webdataset),
-    "litdata": ("litdata", litdata),
-    "mosaicml-streaming": ("streaming", mosaicml),
-}
-
-
-def members(shards: Path) -> list[tuple[bytes, bytes]]:
-    """List encoded image and alpha of every training sample."""
-    opened = ShardSet(shards, "train")
-    encoded = (opened.read(sample) for sample in range(len(opened)))
-    return [(bytes(sample.image), bytes(sample.alpha)) for sample in encoded]
-
-
 # Ours ---------------------------------------------------------------------------------------------
 
 
-def uint8(shards: Path, workers: int) -> Callable[[], Iterable[Any]]:
+def uint8(shards: Path, workers: int, most: int | None = None) -> Callable[[], Iterable[Any]]:
     from portrait_dist.data import build_loader
 
     loader = build_loader(shards, "train", BATCH, workers=workers, drop_last=False)
@@ -262,7 +139,8 @@ def uint8(shards: Path, workers: int) -> Callable[[], Iterable[Any]]:
 
     def start() -> Iterable[Any]:
         loader.set_epoch(next(epochs))
-        return ((batch.image, batch.alpha, batch) for batch in loader)
+        batches = loader.first_batches(most)
+        return ((batch.image, batch.alpha, batch) for batch in batches)
 
     return start
 
@@ -309,20 +187,16 @@ def cases_of(
     starts: dict[str, Callable[[], Iterable[Any]]] = {}
     if "tree" in folders:
         starts["tutorial"] = tutorial(folders["tree"], workers, options.tutorial_images)
-    for decoder, suffix in [(pillow, "")] + (
-        [(ours, "-our-decoder")] if options.full_peers else []
-    ):
-        for name, (module, build) in PEERS.items():
-            try:
-                importlib.import_module(module)
-                starts[name + suffix] = build(shards, work, workers, decoder)
-            except ImportError as error:
-                missing.append(measure.absent(name + suffix, f"not installed ({error})", size=size))
-            except Exception as error:  # another project's code, in versions we have not seen
-                missing.append(
-                    measure.absent(name + suffix, f"does not run here ({error})"[:120], size=size)
-                )
+    for name, (module, build, decoder) in _peers(options.full_peers).items():
+        try:
+            importlib.import_module(module)
+            starts[name] = build(shards, work, workers, decoder)
+        except ImportError as error:
+            missing.append(measure.absent(name, f"not installed ({error})", size=size))
+        except Exception as error:  # another project's code, in versions we have not seen
+            missing.append(measure.absent(name, f"does not run here ({error})"[:120], size=size))
     starts["portrait_dist-uint8"] = uint8(shards, workers)
+    starts["portrait_dist-5-batches"] = uint8(shards, workers, most=5)
     starts["portrait_dist-float"] = floats(shards, workers)
     if size == str(SIDE) and "raw" in folders:
         starts["portrait_dist-raw"] = uint8(folders["raw"], workers)
@@ -331,6 +205,18 @@ def cases_of(
     }
     cases["ceiling"] = ceiling(shards, workers, options.seconds)
     return _those_that_run(cases, missing, size), missing
+
+
+def _peers(full: bool) -> dict[str, tuple[str, Callable[..., peers.Start], peers.Decoder]]:
+    """List peers by row name: module, how it is started, decoder."""
+    found: dict[str, tuple[str, Callable[..., peers.Start], peers.Decoder]]
+    found = {name: (*peer, peers.pillow) for name, peer in PEERS.items()}
+    found |= {f"{name}-our-decoder": (*PEERS[name], peers.ours) for name in peers.THREADED}
+    if full:
+        found |= {name: (*peer, peers.pillow) for name, peer in peers.ONLY_FULL.items()}
+        more = PEERS | peers.ONLY_FULL
+        found |= {f"{name}-our-decoder": (*peer, peers.ours) for name, peer in more.items()}
+    return found
 
 
 def _those_that_run(
@@ -478,8 +364,11 @@ def aims(rows: list[measure.Row]) -> dict[str, str]:
         if rate.get(one) and other:
             found[what] = f"{rate[one] / other:.2f} (aim {aim:g})"
 
+    uint8_256 = ("portrait_dist-uint8", "256")
+    short = ("portrait_dist-5-batches", "256")
+    compare("256: epochs of 5 batches / whole ones", short, rate.get(uint8_256), 0.95)
     best_peer = max((rate.get((name, "256"), 0.0) for name in PEERS), default=0.0)
-    uint8_256, float_256 = ("portrait_dist-uint8", "256"), ("portrait_dist-float", "256")
+    float_256 = ("portrait_dist-float", "256")
     compare("256: uint8 / tutorial", uint8_256, rate.get(("tutorial", "256")), 90)
     compare("256: uint8 / ceiling", uint8_256, rate.get(("ceiling", "256")), 0.9)
     compare("256: uint8 / best of the others", uint8_256, best_peer, 2)

@@ -31,7 +31,7 @@ from portrait_dist.recipes import parts
 from portrait_dist.runs.folder import RunFolder, RunLock
 from portrait_dist.system.address import is_address, redact
 from portrait_dist.system.info import cores, environment_number
-from portrait_dist.training import averaging, components, resume, trackers
+from portrait_dist.training import averaging, components, refusals, resume, trackers
 from portrait_dist.training.device_batches import TensorBatch
 from portrait_dist.training.failures import FailureReport, reporting_failures
 from portrait_dist.training.health import record_collectives
@@ -113,7 +113,7 @@ def _train(
     distributed.on_every_rank(lambda: trackers.check(config.run.logger))
     plan, loaders = distributed.on_every_rank(lambda: make_loaders(config, device))
     distributed.on_every_rank(loaders[0].check_ranks)
-    distributed.on_every_rank(lambda: _check_device(config, device))
+    distributed.on_every_rank(lambda: refusals.check_device(config, device))
     with _RunFolderOfRank0(config):
         if distributed.world_size() > environment_number("LOCAL_WORLD_SIZE", 1, minimum=1):
             distributed.on_every_rank(lambda: distributed.check_shared_folder(config.run_dir))
@@ -122,6 +122,7 @@ def _train(
         made = distributed.on_every_rank(
             lambda: components.make(config, size, plan.batch_size, new=start.info is None)
         )
+        distributed.on_every_rank(lambda: refusals.check_network(config, made.network.module))
         trainer = _make_trainer(config, plan, device, signals, made.network)
         if start.finished:
             distributed.on_every_rank(lambda: _complete(config))
@@ -283,14 +284,6 @@ def _loader_options(config: Config, device: torch.device) -> _LoaderOptions:
         "order": data.order,
         "block_samples": data.block_samples,
     }
-
-
-def _check_device(config: Config, device: torch.device) -> None:
-    if config.train.sync_bn and device.type == "cpu":
-        raise InputError(
-            "train.sync_bn=true: torch has SyncBatchNorm for GPUs only; on CPUs use "
-            "model.norm=group"
-        )
 
 
 def _print_plan(

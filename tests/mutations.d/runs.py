@@ -131,4 +131,12 @@ MUTATIONS = [
         "test_what_is_wrong_with_a_gpu_is_found_unless_the_job_trains_on_cpus",
         why="a node that lost a GPU is found before it trains",
     ),
+    Mutation(
+        file="launch/slurm.sbatch",
+        old="#SBATCH --nodes=1\n",
+        new="#SBATCH --nodes=1\n#SBATCH --ntasks-per-node=1\n",
+        test="tests/slurm/test_slurm_elastic.py::"
+        "test_a_job_that_lost_a_node_goes_on_with_one_and_the_same_global_batches",
+        why="--nodes=MIN-MAX gives as many nodes as there are",
+    ),
 ]

@@ -115,4 +115,18 @@ MUTATIONS = [
         "::test_mlflow_gets_every_epoch_and_the_settings_and_a_resumed_run_continues",
         why="a resumed run continues the tracker's run",
     ),
+    Mutation(
+        file="portrait_dist/training/refusals.py",
+        old="is_bf16_supported(including_emulation=False)",
+        new="is_bf16_supported()",
+        test="tests/unit/test_refusals.py::test_bf16_is_refused_on_a_gpu_that_only_emulates_it",
+        why="bf16 is refused where it is emulated",
+    ),
+    Mutation(
+        file="portrait_dist/training/refusals.py",
+        old="if config.train.sync_bn and not any(",
+        new="if config.train.sync_bn and any(",
+        test="tests/unit/test_refusals.py::test_sync_bn_is_refused_where_there_is_nothing_to_share",
+        why="sync_bn is refused for a network without batch statistics",
+    ),
 ]

@@ -69,9 +69,11 @@ def test_all_writes_page_chart_and_json_with_every_loader_and_a_reason_for_each_
     )
     loader = json.loads(text.read_text())["benchmarks"]["loader"]
     ours = {"tutorial", "webdataset", "portrait_dist-uint8", "portrait_dist-float", "ceiling"}
+    ours |= {"portrait_dist-5-batches"}
+    peers = {"litdata", "mosaicml-streaming", "grain", "grain-our-decoder", "lancedb"}
     for size in ("256", "original"):
         found = rates(loader, size=size)
-        assert ours | {"litdata", "mosaicml-streaming"} <= found.keys()
+        assert ours | peers <= found.keys()
         assert all(found[name] for name in ours)
     assert all(row["images_per_second"] or row["note"] for row in loader["rows"])
     assert {"pack", "pack-limit", "portrait_dist-raw"} <= rates(loader, size="256").keys()
@@ -79,6 +81,16 @@ def test_all_writes_page_chart_and_json_with_every_loader_and_a_reason_for_each_
     assert loader["scaled_decoding"]["psnr_db"] > 30
     assert "portrait_dist-uint8" in page.read_text()
     assert chart.read_text().count("<rect") > 10
+
+
+def test_what_each_loader_loses_is_counted_over_four_processes(tmp_path: Path) -> None:
+    arguments = ("--only", "torch DistributedSampler", "grain DataLoader")
+    rows = measured("coverage", tmp_path / "coverage.json", *arguments)["rows"]
+    found = {(row["name"], row["samples"]): row for row in rows}
+    assert found["torch DistributedSampler", 57]["repeated"] == 3
+    assert found["torch DistributedSampler", 103]["by_rank"] == "26+26+26+26"
+    other = found["grain DataLoader", 103]
+    assert other.get("lost") == 3 or "not installed" in other["note"]
 
 
 def test_unet_ladder_ends_with_the_best_form_and_its_distance_from_fp32(
