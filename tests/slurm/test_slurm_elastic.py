@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.global_batches import GLOBAL_BATCH, KEYS, STEPS, planned_steps, trained_steps
 from tests.jobs import PLAIN, checkpoint, lines
-from tests.ranks.test_elastic import GLOBAL_BATCH, KEYS, STEPS, planned_steps, trained_steps
 from tests.slurm.cluster import LAUNCH, Cluster
 
 EPOCHS = 12
