@@ -350,6 +350,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
     """
     path = _existing(path)
     with path.open("rb") as file:
+        # Files of torch before 1.6 are no archives and cannot be mapped.
         mapped = zipfile.is_zipfile(file)
     state = _load(str(path) if mapped else io.BytesIO(path.read_bytes()), path, mmap=mapped)
     return info_of(_checkpoint(state, path), path)
@@ -363,6 +364,7 @@ def read_on_every_rank(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError, DamagedDataError: as :func:`read`, on every rank.
     """
+    # Bytes are sent, not objects: what every rank parses has been checked on rank 0.
     own = distributed.on_every_rank(
         lambda: _checked_bytes(path) if distributed.rank() == 0 else b""
     )
@@ -413,6 +415,7 @@ def _bytes_of(path: str | Path) -> bytes:
     if zipfile.is_zipfile(io.BytesIO(data)):
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                # A flipped bit in a weight would otherwise be trained on.
                 damaged = archive.testzip()
         except Exception as error:
             raise DamagedDataError(
@@ -622,6 +625,7 @@ def _unet_of(weights: Mapping[str, torch.Tensor], info: CheckpointInfo, path: st
             f"({network}{' '.join(reason.split())[:200]})"
         )
 
+    # Before UNet(...): it allocates what it is asked for.
     settings = _unet_settings(weights, info, refuse)
     if info.size and any(side % STRIDE for side in info.size):
         raise DamagedDataError(

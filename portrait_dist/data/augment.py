@@ -106,6 +106,7 @@ def uniform(seed: int, epoch: int, positions: Ints, draws: int) -> NDArray[np.fl
     """
     secrets = hash64_each(hash64(seed, epoch, _SALT), positions)
     counters = (np.arange(1, draws + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))[None]
+    # The upper 53 bits: all that a float64 in [0, 1) holds.
     return (mix(secrets[:, None] + counters) >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
@@ -167,6 +168,7 @@ class Augment:
             flip=draws[0] < config.flip,
             order=ORDERS[(draws[1] * len(ORDERS)).astype(np.int64)],
             factors=np.stack(factors, 1),
+            # Even in the logarithm: enlarging twice and halving are equally likely.
             zoom=np.exp((2 * draws[5] - 1) * math.log1p(config.scale)),
             angle=(2 * draws[6] - 1) * config.rotation,
             shift_x=(2 * draws[7] - 1) * config.translation,
@@ -214,6 +216,7 @@ def to_device(parameters: Parameters, device: torch.device, ratio: float) -> Dev
         device: where the images are.
         ratio: height / width of the images.
     """
+    # Factors in the order of their operations: the device then needs no gather.
     rows = np.arange(len(parameters.flip))[:, None]
     table = np.column_stack(
         [
@@ -321,6 +324,7 @@ def _compiled() -> Any:
             try:
                 result: tuple[torch.Tensor, torch.Tensor] = compiled(*arguments)
                 return result
+            # Found out by trying: a compiler may be there, and its headers not.
             except torch._dynamo.exc.TorchDynamoException as error:
                 usable = False
                 reason = " ".join(str(error).split())[:200]
@@ -364,6 +368,7 @@ def colours(
         grey = _grey(levels)
         # Up to 256×256 pixels the sum is below 2^24, so float32 holds it exactly.
         mean = (grey.mean(dim=(1, 2, 3), keepdim=True) + 0.5).floor()
+        # Without a branch: samples of one batch have their operations in different orders.
         base = torch.where(kind == SATURATION, grey, mean) * (kind != BRIGHTNESS)
         levels = torch.addcmul(base, levels - base, factor).clamp_(0, 255).floor_()
     return levels, alphas.float()
@@ -380,6 +385,7 @@ def warp(
         theta: float32 [B, 2, 3], of :func:`affine`.
     """
     grid = F.affine_grid(theta, list(levels.shape), align_corners=False)
+    # One grid for both: image and matte must not move apart by a rounding.
     both = torch.cat([levels, mattes], dim=1)
     moved = F.grid_sample(both, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return moved[:, :3], moved[:, 3:].clamp(0, 1)
@@ -397,6 +403,7 @@ def new_background(
         mattes: float32 [B, 1, H, W] in [0, 1].
         chosen: bool [B].
     """
+    # The neighbour in the batch: no image has to be read for a background.
     behind = without_person(levels, mattes).roll(1, dims=0)
     opacity = torch.where(chosen[:, None, None, None], mattes, torch.ones_like(mattes))
     return levels * opacity + behind * (1 - opacity)

@@ -97,6 +97,7 @@ class ImageOptions:
 
     def fingerprint(self, segmenter: PortraitSegmenter, checkpoint: str | Path) -> str:
         """Hash everything that decides the outputs' bytes; the device is not meant to."""
+        # A run that moves from a GPU to a CPU continues: masks differ by rounding only.
         options = {name: value for name, value in self.network.items() if name != "device"}
         settings = {
             "plan": [tuple(self.kinds), self.image_format, self.background],
@@ -335,6 +336,7 @@ def predict_on_every_rank(predict: Callable[..., PredictResult]) -> PredictResul
     result: PredictResult | None = None
     failed: PortraitDistError | None = None
     try:
+        # gloo, also with GPUs: what is gathered are names of files, once, at the end.
         distributed.start(torch.device("cpu"), LONGEST_WAIT)
         try:
             result = predict(part=distributed.rank(), parts=distributed.world_size())
@@ -350,6 +352,7 @@ def predict_on_every_rank(predict: Callable[..., PredictResult]) -> PredictResul
     results = [found for found, _ in everyone if found]
     errors = [error for _, error in everyone if error]
     for kind, message in errors:
+        # A full disk or a wrong option is the reason; photos that were left out are not.
         if kind is not DamagedDataError or not results:
             raise kind(message, merge(results) if results else None)
     merged = merge(results)
@@ -473,6 +476,7 @@ class _Work:
         Raises:
             PortraitDistError: the disk is full or failed, or the device's memory is too small.
         """
+        # Two pools: in one, reading far ahead would keep finished masks from being written.
         readers, writers = ThreadPoolExecutor(cores()), ThreadPoolExecutor(cores())
         try:
             reads = submit_in_order(readers, self._read, photos, limit=2 * self.batch_size)
@@ -510,6 +514,8 @@ class _Work:
         def prepared() -> Iterator[PreparedPhoto]:
             for photo, reading in reads:
                 if (read := self._outcome(photo, reading)) is not None:
+                    # Those that could not be read drop out: the network's results come for the
+                    # others.
                     readable.append(photo)
                     yield read
 
@@ -526,6 +532,7 @@ class _Work:
         photo, prepared, small = item
         alpha = self.segmenter.finish(prepared, small)
         encoded = self.plan.render(prepared.photo, alpha)
+        # Before the first byte: after a kill the half of its files is known to be ours.
         self.journal.begin(photo)
         written = self.plan.write(photo.name, encoded)
         self.journal.end(photo)

@@ -113,6 +113,7 @@ def find_photos(paths: Sequence[str], out: Path) -> Found:
             relative.setdefault(photo, name)
     # The same file by two paths is done once, under the name that was found first.
     real = {photo: os.path.realpath(photo) for photo in relative}
+    # Reversed, so that of the paths to one file the first one stays in the dict.
     first = {real[photo]: photo for photo in reversed(relative)}
     chosen = {photo: name for photo, name in relative.items() if first[real[photo]] == photo}
     found.photos = name_outputs(chosen)
@@ -162,6 +163,7 @@ def _in_folder(folder: Path, out: Path, found: Found) -> list[Path]:
 
     photos: list[Path] = []
     for parent, folders, names in os.walk(folder, onerror=refused):
+        # In place: os.walk descends into what is left in its list.
         folders[:] = [
             name
             for name in folders
@@ -175,6 +177,7 @@ def _is_wanted(path: Path, found: Found) -> bool:
     """Decide whether a file is a photo; count other types, and note what is no file."""
     if path.name.startswith(".") or path.is_dir():
         return False
+    # photo.mask.png of an earlier command is no photo.
     if path.stem.endswith(tuple(f".{kind}" for kind in KINDS)):
         return False
     if path.suffix.lower() not in readable_suffixes():

@@ -237,6 +237,7 @@ class RunFolder:
         line = finite({"kind": kind, "time": time.time(), **values})
         data = json.dumps(line, allow_nan=False).encode() + b"\n"
         with files.explained(self.metrics):
+            # O_APPEND: the kernel puts each write behind those of other processes.
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
             descriptor = os.open(self.metrics, flags, 0o666)
             try:
@@ -259,6 +260,7 @@ def parse_event(line: bytes | str) -> Event | None:
         values = finite(values)
     except (ValueError, RecursionError):
         return None
+    # Fields of newer releases are passed over: an old status reads a new run.
     known = {name: values[name] for name in _checks() if values.get(name) is not None}
     if not all(_checks()[name](value) for name, value in known.items()):
         return None
@@ -331,6 +333,7 @@ class RunLock(files.ExclusiveLock):
         )
 
         def seconds_to_wait(holder: str) -> float:
+            # Only its own earlier attempt can be dead; another job's lock is held by a live one.
             of_another_job = "SLURM job " in holder and not holder.endswith(f"SLURM job {job}")
             return SECONDS_FOR_A_DEAD_NODE if restarted and not of_another_job else 0.0
 

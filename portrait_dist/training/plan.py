@@ -100,6 +100,7 @@ def steps_of(batches: int, accumulate: int) -> int:
     Gradients do not stay over the end of an epoch: what is left of a group of ``accumulate``
     batches is a step of its own.
     """
+    # Floor division of the negative: rounded up, without a float.
     return -(-batches // accumulate)
 
 
@@ -155,6 +156,7 @@ def _by_rank(config: Config, samples: int, world_size: int) -> _Batches:
             f"train.batch_size is {size} instead of {train.batch_size}: there are only "
             f"{samples} training samples for {_ranks(world_size)}",
         )
+    # Computed from the manifest alone: every rank gets the same, before anything is read.
     per_epoch = samples // (size * world_size)
     return _Batches(size, train.accumulate, min(per_epoch, train.max_batches or per_epoch), notes)
 
@@ -204,6 +206,7 @@ def _fixed_global_batch(config: Config, samples: int, world_size: int) -> _Batch
     )
     steps = samples // whole
     if train.max_batches:
+        # Whole steps: half a group of batches would be a step of another global batch.
         steps = min(steps, max(1, train.max_batches // accumulate))
     return _Batches(per_rank // accumulate, accumulate, steps * accumulate)
 

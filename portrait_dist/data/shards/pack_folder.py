@@ -149,6 +149,7 @@ class PackFolder:
                 other settings was faster.
         """
         self._mark(parts)
+        # After the marker: at no moment has a folder neither, which would look like a foreign one.
         self.manifest.unlink(missing_ok=True)
 
     def _mark(self, parts: int) -> None:
@@ -160,6 +161,7 @@ class PackFolder:
             "parts": parts,
             "encoder": asdict(self._encoder),
         }
+        # Created, not written: of parts that start together one decides what the folder is for.
         if create_text(self.out / UNFINISHED, json.dumps(content)):
             return
         before = read_marker(self.out, UNFINISHED, "pack") or {}
@@ -243,6 +245,7 @@ class PackFolder:
             if not self.manifest.exists():
                 self._mark(part.count)
             try:
+                # A file of its own for each part, by lockf: it must hold between nodes.
                 return ExclusiveLock(path, held)
             except InputError:
                 if last:
@@ -267,6 +270,7 @@ class PackFolder:
             names = sorted(path.name for path in self.out.iterdir())
         for name in names:
             found = PART_LOCK.fullmatch(name)
+            # A lock file alone says nothing: a killed part leaves it, without its lock.
             if found and (holder := lock_holder(self.out / name)):
                 return Part(int(found[1]), int(found[2])), holder
         return None

@@ -169,6 +169,7 @@ class PairTable(Sequence[Pair]):
 
     def has(self, key: str) -> bool:
         """Return whether a key is there."""
+        # Keys are sorted, so no second index of them is held in memory.
         found = bisect.bisect_left(self.keys, key)
         return found < len(self.keys) and self.keys[found] == key
 
@@ -266,6 +267,7 @@ class Pairing:
             same = (
                 isinstance(one, Path)
                 and isinstance(other, Path)
+                # Not shallow: equal size and time do not make files equal.
                 and filecmp.cmp(one, other, shallow=False)
             )
         if not same:
@@ -286,6 +288,7 @@ class Pairing:
         keys, images, mattes = self._found
         self._found = ([], [], [])
         table = PairTable(keys, images, mattes, masks=self._masks)
+        # Most sources are listed in order already: sorting 10^6 keys needs a second list.
         if any(one >= other for one, other in itertools.pairwise(keys)):
             table = table.chosen(sorted(range(len(keys)), key=keys.__getitem__))
         for key in [key for key in self._alone if table.has(key)]:
@@ -400,5 +403,6 @@ def _mask_size(mask: Location) -> tuple[int, int]:
 def _turned(image: Location, size: tuple[int, int]) -> tuple[int, int] | None:
     """(width, height) of an image as it is shown, where its EXIF orientation swaps them."""
     with open_binary(image) as file:
+        # EXIF stands in the first segment, which has 64 kB at most.
         orientation = exif_orientation(file.read(65536))
     return size[::-1] if orientation >= 5 else None

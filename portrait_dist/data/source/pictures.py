@@ -105,6 +105,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
     """
     from PIL import Image
 
+    # The limit is an error of its own below; a warning for each large photo helps nobody.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         return Image.open(io.BytesIO(data)).size
