@@ -160,13 +160,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
         self.rank, self.world_size = _rank_and_world_size(rank, world_size)
         self.drop_last = train if options.drop_last is None else options.drop_last
         shuffle = train if options.shuffle is None else options.shuffle
-        self.order = Order(
-            self.shards.samples,
-            seed,
-            options.order if shuffle else "sequential",
-            block_samples=options.block_samples,
-            shard_sizes=self.shards.shard_sizes,
-        )
+        self.order = _order_of(self.shards, seed, options, shuffle)
         self.seed = self.order.seed
         self.transforms = (
             None
@@ -355,6 +349,16 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self.shards = ShardSet(self.location, self.split, cache=self.cache)
+
+
+def _order_of(shards: ShardSet, seed: int, options: StreamOptions, shuffle: bool) -> Order:
+    return Order(
+        shards.samples,
+        seed,
+        options.order if shuffle else "sequential",
+        block_samples=options.block_samples,
+        shard_sizes=shards.shard_sizes,
+    )
 
 
 def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:

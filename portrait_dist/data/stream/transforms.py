@@ -51,7 +51,7 @@ class SampleTransforms:
 
     def __init__(self, transforms: Transform, seed: int, name: str = "transforms") -> None:
         if not callable(transforms):
-            raise InputError(f"{name}: {type(transforms).__name__} is nothing that can be called")
+            raise InputError(f"{name}: {type(transforms).__name__} cannot be called")
         self._transforms, self._seed, self._name = transforms, seed, name
         package = type(transforms).__module__.partition(".")[0]
         self._call: Callable[[Pictures, np.random.SeedSequence], Any] = {
@@ -120,7 +120,7 @@ class SampleTransforms:
             )
         return new_image.permute(1, 2, 0).numpy(), new_mask.numpy()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"transforms": self._transforms, "seed": self._seed, "name": self._name}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
