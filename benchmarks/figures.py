@@ -72,6 +72,7 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
         **_training(speed),
         **_remote(_read(results, "2026-11-23-amd-epyc-2-cores-remote.json")),
         **_order(_read(results, "2026-11-29-amd-epyc-2-cores-order.json")),
+        **_prepare(_read(results, "2026-11-29-amd-epyc-2-cores-prepare.json")),
         **_packing(_read(results, "2026-11-29-amd-epyc-2-cores-pack.json")),
         **_matrix(_read(results, "2026-11-29-matrix.json")),
         **_installs(_read(results, "2026-11-29-installs.json")),
@@ -170,6 +171,15 @@ def _order(part: dict[str, Any]) -> dict[str, str]:
     return {
         "order.cpu-seconds": f"{seconds:.2f} s",
         "order.megabytes": f"{max(row['megabytes'] for row in rows):.0f} MB",
+    }
+
+
+def _prepare(part: dict[str, Any]) -> dict[str, str]:
+    rows = part["rows"]
+    return {
+        "prepare.seconds": f"{max(row['seconds'] for row in rows):.0f} s",
+        "prepare.cpu": f"{max(row['cpu_seconds'] for row in rows):.0f} s",
+        "prepare.megabytes": f"{max(row['peak_megabytes'] for row in rows):.0f} MB",
     }
 
 
