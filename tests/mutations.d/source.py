@@ -47,7 +47,7 @@ MUTATIONS = [
     ),
     Mutation(
         file="portrait_dist/data/shards/encode.py",
-        old="    check_pixels(pair.image, height, width)\n",
+        old="            check_pixels(pair.image, *size)\n",
         new="",
         test=f"{PACK}::test_a_broken_pair_is_named_and_nothing_half_written_is_left",
         why="pack refuses images of too many pixels by name",
