@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LISTS = Path(__file__).parent / "mutations.d"
 COPIED = (
     *("portrait_dist", "tests", "launch", "benchmarks", "docs", "examples", ".ci"),
-    *("pyproject.toml", "README.md", "requirements.lock"),
+    *("pyproject.toml", "README.md", "requirements.lock", "LICENSE"),
 )
 
 

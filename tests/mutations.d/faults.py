@@ -7,8 +7,8 @@ MUTATIONS = [
         file="portrait_dist/distributed.py",
         old="    _check_torchrun_is_there()\n    timeout",
         new="    timeout",
-        test="tests/ranks/test_launch.py"
-        "::test_ranks_whose_torchrun_is_killed_while_they_start_end_at_once",
+        test="tests/unit/test_distributed.py"
+        "::test_a_rank_whose_torchrun_is_gone_before_it_could_look_ends_instead_of_knocking",
         why="ranks end when torchrun is killed while they start",
     ),
     Mutation(

@@ -170,3 +170,24 @@ def test_the_limit_of_open_files_is_raised_to_the_hard_one() -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (300, wanted)),
     )
     assert done.stdout.split() == [str(wanted), str(wanted)]
+
+
+def test_a_rank_whose_torchrun_is_gone_before_it_could_look_ends_instead_of_knocking() -> None:
+    """In a process of its own: torch's client of the store would not end before its timeout."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    code = (
+        "import torch; from portrait_dist import distributed, errors\n"
+        "try: distributed.start(torch.device('cpu'), 5)\n"
+        "except errors.PortraitDistError as error: print(error)"
+    )
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | place | store | agent,
+        capture_output=True,
+        text=True,
+    )
+    assert f"nobody answers at 127.0.0.1:{port}: the torchrun process has ended" in done.stdout
