@@ -250,16 +250,16 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
         )
 
     def batches(
-        self, epoch: int, start: int, *, first: int = 0, step: int = 1
+        self, epoch: int, start: int, *, first: int = 0, step: int = 1, most: int | None = None
     ) -> Iterator[tuple[Ints, Ints]]:
         """Yield positions and samples of this rank's batches ``first``, ``first + step`` and so on.
 
-        Both are int64 arrays. Nothing is read.
+        Both are int64 arrays. Nothing is read. Of ``most`` batches at most; None for all.
         """
         plan = self.plan(start)
         # Mapped in blocks, yielded batch by batch: an epoch of 10^9 samples needs no list of them.
         at_once = max(1, POSITIONS_PLANNED_AT_ONCE // self.batch_size)
-        mine = range(first, plan.batches, step)
+        mine = range(first, plan.batches if most is None else min(most, plan.batches), step)
         for begin in range(0, len(mine), at_once):
             positions = [
                 np.arange(*plan.span(batch), dtype=np.int64)

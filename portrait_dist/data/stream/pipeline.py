@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import itertools
 import os
 import queue
 import threading
@@ -328,11 +327,10 @@ class DecodePipeline:
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Ints, Ints]]:
         """Return positions and samples of the batches that are left of an epoch."""
-        planned = self._dataset.batches(epoch, start)
         if self._most is None:
-            return planned
+            return self._dataset.batches(epoch, start)
         done = self._dataset.plan(0).batches - self._dataset.plan(start).batches
-        return itertools.islice(planned, max(0, self._most - done))
+        return self._dataset.batches(epoch, start, most=max(0, self._most - done))
 
     def _fetch_shards(self, start: int) -> None:
         """Fetch remote shards in the order in which this epoch's batches need them."""
