@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
@@ -103,26 +103,31 @@ LABEL_OPTIONS = (
 )
 
 
+LABEL_FIELDS = {
+    "from_shards": "source",
+    "split": "split",
+    "out_shards": "out",
+    "min_confidence": "min_confidence",
+    "shard_size": "size",
+    "samples_per_shard": "samples_per_shard",
+}
+"""Field of ``Labels`` for each of these options."""
+
+
+def labels_of(given: Mapping[str, Any]) -> Labels:
+    """Return what becomes of masks, out of the command's parameters by name."""
+    from portrait_dist.inference.labels import Labels
+
+    return Labels(**{field: given[name] for name, field in LABEL_FIELDS.items()})
+
+
 def _labels(function: Callable[..., object]) -> Callable[..., object]:
     """Add the options of masks that become training data; the command gets them as ``labels``."""
 
     @functools.wraps(function)
-    def run(
-        *,
-        from_shards: str,
-        split: str,
-        out_shards: Path | None,
-        min_confidence: float,
-        shard_size: tuple[int, int] | None,
-        samples_per_shard: int,
-        **others: object,
-    ) -> object:
-        from portrait_dist.inference.labels import Labels
-
-        labels = Labels(
-            out_shards, min_confidence, shard_size, samples_per_shard, from_shards, split
-        )
-        return function(labels=labels, **others)
+    def run(**given: Any) -> object:
+        others = {name: value for name, value in given.items() if name not in LABEL_FIELDS}
+        return function(labels=labels_of(given), **others)
 
     return functools.reduce(lambda done, option: option(done), reversed(LABEL_OPTIONS), run)
 
@@ -195,11 +200,10 @@ def predict(
     """
     from portrait_dist.inference import batch
 
-    _check_photos(paths, labels)
+    check_options(paths, labels, kinds, image_format)
     images = batch.ImageOptions(background, kinds, image_format, size, network, trust_code)
-    labels.check(kinds, image_format)
     if out == "-":
-        photo = _only_photo(paths, kinds)
+        photo = _only_photo(paths, kinds, labels)
         sys.stdout.buffer.write(batch.predict_to_bytes(checkpoint, photo, images))
         return None
     arguments = (checkpoint, paths, out, images)
@@ -209,11 +213,15 @@ def predict(
     return batch.label(found, paths, out, images, labels)
 
 
-def _check_photos(paths: tuple[str, ...], labels: Labels) -> None:
+def check_options(
+    paths: Sequence[str], labels: Labels, kinds: Sequence[str], image_format: str
+) -> None:
+    """Check what goes together, before anything is read or queued."""
     if bool(paths) == bool(labels.source):
         raise click.UsageError(
             "Give PATHs or --from-shards, one of both." if paths else "Missing argument 'PATH...'."
         )
+    labels.check(kinds, image_format)
 
 
 def _predict(
@@ -240,15 +248,18 @@ def _predict(
     if part is None and distributed.world_size() > 1:
         return batch.predict_on_every_rank(predict_part)
     number, parts = part or (0, 1)
-    return predict_part(part=number, parts=parts)
+    # An array job of one task has a finishing job too, which reads what the task noted.
+    return predict_part(part=number, parts=parts, keep_journal=part is not None)
 
 
-def _only_photo(paths: tuple[str, ...], kinds: tuple[str, ...]) -> str:
+def _only_photo(paths: tuple[str, ...], kinds: tuple[str, ...], labels: Labels) -> str:
     """Check that standard output gets exactly one image, and nothing else; return its photo."""
     from portrait_dist.errors import InputError
 
     if click.get_current_context().params.get("as_json"):
         raise InputError("--out -: standard output holds the image; leave --json out")
+    if labels.out:
+        raise InputError("--out -: --out-shards packs files of masks; give a folder for them")
     if len(paths) != 1 or len(kinds) != 1:
         raise InputError(
             "--out -: standard output holds one image; give one PATH, and --only mask, cutout or "

@@ -226,16 +226,18 @@ def submit_predict(
 
     Photos that are done are not done again, by a task that comes back or by the same line.
     """
-    from portrait_dist.commands.predict import predict
+    from portrait_dist.commands.predict import check_options, labels_of, predict
     from portrait_dist.errors import InputError
     from portrait_dist.inference import batch
-    from portrait_dist.inference.labels import Labels
     from portrait_dist.slurm import steps
 
     given = _parsed(predict, "predict", arguments, ("part", "finish"))
     if slurm["gpus_per_node"] > 1:
         raise InputError("--gpus-per-node: a part uses one GPU; give 1 and more --parts")
-    labels = Labels(source=given["from_shards"], split=given["split"])
+    if given["out"] == "-":
+        raise InputError("--out -: jobs write files; give a folder that all nodes see")
+    labels = labels_of(given)
+    check_options(given["paths"], labels, given["kinds"], given["image_format"])
     photos = batch.count_photos(given["checkpoint"], given["paths"], given["out"], labels)
     jobs = steps.in_parts("predict", arguments, _request(slurm), parts, photos)
     out = Path(given["out"])
@@ -330,9 +332,12 @@ def _packing(arguments: tuple[str, ...], request: Request, parts: int) -> _Packi
     """Check a packing, and make its jobs."""
     from portrait_dist.commands.pack import pack
     from portrait_dist.data.shards import writer
+    from portrait_dist.errors import InputError
     from portrait_dist.slurm import steps
 
     given = _parsed(pack, "pack", arguments, ("part", "finish"))
+    if given["append"]:
+        raise InputError("--append: one process appends; run 'portrait-dist pack --append' itself")
     names = ("data", "out", "size", "samples_per_shard", "codec", "quality")
     plan = writer.plan_pack(**{name: given[name] for name in names})
     jobs = steps.in_parts("pack", arguments, request, parts, plan.shards)

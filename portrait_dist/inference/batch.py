@@ -149,6 +149,7 @@ def predict_files(
     batch_size: int = 8,
     part: int = 0,
     parts: int = 1,
+    keep_journal: bool = False,
     labels: Labels = NO_LABELS,
 ) -> PredictResult:
     """Write mask, cut-out and side-by-side image of every photo.
@@ -162,6 +163,7 @@ def predict_files(
         batch_size: photos that go through the network together.
         part: number of the first photo, from 0.
         parts: do every ``parts``-th photo from there on; names are those of one process.
+        keep_journal: also of a single part, for :func:`check_finished`.
         labels: where photos come from, if not from ``paths``; :func:`label` packs them.
 
     Raises:
@@ -175,7 +177,7 @@ def predict_files(
     segmenter = images.segmenter(checkpoint)
     journal = Journal(plan.folder, images.fingerprint(segmenter, checkpoint), part, parts)
     result = _predict_found(found, images, _Work(segmenter, plan, journal, batch_size), force=force)
-    if parts == 1 and labels.out is None:
+    if parts == 1 and not keep_journal and labels.out is None:
         journal.remove()  # nothing is left to continue; a part's journal is read by the others
     return result
 

@@ -71,6 +71,8 @@ class Labels:
         Raises:
             InputError: there would be no masks to pack, or nowhere to.
         """
+        if not 0 <= self.min_confidence <= 1:  # also nan, which click's ranges take
+            raise InputError(f"--min-confidence {self.min_confidence:g}: it is from 0 to 1")
         if self.out is None:
             if self.min_confidence > 0:
                 raise InputError("--min-confidence: it goes with --out-shards; give that too")

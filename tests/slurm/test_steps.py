@@ -88,6 +88,7 @@ def test_what_would_fail_later_is_refused_before_anything_is_queued(
     assert_one_line(call(*pack_step, "--part", "0/2"), 2, "--part: the jobs give it themselves")
     assert_one_line(call(*pack_step, "--sizes", "16"), 2, "portrait-dist pack", "--sizes")
     assert_one_line(call(*pack_step, "--quality", "101"), 2, "--quality")
+    assert_one_line(call(*pack_step, "--append"), 2, "--append: one process appends")
     pack(tree, tmp_path / "out", size=(16, 16), samples_per_shard=2)
     assert_one_line(call(*pack_step, "--size", "24"), 2, "was packed with --size 16x16, not 24x24")
     line = call(*pack_step, "--size", "16", "--samples-per-shard", "2", "--parts", "99").stdout
@@ -103,6 +104,11 @@ def test_what_would_fail_later_is_refused_before_anything_is_queued(
     assert_one_line(
         call("submit", "evaluate", "--checkpoint", tmp_path / "no.pth", "--data", tree), 2, "no.pth"
     )
+    masks = ("submit", "predict", "--dry-run", "--checkpoint", tmp_path / "no.pth")
+    to_file = (*masks, "photo.jpg", "--out")
+    assert_one_line(call(*to_file, "-"), 2, "--out -: jobs write files")
+    assert_one_line(call(*to_file, "m", "--min-confidence", "1"), 2, "it goes with --out-shards")
+    assert_one_line(call(*to_file, "m", "--from-shards", "s"), 2, "Give PATHs or --from-shards")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 

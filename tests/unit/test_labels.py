@@ -165,6 +165,8 @@ def test_keys_of_photos_can_be_stored_and_differ() -> None:
         (["photo.jpg", "--min-confidence", "0.5"], "--min-confidence: it goes with --out-shards"),
         (["photo.jpg", "--out-shards", "s", "--only", "cutout"], "--only needs mask"),
         (["photo.jpg", "--out-shards", "s", "--format", "webp"], "--format png"),
+        (["photo.jpg", "--out-shards", "s", "--min-confidence", "nan"], "--min-confidence nan"),
+        (["photo.jpg", "--out-shards", "s", "--only", "mask", "--out", "-"], "give a folder"),
         (["--from-shards", "/nowhere"], "/nowhere"),
     ],
 )

@@ -398,6 +398,17 @@ cli.run(sys.argv[2:])
 """
 
 
+def test_a_single_part_leaves_what_finish_reads(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    given = (photos, "--out", tmp_path / "out", "--only", "mask")
+    part = predict(checkpoint, *given, "--part", "0/1")
+    assert part.exit_code == 0, part.stderr
+    looked = predict(checkpoint, *given, "--finish")
+    assert looked.exit_code == 0, looked.stderr
+    assert looked.json["done_before"] == part.json["photos"] == len(files(tmp_path / "out")) - 1
+
+
 @pytest.mark.parametrize("count", [1, 8])
 def test_killed_within_a_photo_the_same_command_continues_and_gives_the_same_files(
     checkpoint: Path, photos: Path, tmp_path: Path, count: int
