@@ -15,13 +15,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from portrait_dist import files
 
 RECORD = ".steps.json"
 TASK_EVENTS = "step.jsonl"
 MOST_BYTES = 16 << 20
+MOST_TASKS = 1_000_000
+"""Of an array job; SLURM's own limit is 4,000,000, and 1,001 where nobody raised it."""
 MOST_RECORDS = 50
 """Submissions of one folder that are looked at, the newest."""
 
@@ -137,13 +138,13 @@ def append_event(logs: Path, event: TaskEvent) -> None:
 def read_events(logs: Path) -> list[TaskEvent]:
     """Read a task's lines; damaged ones are skipped."""
     found = []
-    for text in _read(logs / TASK_EVENTS).splitlines():
+    for line in files.json_objects(_read(logs / TASK_EVENTS)):
         try:
-            line = json.loads(text)
             event = TaskEvent(**line)
-        except (ValueError, TypeError, RecursionError):
+        except TypeError:
             continue
-        if isinstance(event.time, int | float) and isinstance(event.attempt, int):
+        numbers = isinstance(event.time, int | float) and isinstance(event.attempt, int)
+        if numbers and isinstance(event.state, str) and isinstance(event.message, str):
             found.append(event)
     return found
 
@@ -168,9 +169,20 @@ def _queued(path: Path, target: str) -> list[QueuedStep]:
         found = json.loads(_read(path))
         if target not in found["targets"]:
             return []
-        return [QueuedStep(**step) for step in found["steps"] if isinstance(step["job_id"], int)]
+        steps = [QueuedStep(**step) for step in found["steps"]]
     except (ValueError, TypeError, KeyError, RecursionError):
         return []
+    return [step for step in steps if _is_queued(step)]
+
+
+def _is_queued(step: QueuedStep) -> bool:
+    """Whether a step that was read has a number, and a name and tasks that can be shown."""
+    return (
+        isinstance(step.job_id, int)
+        and isinstance(step.name, str)
+        and isinstance(step.tasks, int)
+        and step.tasks <= MOST_TASKS
+    )
 
 
 def _status(step: QueuedStep, folder: Path) -> StepStatus:
@@ -190,7 +202,7 @@ def _status(step: QueuedStep, folder: Path) -> StepStatus:
     )
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> bytes:
     try:
         return files.read_regular(path, MOST_BYTES)
     except OSError:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portrait_dist import files
+from portrait_dist.system.address import redact
 from portrait_dist.system.info import check_extra
 
 log = logging.getLogger("portrait_dist.training")
@@ -185,7 +186,8 @@ class GuardedTracker:
             return action()
         except Exception as error:  # a tracker's package may raise anything
             self._tracker = None
-            reason = " ".join(str(error).split())[:300]
+            # Redacted: MLflow's messages hold its address, which may hold a password.
+            reason = redact(" ".join(str(error).split()))[:300]
             log.warning(
                 "run.logger=%s: %s: %s; the run goes on without it, TensorBoard has everything",
                 self._kind,
@@ -228,7 +230,7 @@ def _known(kept: Path, kind: str) -> str:
     try:
         found = json.loads(files.read_regular(kept, MOST_BYTES))
         return str(found["id"]) if found["kind"] == kind else ""
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return ""
 
 

@@ -90,4 +90,34 @@ MUTATIONS = [
         test=f"{PARTS}::test_a_requeued_part_waits_for_the_lock_of_a_node_that_died",
         why="a part that comes back waits for the lock of its dead node",
     ),
+    Mutation(
+        file="portrait_dist/data/shards/pack_folder.py",
+        old="            if manifest.version > 1:",
+        new="            if manifest.version > 9:",
+        test=f"{APPEND}::test_packing_without_append_never_replaces_the_versions_of_a_folder",
+        why="what has grown is never packed anew in place",
+    ),
+    Mutation(
+        file="portrait_dist/commands/predict.py",
+        old="keep_journal=part is not None",
+        new="keep_journal=False",
+        test="tests/unit/test_predict.py::test_a_single_part_leaves_what_finish_reads",
+        why="an array job of one task is found finished",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/cache.py",
+        old="            if abandoned := _is_at(part, file):\n",
+        new="            if abandoned := True:\n",
+        test="tests/unit/test_cache.py::test_room_is_not_made_with_the_part_of_a_download_that_began_"
+        "a_moment_ago",
+        why="room in the cache is never made with a part that somebody downloads",
+    ),
+    Mutation(
+        file="portrait_dist/training/trackers.py",
+        old='redact(" ".join(str(error).split()))[:300]',
+        new='" ".join(str(error).split())[:300]',
+        test="tests/unit/test_trackers.py::test_a_tracker_that_fails_is_named_once_and_the_run_"
+        "goes_on",
+        why="a tracker's address is shown without its password",
+    ),
 ]

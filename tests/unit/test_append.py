@@ -19,7 +19,7 @@ from portrait_dist.data.shards.append import append
 from portrait_dist.data.shards.reader import ShardSet, read_manifest
 from portrait_dist.data.shards.verify import verify
 from portrait_dist.data.shards.writer import PackResult, pack
-from portrait_dist.errors import DamagedDataError
+from portrait_dist.errors import DamagedDataError, InputError
 from tests.cli import assert_one_line, call
 from tests.dying import FILE_OPERATIONS, processes
 from tests.jobs import checkpoint, lines, state_of, train_into
@@ -160,6 +160,18 @@ def test_what_cannot_be_appended_is_refused_and_nothing_changes(
     assert_one_line(call(*arguments, shards, *options, "--part", "0/2"), 2, "--append stands alone")
     assert hashes(shards) == before
     assert call(*arguments, shards, *options, "--json").json["version"] == 2
+
+
+def test_packing_without_append_never_replaces_the_versions_of_a_folder(
+    shards: Path, tmp_path: Path
+) -> None:
+    """Here keys and order are those of the folder, so nothing else tells the two apart."""
+    data = write_tree(tmp_path / "more", OLD | {"train": [*OLD["train"], "z-0"]})
+    append_tiny(data, shards)
+    before = hashes(shards)
+    with pytest.raises(InputError, match="has grown to version 2; add pairs with --append"):
+        pack(data, shards, size=(16, 16), samples_per_shard=3)
+    assert hashes(shards) == before
 
 
 def test_a_run_says_which_version_it_saw_and_takes_another_only_on_purpose_between_epochs(

@@ -272,3 +272,23 @@ def test_who_waited_for_a_part_that_was_renamed_meanwhile_claims_a_new_one(
     waiter.join(timeout=30)
     assert claimed
     assert claimed[0] != whole.stat().st_ino
+
+
+def test_room_is_not_made_with_the_part_of_a_download_that_began_a_moment_ago(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = tmp_path / "part"
+    part.write_bytes(b"abandoned")
+
+    def opened_before_another_one_took_the_name(path: Path) -> io.FileIO:
+        file = open_part(path)
+        path.rename(tmp_path / "complete")
+        path.write_bytes(b"of another process")
+        return file
+
+    monkeypatch.setattr(cache_module, "open_part", opened_before_another_one_took_the_name)
+    assert not cache_module._remove_abandoned(part)
+    assert part.read_bytes() == b"of another process"
+    monkeypatch.undo()
+    assert cache_module._remove_abandoned(part)
+    assert not part.exists()

@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from portrait_dist.errors import InputError
+from portrait_dist.files import write_text
 from portrait_dist.runs.status import State, run_status
+from portrait_dist.runs.steps import QueuedStep, TaskEvent, steps_of
 from tests.cli import assert_one_line, call
 
 POSITION = {"steps_per_epoch": 10, "max_epochs": 5, "world_size": 2}
@@ -180,3 +183,20 @@ def test_status_starts_without_torch(tmp_path: Path) -> None:
     first, second = done.stdout.splitlines()
     assert json.loads(first)["epoch"] == 2
     assert second == "False 0"
+
+
+def test_damaged_records_of_jobs_are_passed_over(tmp_path: Path) -> None:
+    logs, target = tmp_path / "slurm", str(tmp_path / "shards")
+    good = asdict(QueuedStep("pack", 7, 2, "sbatch …", "7.log"))
+    (logs / "7_0").mkdir(parents=True)
+    for number, wrong in enumerate(
+        [{}, {"tasks": "9"}, {"tasks": 10**15}, {"name": 3}, {"job_id": "7"}, {"more": 1}]
+    ):
+        record = {"time": 1.0, "targets": [target], "steps": [{**good, **wrong}]}
+        write_text(logs / f"{number}.steps.json", json.dumps(record))
+    done = asdict(TaskEvent(5.0, 1, "finished", "n0"))
+    wrong_lines = [{**done, "state": ["failed"]}, {**done, "message": 7}, {**done, "time": "now"}]
+    text = "".join(json.dumps(one) + "\n" for one in [done, *wrong_lines])
+    write_text(logs / "7_0" / "step.jsonl", text + "[" * 100_000)
+    (step,) = steps_of(tmp_path / "shards")
+    assert step.tasks == {"finished": 1, "waiting": 1}

@@ -327,9 +327,11 @@ def _state(found: os.stat_result) -> str:
 def _remove_abandoned(part: Path) -> bool:
     """Remove a partial download that nobody is at; the kernel releases a killed process's lock."""
     try:
-        with _locked(part, fcntl.LOCK_NB):
-            part.unlink(missing_ok=True)
-            return True
+        with _locked(part, fcntl.LOCK_NB) as file:
+            # As in _claimed: the name may lead to the part of a process that began since.
+            if abandoned := _is_at(part, file):
+                part.unlink(missing_ok=True)
+            return abandoned
     except BlockingIOError:
         return False
 

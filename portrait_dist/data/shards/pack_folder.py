@@ -107,6 +107,11 @@ class PackFolder:
         """
         if self.manifest.is_file():
             manifest = self.read_manifest()
+            if manifest.version > 1:  # packing anew would cut its shards in other places
+                raise InputError(
+                    f"{self.out}: has grown to version {manifest.version}; add pairs with "
+                    "--append, or give another --out"
+                )
             keys = {name: entry.keys_sha256 for name, entry in manifest.splits.items()}
             self._compare({**manifest.settings, "source": manifest.source, "keys_sha256": keys})
         elif (before := read_marker(self.out, UNFINISHED, "pack")) is not None:
