@@ -22,9 +22,10 @@ from PIL import Image
 from portrait_dist.data.map_dataset import AISegmentDataset
 from portrait_dist.data.shards.decode import decode_stored
 from portrait_dist.data.shards.reader import ShardSet
-from portrait_dist.data.source import layouts, lists, split
+from portrait_dist.data.source import layouts, lists, locations, split, trees
 from portrait_dist.data.source.assignment import SPLITS
 from portrait_dist.data.source.masks import NotAMaskError, decode_mask
+from portrait_dist.errors import PortraitDistError
 from tests.cli import assert_one_line, call
 
 KEYS = [f"p{number:02d}" for number in range(12)]
@@ -436,3 +437,27 @@ def test_a_damaged_list_of_a_prepared_folder_is_named(tmp_path: Path) -> None:
 def lists_name() -> str:
     assert lists.is_list(split.PAIRS)
     return split.PAIRS
+
+
+@pytest.mark.parametrize("kind", [ValueError, ConnectionError])
+def test_what_a_server_answers_is_shown_without_the_secrets_of_its_address(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors of aiohttp hold the whole address that a server led to, with its signature."""
+    monkeypatch.setattr(locations, "FIRST_PAUSE", 0.0)
+    address, signed = "https://host/a", "https://me:secret@host/a?signature=secret"
+
+    def refused(*_: object, **__: object) -> None:
+        raise kind(f"403, message='Forbidden',\nurl='{signed}' {'x' * 120} {signed}")
+
+    class System:
+        ls = refused
+
+    with pytest.raises(PortraitDistError) as reading:
+        locations._attempt(address, refused)
+    monkeypatch.setattr(trees, "file_system", lambda _: (System(), "a"))
+    with pytest.raises(PortraitDistError) as listing:
+        trees.RemoteTree(address).files("", (".jpg",))
+    for error in (reading, listing):
+        assert "403, message='Forbidden', url='https://host/a" in str(error.value)
+        assert "secret" not in str(error.value)

@@ -189,6 +189,7 @@ def test_damaged_records_of_jobs_are_passed_over(tmp_path: Path) -> None:
     logs, target = tmp_path / "slurm", str(tmp_path / "shards")
     good = asdict(QueuedStep("pack", 7, 2, "sbatch …", "7.log"))
     (logs / "7_0").mkdir(parents=True)
+    wrong: dict[str, Any]
     for number, wrong in enumerate(
         [{}, {"tasks": "9"}, {"tasks": 10**15}, {"name": 3}, {"job_id": "7"}, {"more": 1}]
     ):

@@ -79,12 +79,17 @@ def file_system(address: str) -> tuple[Any, str]:
     try:
         system, path = url_to_fs(address)
     except Exception as error:  # the constructors of fsspec's file systems raise kinds of their own
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{redact(address)}: cannot be opened here ({redact(reason)}); "
+            f"{redact(address)}: cannot be opened here ({reason_of(error)}); "
             "install what it names, or give a folder"
         ) from error
     return system, path
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's message in one line, without the secrets of addresses that it holds."""
+    # Cut last: half an address would not be known as one.
+    return redact(" ".join(str(error).split()))[:200]
 
 
 def size_of(location: Location) -> tuple[int, int]:
@@ -112,14 +117,13 @@ def _attempt(address: str, action: Callable[[], T]) -> T:
             ) from error
         except ValueError as error:  # such as s3:// without a name, which stays so
             raise InputError(
-                f"{redact(address)}: is no file's address "
-                f"({' '.join(str(error).split())[:200]}); correct it"
+                f"{redact(address)}: is no file's address ({reason_of(error)}); correct it"
             ) from error
         except Exception as error:  # fsspec's file systems raise kinds of their own
             if attempt == ATTEMPTS:
                 raise UnreachableError(
                     f"{redact(address)}: cannot be read ({type(error).__name__}: "
-                    f"{' '.join(str(error).split())[:200]}); run again when it answers"
+                    f"{reason_of(error)}); run again when it answers"
                 ) from error
         time.sleep(pause)
         pause *= 4

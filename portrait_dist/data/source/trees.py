@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from portrait_dist.data.source.locations import file_system
+from portrait_dist.data.source.locations import file_system, reason_of
 from portrait_dist.errors import InputError, UnreachableError
 from portrait_dist.files import open_regular
 from portrait_dist.system.address import check_address, is_address, redact
@@ -161,7 +161,7 @@ def _remote_entries(address: str) -> list[tuple[str, str]]:
     except Exception as error:  # fsspec's file systems raise kinds of their own
         raise UnreachableError(
             f"{redact(address)}: cannot be listed ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); run again when it answers"
+            f"{reason_of(error)}); run again when it answers"
         ) from error
     named = [
         (str(entry["name"]).rstrip("/").rpartition("/")[2], entry["type"]) for entry in entries
