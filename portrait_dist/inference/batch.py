@@ -161,9 +161,8 @@ def predict_files(
         images: what the outputs are; ``int8`` is calibrated with up to 64 of the photos.
         force: overwrite outputs that exist, and do every photo again.
         batch_size: photos that go through the network together.
-        part: number of the first photo, from 0.
-        parts: do every ``parts``-th photo from there on; names are those of one process.
-        keep_journal: also of a single part, for :func:`check_finished`.
+        part, parts: do photo ``part`` and every ``parts``-th after it; names are as in one process.
+        keep_journal: also where nothing is left, for :func:`check_finished`.
         labels: where photos come from, if not from ``paths``; :func:`label` packs them.
 
     Raises:

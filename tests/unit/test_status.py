@@ -189,10 +189,9 @@ def test_damaged_records_of_jobs_are_passed_over(tmp_path: Path) -> None:
     logs, target = tmp_path / "slurm", str(tmp_path / "shards")
     good = asdict(QueuedStep("pack", 7, 2, "sbatch …", "7.log"))
     (logs / "7_0").mkdir(parents=True)
-    wrong: dict[str, Any]
-    for number, wrong in enumerate(
-        [{}, {"tasks": "9"}, {"tasks": 10**15}, {"name": 3}, {"job_id": "7"}, {"more": 1}]
-    ):
+    wrongs: list[dict[str, Any]] = [{}, {"tasks": "9"}, {"tasks": 10**15}]
+    wrongs += [{"name": 3}, {"job_id": "7"}, {"more": 1}]
+    for number, wrong in enumerate(wrongs):
         record = {"time": 1.0, "targets": [target], "steps": [{**good, **wrong}]}
         write_text(logs / f"{number}.steps.json", json.dumps(record))
     done = asdict(TaskEvent(5.0, 1, "finished", "n0"))
