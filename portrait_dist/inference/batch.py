@@ -161,7 +161,8 @@ def predict_files(
         images: what the outputs are; ``int8`` is calibrated with up to 64 of the photos.
         force: overwrite outputs that exist, and do every photo again.
         batch_size: photos that go through the network together.
-        part, parts: do photo ``part`` and every ``parts``-th after it; names are as in one process.
+        part: number of the first photo, from 0.
+        parts: do every ``parts``-th photo from there on; names are those of one process.
         keep_journal: also where nothing is left, for :func:`check_finished`.
         labels: where photos come from, if not from ``paths``; :func:`label` packs them.
 
@@ -175,10 +176,9 @@ def predict_files(
     found = _find(paths, plan.folder, labels, reported=part == 0)
     segmenter = images.segmenter(checkpoint)
     journal = Journal(plan.folder, images.fingerprint(segmenter, checkpoint), part, parts)
-    result = _predict_found(found, images, _Work(segmenter, plan, journal, batch_size), force=force)
-    if parts == 1 and not keep_journal and labels.out is None:
-        journal.remove()  # nothing is left to continue; a part's journal is read by the others
-    return result
+    work = _Work(segmenter, plan, journal, batch_size)
+    keep = keep_journal or parts > 1 or labels.out is not None
+    return _predict_found(found, images, work, force=force, keep_journal=keep)
 
 
 def _find(paths: Sequence[str], out: Path, labels: Labels, *, reported: bool = False) -> Found:
@@ -218,7 +218,7 @@ def label(
 
 
 def _predict_found(
-    found: Found, images: ImageOptions, work: _Work, *, force: bool
+    found: Found, images: ImageOptions, work: _Work, *, force: bool, keep_journal: bool
 ) -> PredictResult:
     """Predict this part of the photos that were found, but for those that are done already."""
     journal = work.journal
@@ -229,7 +229,10 @@ def _predict_found(
     if journal.part == 0:
         work.failed += found.unusable
     with journal:
-        return work.carry_out(todo, len(photos) - len(todo), dict(found.skipped))
+        result = work.carry_out(todo, len(photos) - len(todo), dict(found.skipped))
+    if not keep_journal:
+        journal.remove()  # nothing is left to continue, and nobody else reads it
+    return result
 
 
 def count_photos(
