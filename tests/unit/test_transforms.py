@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torchvision.transforms import v2
 
 from portrait_dist.data import AISegmentIterableDataset, Batch, build_loader
 from portrait_dist.data.stream.dataset import StreamOptions
-from portrait_dist.data.stream.transforms import SampleTransforms, Transform
+from portrait_dist.data.stream.transforms import SampleTransforms, Transform, _DrawFrom
 from portrait_dist.errors import InputError
 from tests.cli import assert_one_line, call
 from tests.jobs import PLAIN, TINY, lines
@@ -136,7 +137,6 @@ def test_torchs_functions_without_a_generator_draw_from_the_samples_own() -> Non
             noise = torch.randn_like(image, dtype=torch.float32) + torch.rand_like(image.float())
             return (image + noise.abs()).to(torch.uint8), mask
 
-    Noise.__module__ = "torchvision.transforms.v2"
     found = []
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
@@ -145,6 +145,40 @@ def test_torchs_functions_without_a_generator_draw_from_the_samples_own() -> Non
         found.append(image)
     assert np.array_equal(found[0], found[1])
     assert found[0].std() > 0
+
+
+HALVES = torch.full((64,), 0.5, dtype=torch.float64)
+ONE_HALF = torch.tensor([0.5])
+DRAWS: dict[str, Callable[[], torch.Tensor]] = {
+    "rand_like, all by name": lambda: torch.rand_like(
+        input=HALVES, dtype=None, memory_format=torch.preserve_format
+    ),
+    "randint_like": lambda: torch.randint_like(HALVES, 1000),
+    "randint_like from": lambda: torch.randint_like(HALVES, 5, high=1000),
+    "poisson": lambda: torch.poisson(HALVES * 100),
+    "binomial": lambda: torch.binomial(HALVES * 100, HALVES),
+    "bernoulli": lambda: HALVES.bernoulli(),
+    "cauchy": lambda: torch.empty(64).cauchy_(),
+    "geometric": lambda: torch.empty(64).geometric_(0.1),
+    "log-normal": lambda: torch.empty(64).log_normal_(),
+    "gamma": lambda: torch.distributions.Gamma(ONE_HALF, ONE_HALF).sample((64,)),
+    "beta": lambda: torch.distributions.Beta(ONE_HALF, ONE_HALF).sample((64,)),
+}
+
+
+@pytest.mark.parametrize("name", list(DRAWS))
+def test_whatever_can_take_a_generator_gets_the_samples_own(name: str) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    found = []
+    for _ in range(2):
+        with _DrawFrom(torch.Generator().manual_seed(3)):
+            found.append(DRAWS[name]())
+    assert torch.equal(*found)
+    assert len(found[0].unique()) > 1
+    if "like" in name:
+        assert found[0].dtype == HALVES.dtype
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,20 @@ Pictures = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 _WITH_GENERATOR = frozenset(
     {
         *(torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal),
-        *(torch.bernoulli, torch.multinomial),
+        *(torch.bernoulli, torch.multinomial, torch.poisson, torch.binomial),
+        # What gamma, beta and Dirichlet of torch.distributions draw by.
+        *(torch._standard_gamma, torch._sample_dirichlet),
         *(torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.random_),
         *(torch.Tensor.bernoulli_, torch.Tensor.exponential_, torch.Tensor.multinomial),
+        *(torch.Tensor.cauchy_, torch.Tensor.geometric_, torch.Tensor.log_normal_),
+        torch.Tensor.bernoulli,
     }
 )
-_LIKE = {torch.rand_like: torch.rand, torch.randn_like: torch.randn}
+_LIKE = {
+    torch.rand_like: torch.rand,
+    torch.randn_like: torch.randn,
+    torch.randint_like: torch.randint,
+}
 """Functions that take no generator, with those that do the same with a shape."""
 
 
@@ -46,18 +54,21 @@ class SampleTransforms:
         seed: of the run.
         name: how messages call them.
 
-    What draws from the generators of ``random`` or of numpy's old interface cannot be made exact.
+    What draws from the generators of ``random`` or of numpy's old interface, or by a function of
+    torch that takes no generator (dropout), cannot be made exact.
     """
 
     def __init__(self, transforms: Transform, seed: int, name: str = "transforms") -> None:
         if not callable(transforms):
             raise InputError(f"{name}: {type(transforms).__name__} cannot be called")
         self._transforms, self._seed, self._name = transforms, seed, name
-        package = type(transforms).__module__.partition(".")[0]
-        self._call: Callable[[Pictures, np.random.SeedSequence], Any] = {
+        calls: dict[str, Callable[[Pictures, np.random.SeedSequence], Any]] = {
             "torchvision": self._torchvision,
             "albumentations": self._albumentations,
-        }.get(package, self._plain)
+        }
+        # Of the bases too: a class of the user's own that extends one of theirs is called alike.
+        packages = [one.__module__.partition(".")[0] for one in type(transforms).__mro__]
+        self._call = next((calls[one] for one in packages if one in calls), self._plain)
         self._own = threading.local()
 
     def __call__(
@@ -143,9 +154,11 @@ class _DrawFrom(TorchFunctionMode):
     ) -> Any:
         options = dict(kwargs or {})
         if function in _LIKE:
-            like, *args_left = args
-            options = {"dtype": like.dtype, "device": like.device} | options
-            function, args = _LIKE[function], (like.shape, *args_left)
+            like, *left = args or (options.pop("input"),)
+            options.pop("memory_format", None)
+            given = {name: value for name, value in options.items() if value is not None}
+            options = {"dtype": like.dtype, "device": like.device, "size": like.shape} | given
+            function, args = _LIKE[function], tuple(left)
         if function in _WITH_GENERATOR and options.get("generator") is None:
             options["generator"] = self._generator
         return function(*args, **options)
