@@ -158,11 +158,13 @@ class _Sample(StoredPair):
         if self.mask is None:
             return EncodedPair(self.key, bytes(found.image), bytes(found.alpha))
         alpha = read_mask(self.mask)
-        if settings.codec == "raw":
-            return EncodedPair(
-                self.key, bytes(found.image), npy_header(alpha.shape) + alpha.tobytes()
-            )
-        return EncodedPair(self.key, bytes(found.image), encode_grey(alpha))
+        raw = settings.codec == "raw"
+        mask = npy_header(alpha.shape) + alpha.tobytes() if raw else encode_grey(alpha)
+        try:
+            decode_stored(found.image, mask, settings.codec)
+        except (ValueError, RuntimeError) as error:  # a mask of another size, above all
+            raise DamagedDataError(f"{self.mask}: {error}; predict it again") from error
+        return EncodedPair(self.key, bytes(found.image), mask)
 
     def sizes(self) -> tuple[int, int, int]:
         number, position = self.shards.locate(self.sample)

@@ -55,8 +55,9 @@ def run_step(arguments: Sequence[str]) -> int:
     with files.explained(logs):
         logs.mkdir(parents=True, exist_ok=True)
     log(f"{allocation.describe()}; portrait-dist {command[0]}; logs {logs}")
+    line = command_line(command, allocation, logs)  # before it is said to run: SLURM may not answer
     _note(logs, allocation, TaskState.RUNNING)
-    ended = run_command(command_line(command, allocation, logs), allocation)
+    ended = run_command(line, allocation)
     failures = 1 + sum(event.state == TaskState.REQUEUED for event in _failed(logs))
     state, message = decide(ended, allocation.restarts, failures)
     log(f"{message or state}{'; it comes back' if state == TaskState.REQUEUED else ''}")

@@ -14,7 +14,14 @@ from PIL import Image
 from portrait_dist.data import build_loader
 from portrait_dist.data.shards.reader import ShardSet
 from portrait_dist.data.shards.verify import verify
-from portrait_dist.inference.labels import Labels, confidence, pack_labels, sample_keys
+from portrait_dist.errors import DamagedDataError
+from portrait_dist.inference.labels import (
+    Labels,
+    confidence,
+    find_samples,
+    pack_labels,
+    sample_keys,
+)
 from portrait_dist.inference.photos import Photo
 from tests import blobs, cli
 
@@ -140,6 +147,21 @@ def test_a_mask_is_packed_as_it_was_predicted_whatever_its_levels(tmp_path: Path
         pack_labels([Photo(photo, "photo")], [mask], Labels(shards, size=(64, 64)))
         (_, alpha) = samples(shards, "train")["photo"]
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(alpha))), levels)
+
+
+def test_a_mask_of_another_size_than_its_sample_is_named_and_not_packed(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    photos = find_samples(str(tiny_shards), "val").photos
+    masks = [tmp_path / f"{photo.name}.png" for photo in photos]
+    for path in masks:
+        cv2.imwrite(str(path), np.zeros((32, 32), np.uint8))
+    cv2.imwrite(str(masks[3]), np.zeros((16, 32), np.uint8))
+    labels = Labels(tmp_path / "out", source=str(tiny_shards), split="val")
+    with pytest.raises(DamagedDataError, match=f"{masks[3]}: .* differ in size; predict it again"):
+        pack_labels(photos, masks, labels)
+    cv2.imwrite(str(masks[3]), np.zeros((32, 32), np.uint8))
+    assert pack_labels(photos, masks, labels).samples == 71
 
 
 def test_confidence_is_the_distance_from_one_half() -> None:
