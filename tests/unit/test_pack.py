@@ -346,6 +346,7 @@ def test_two_packs_do_not_write_into_one_folder(tree: Path, tmp_path: Path) -> N
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     with pytest.raises(InputError, match="another 'portrait-dist pack' is writing there"):
         pack(tree, out, size=(16, 16))
+    assert out.is_dir(), "the refused one leaves the folder to the one that has just begun"
     os.close(descriptor)
     assert pack(tree, out, size=(16, 16)).samples == 28
 

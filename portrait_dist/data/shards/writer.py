@@ -232,8 +232,8 @@ class _Packing:
         folder, out = self.folder, self.folder.out
         check_folder_writable(out)
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            with folder.locked():
+        with folder.locked():
+            try:
                 folder.check()
                 try:
                     return self._completed(self._write(self.plans, parts=1))
@@ -241,9 +241,11 @@ class _Packing:
                     if not any(out.glob("*.index")):
                         (out / UNFINISHED).unlink(missing_ok=True)
                     raise
-        finally:
-            with contextlib.suppress(OSError):
-                out.rmdir()  # only if it is empty
+            finally:
+                # Only if it is empty, and only by who holds its lock: a process that is refused
+                # would remove it from under the one that has just begun.
+                with contextlib.suppress(OSError):
+                    out.rmdir()
 
     def pack_part(self, part: Part) -> PackResult:
         """Pack what is missing of one part's shards; write the manifest where it was the last."""
