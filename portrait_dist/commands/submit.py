@@ -316,7 +316,8 @@ def submit_pipeline(
         packing.jobs, recipe, settings, request, packing.train_samples, evaluate_split
     )
     run = loaded.run_dir
-    return steps.submit_steps(jobs, run.absolute().parent, [run, Path(shards)], dry_run)
+    # Not of the shards: only the run's folder says how far its training is.
+    return steps.submit_steps(jobs, run.absolute().parent, [run], dry_run)
 
 
 @dataclass(frozen=True)

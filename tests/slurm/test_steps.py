@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from portrait_dist.data.shards.writer import pack
-from portrait_dist.runs.steps import TaskState, read_events
+from portrait_dist.runs.steps import TaskState, read_events, steps_of
 from portrait_dist.slurm.step_job import MOST_FAILURES, MOST_REQUEUES, Ended, decide
 from tests.cli import assert_one_line, call
 from tests.slurm.cluster import Cluster
@@ -110,6 +111,23 @@ def test_what_would_fail_later_is_refused_before_anything_is_queued(
     assert_one_line(call(*to_file, "m", "--min-confidence", "1"), 2, "it goes with --out-shards")
     assert_one_line(call(*to_file, "m", "--from-shards", "s"), 2, "Give PATHs or --from-shards")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_pipeline_is_shown_by_its_run_which_knows_how_far_the_training_is(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = itertools.count(1)
+
+    def queued(command: object, folder: Path) -> int:
+        folder.mkdir(exist_ok=True)
+        return next(numbers)
+
+    monkeypatch.setattr("portrait_dist.slurm.steps.queue", queued)
+    line = ("submit", "pipeline", "--data", tree, f"data.shards={tmp_path}/shards")
+    done = call(*line, f"run.root={tmp_path}", "run.name=first", "train.batch_size=4")
+    assert done.exit_code == 0, done.stderr
+    assert len(steps_of(tmp_path / "first")) == 5
+    assert steps_of(tmp_path / "shards") == []
 
 
 def submit_pack(cluster: Cluster, tree: Path, out: Path, *options: str) -> Any:
