@@ -34,6 +34,14 @@ MAX_SIDE = 16_384
 """Pixels; a larger side in a checkpoint is a damaged number (such an image takes 3.2 GB)."""
 FIRST_WEIGHT = "encoder1.enc1conv1.weight"
 LAST_WEIGHT = "conv.weight"
+OPTIMIZER_SWITCHES = frozenset(
+    {
+        *("amsgrad", "maximize", "foreign", "capturable", "differentiable", "fused"),
+        *("decoupled_weight_decay", "nesterov", "centered"),
+    }
+)
+OPTIMIZER_NUMBERS = frozenset({"lr", "initial_lr", "eps", "weight_decay", "momentum", "dampening"})
+"""Options of torch's optimisers by their type; those of other optimisers are not known."""
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -496,16 +504,30 @@ def _check_optimizer(checks: _Checks, value: object) -> None:
     checks.need(isinstance(groups, list) and bool(groups), "param_groups of the optimizer")
     assert isinstance(groups, list)
     for group in groups:
-        numbers = checks.mapping(group, "param_groups").get("params")
+        options = checks.mapping(group, "param_groups")
+        numbers = options.pop("params", None)
         checks.need(
             isinstance(numbers, list) and all(map(_is_integer, numbers)), "params of the optimizer"
         )
+        for name, option in options.items():
+            checks.need(_may_be_option(name, option), f"{name} of the optimizer")
     entries = checks.mapping(optimizer.get("state"), "state of the optimizer")
     for number, entry in entries.items():
         checks.need(_is_integer(number), "state of the optimizer")
         for item in checks.mapping(entry, "state of the optimizer").values():
             plain = item is None or isinstance(item, (torch.Tensor, int, float))
             checks.need(plain, "state of the optimizer")
+
+
+def _may_be_option(name: object, value: object) -> bool:
+    """Whether an optimiser may have such an option; torch takes any and fails in its first step."""
+    if name in OPTIMIZER_SWITCHES:
+        return value is None or isinstance(value, bool)
+    if name in OPTIMIZER_NUMBERS:
+        return isinstance(value, (int, float, torch.Tensor))
+    if name == "betas":
+        return isinstance(value, (tuple, list)) and all(isinstance(one, float) for one in value)
+    return isinstance(value, torch.Tensor) or _is_plain(value)
 
 
 def _check_rank(checks: _Checks, rank: dict[Any, Any]) -> None:

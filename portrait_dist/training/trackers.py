@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portrait_dist import files
+from portrait_dist.errors import PortraitDistError
 from portrait_dist.system.address import redact
 from portrait_dist.system.info import check_extra
 
@@ -221,7 +222,10 @@ def open_tracker(kind: str, folder: Path, config: Mapping[str, Any]) -> GuardedT
     known = _known(kept, kind)
     tracker = GuardedTracker(kind, lambda: KINDS[kind](folder, config, known))
     if tracker.id and tracker.id != known:
-        files.write_text(kept, json.dumps({"kind": kind, "id": tracker.id}) + "\n")
+        try:
+            files.write_text(kept, json.dumps({"kind": kind, "id": tracker.id}) + "\n")
+        except PortraitDistError as error:  # rank 0 alone is here: the others would wait for it
+            log.warning("%s; a resumed run will be another one at run.logger=%s", error, kind)
     return tracker
 
 
