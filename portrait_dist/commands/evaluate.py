@@ -142,7 +142,7 @@ def evaluate(
         )
     result = evaluation.EvaluateResult.of(found, drawn)
     if out:
-        files.write_text(out, to_json(result) + "\n")
+        files.write_text(out, to_json(result) + "\n", durable=True)
     return result
 
 
@@ -191,4 +191,4 @@ def _write_csv(path: Path, rows: Iterable[dict[str, Cell]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(lines[0]) if lines else ["key"])
     writer.writeheader()
     writer.writerows(lines)
-    files.write_text(path, text.getvalue())
+    files.write_text(path, text.getvalue(), durable=True)

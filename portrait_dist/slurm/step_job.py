@@ -29,6 +29,8 @@ MOST_FAILURES = 3
 """Attempts of a task that may fail for no reason that is known: a disk, memory, a sick node."""
 ON_RANKS = ("evaluate",)
 """Commands whose ranks share one result; they run under torchrun on all nodes and GPUs."""
+IN_ONE_GO = ("evaluate", "report")
+"""Commands that keep no record of what they have done; ``pack`` and ``predict`` look themselves."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ def run_step(arguments: Sequence[str]) -> int:
     with files.explained(logs):
         logs.mkdir(parents=True, exist_ok=True)
     log(f"{allocation.describe()}; portrait-dist {command[0]}; logs {logs}")
+    if command[0] in IN_ONE_GO and (attempt := finished_before(logs, allocation)):
+        log(f"finished in attempt {attempt}; nothing to do")
+        return 0
     line = command_line(command, allocation, logs)  # before it is said to run: SLURM may not answer
     _note(logs, allocation, TaskState.RUNNING)
     ended = run_command(line, allocation)
@@ -65,6 +70,16 @@ def run_step(arguments: Sequence[str]) -> int:
     if state == TaskState.REQUEUED:
         return requeue(allocation)
     return ended.exit_code
+
+
+def finished_before(logs: Path, allocation: Allocation) -> int:
+    """Return the attempt of this job that finished the task, or 0.
+
+    A node that is lost after the command's end and before SLURM hears of it brings the job back.
+    Outputs are on the disk before that is noted, so that what was noted need not be done again.
+    """
+    events = read_events(logs) if allocation.restarts else []
+    return events[-1].attempt if events and events[-1].state == TaskState.FINISHED else 0
 
 
 def command_line(command: Sequence[str], allocation: Allocation, logs: Path) -> list[str]:

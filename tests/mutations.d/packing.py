@@ -3,6 +3,7 @@
 from tests.mutation import Mutation
 
 STEPS = "tests/slurm/test_steps.py"
+LOST = "tests/slurm/test_lost_steps.py"
 PARTS = "tests/unit/test_pack_parts.py"
 LABELS = "tests/unit/test_labels.py"
 APPEND = "tests/unit/test_append.py"
@@ -29,6 +30,14 @@ MUTATIONS = [
         new="    if ended.exit_code in (InputError.exit_code,):\n",
         test=f"{STEPS}::test_a_task_comes_back_after_a_signal_and_not_after_wrong_input",
         why="damaged data does not bring a task back",
+    ),
+    Mutation(
+        file="portrait_dist/slurm/step_job.py",
+        old="    events = read_events(logs) if allocation.restarts else []\n",
+        new="    events: list[TaskEvent] = []\n",
+        test=f"{LOST}::test_masks_scores_and_report_come_back_after_a_lost_node_and_nothing_is_"
+        "done_twice",
+        why="a step that finished before its node was lost does nothing when it comes back",
     ),
     Mutation(
         file="portrait_dist/slurm/steps.py",

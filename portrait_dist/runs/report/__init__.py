@@ -73,7 +73,7 @@ def write_report(
     scored, reason = _score(
         run, location, samples, at_most, device, trust_code=trust_code, must=bool(shards)
     )
-    files.write_text(out, page.render(run, location, scored, reason))
+    files.write_text(out, page.render(run, location, scored, reason), durable=True)
     count, iou = (scored.scores.samples, scored.scores.iou) if scored else (0, None)
     return Report(str(out), count, iou, no_pictures=reason, no_settings=run.settings.problem)
 
