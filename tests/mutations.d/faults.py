@@ -77,8 +77,7 @@ MUTATIONS = [
         file="portrait_dist/checkpoints.py",
         old='self.need(named and _is_plain(found), f"{entry}',
         new='self.need(named, f"{entry}',
-        test="tests/unit/test_checkpoints.py"
-        "::test_an_entry_of_the_wrong_type_or_size_is_one_error_that_names_the_file",
+        test="tests/unit/test_checkpoints.py::test_settings_in_a_checkpoint_are_plain_values",
         why="settings in a checkpoint are plain values",
     ),
     Mutation(

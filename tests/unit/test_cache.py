@@ -112,10 +112,12 @@ def test_a_partial_download_longer_than_the_file_is_no_beginning_of_it(
     shard = ShardSet(tiny_shards, "val").shards[0]
     whole = next(cache.folder.glob("*.tar"))
     server.starts.clear()
+    asked = len(server.tars)
     (cache.folder / f".{shard.sha256}.{shard.bytes}.part").write_bytes(whole.read_bytes() + b"x")
     whole.unlink()
     assert read(server, Cache(cache.folder)) == expected
     assert server.starts == [0]
+    assert len(server.tars) == asked + 1, "nobody asks for what lies behind the file's end"
 
 
 def test_a_folder_that_others_may_write_to_is_refused(server: ShardServer, cache: Cache) -> None:

@@ -118,7 +118,7 @@ def whole() -> dict[str, Any]:
         "acc": 0.5,
         "epoch": 3,
         "metrics": {},
-        "packages": {"torch": torch.__version__},
+        "packages": {"torch": str(torch.__version__)},
         "optimizer_state_dict": optimizer.state_dict(),
         "scaler_state_dict": {},
         "portrait_dist": {
@@ -234,6 +234,15 @@ def test_an_entry_of_the_wrong_type_or_size_is_one_error_that_names_the_file(
     torch.save(state, path)
     with pytest.raises((InputError, DamagedDataError), match=r"odd\.pth"):
         read_all(path)
+
+
+def test_settings_in_a_checkpoint_are_plain_values(tmp_path: Path) -> None:
+    """A tensor among them could not even be compared with the setting of now."""
+    state = copy.deepcopy(whole())
+    state["portrait_dist"]["config"] = {"data": {"size": torch.zeros(3)}}
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(DamagedDataError, match=r"odd\.pth.*config holds something else"):
+        checkpoints.read_info(tmp_path / "odd.pth")
 
 
 def test_a_whole_checkpoint_passes_the_door(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from portrait_dist.training import trackers
-from tests.cli import Result, assert_one_line, call
+from tests.cli import Result, assert_one_line, call, call_process
 from tests.jobs import PLAIN, TINY, checkpoint, lines
 
 TAGS = {"loss/train", "loss/val", "iou/train", "iou/val"}
@@ -112,7 +112,10 @@ def test_mlflow_gets_every_epoch_and_the_settings_and_a_resumed_run_continues(
 
 
 def test_clearml_gets_every_epoch(offline: Path, tiny_shards: Path) -> None:
-    done = train_into(offline, tiny_shards, "run.logger=clearml", "train.max_epochs=2")
+    # ClearML reads its variables when it is imported, which SuperGradients may have done here.
+    run = (f"data.shards={tiny_shards}", f"run.root={offline}", "run.name=run")
+    keys = (*run, *TINY, "train.batch_size=19", "run.logger=clearml", "train.max_epochs=2")
+    done = call_process("train", "--recipe", PLAIN, *keys)
     assert done.exit_code == 0, done.stderr
     (archive,) = offline.rglob("offline-*.zip")
     with zipfile.ZipFile(archive) as file:
