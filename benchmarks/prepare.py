@@ -5,7 +5,8 @@
 Empty files are made, for only names are looked at with ``--mode reference``: an AISegment tree of
 5,000 pairs a folder, and one folder of images beside one of masks. Each is prepared by a fresh
 process, by listing it and by a file of names (``--list``). Rows: seconds, CPU seconds, and the
-process's peak memory.
+process's peak memory. The trees lie in the folder for temporary files (TMPDIR); what was just made
+may still be in memory, whatever the file system, which the result names.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 )
             for way, more in (("listed", []), ("--list", ["--list", str(names)])):
                 rows.append(prepared(f"{layout}, {way}", work, pairs, more))
-    found = measure.result("prepare", rows, pairs=pairs)
+    found = measure.result("prepare", rows, pairs=pairs, file_system=file_system())
     measure.publish(found, options.json)
     return found
 
@@ -84,6 +85,12 @@ def two_folders(raw: Path, pairs: int) -> None:
 def touch(path: str) -> None:
     """Make an empty file."""
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+
+
+def file_system() -> str:
+    """Name the type of the file system that the trees lie on."""
+    command = ["df", "--output=fstype", tempfile.gettempdir()]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
 def prepared(name: str, work: Path, pairs: int, more: list[str]) -> measure.Row:
