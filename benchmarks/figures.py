@@ -180,6 +180,7 @@ def _prepare(part: dict[str, Any]) -> dict[str, str]:
         "prepare.seconds": f"{max(row['seconds'] for row in rows):.0f} s",
         "prepare.cpu": f"{max(row['cpu_seconds'] for row in rows):.0f} s",
         "prepare.megabytes": f"{max(row['peak_megabytes'] for row in rows):.0f} MB",
+        "prepare.file-system": str(part["file_system"]),
     }
 
 
