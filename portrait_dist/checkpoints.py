@@ -41,7 +41,13 @@ OPTIMIZER_SWITCHES = frozenset(
     }
 )
 OPTIMIZER_NUMBERS = frozenset({"lr", "initial_lr", "eps", "weight_decay", "momentum", "dampening"})
-"""Options of torch's optimisers by their type; those of other optimisers are not known."""
+OPTIMIZER_TENSORS = frozenset(
+    {
+        *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"),
+        *("grad_avg", "acc_delta", "sum"),
+    }
+)
+"""Options and states of torch's optimisers by type; those of other optimisers are not known."""
 
 
 # Writing ------------------------------------------------------------------------------------------
@@ -514,9 +520,10 @@ def _check_optimizer(checks: _Checks, value: object) -> None:
     entries = checks.mapping(optimizer.get("state"), "state of the optimizer")
     for number, entry in entries.items():
         checks.need(_is_integer(number), "state of the optimizer")
-        for item in checks.mapping(entry, "state of the optimizer").values():
-            plain = item is None or isinstance(item, (torch.Tensor, int, float))
-            checks.need(plain, "state of the optimizer")
+        for name, item in checks.mapping(entry, "state of the optimizer").items():
+            number_too = isinstance(item, (int, float)) and name not in OPTIMIZER_TENSORS
+            plain = item is None or isinstance(item, torch.Tensor) or number_too
+            checks.need(plain, f"{name} of the optimizer")
 
 
 def _may_be_option(name: object, value: object) -> bool:

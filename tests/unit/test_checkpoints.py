@@ -209,6 +209,7 @@ WRONG_RUN = [
     at("optimizer_state_dict", "state", value=[1]),
     at("optimizer_state_dict", "state", 0, value=4),
     at("optimizer_state_dict", "state", 0, "exp_avg", value="x"),
+    at("optimizer_state_dict", "state", 0, "exp_avg_sq", value=65),
     at("scaler_state_dict", value=1),
     at("portrait_dist", "ranks", value=3),
     at("portrait_dist", "ranks", value=[1]),
