@@ -40,7 +40,7 @@ OPTIMIZER_SWITCHES = frozenset(
         *("decoupled_weight_decay", "nesterov", "centered"),
     }
 )
-OPTIMIZER_NUMBERS = frozenset({"lr", "initial_lr", "eps", "weight_decay", "momentum", "dampening"})
+OPTIMIZER_NUMBERS = frozenset({"lr", "initial_lr", "weight_decay", "momentum", "dampening"})
 OPTIMIZER_TENSORS = frozenset(
     {
         *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"),
@@ -533,7 +533,9 @@ def _may_be_option(name: object, value: object) -> bool:
     if name in OPTIMIZER_NUMBERS:
         return isinstance(value, (int, float, torch.Tensor))
     if name == "betas":
-        return isinstance(value, (tuple, list)) and all(isinstance(one, float) for one in value)
+        return isinstance(value, (tuple, list)) and all(
+            isinstance(one, (float, torch.Tensor)) for one in value
+        )
     return isinstance(value, torch.Tensor) or _is_plain(value)
 
 

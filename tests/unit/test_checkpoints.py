@@ -246,6 +246,26 @@ def test_settings_in_a_checkpoint_are_plain_values(tmp_path: Path) -> None:
         checkpoints.read_info(tmp_path / "odd.pth")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weights: torch.optim.Adafactor(weights),  # its eps is a pair
+        lambda weights: torch.optim.Adam(weights, betas=(torch.tensor(0.9), torch.tensor(0.99))),
+        lambda weights: torch.optim.SGD(weights, momentum=0.9, nesterov=True, lr=0.1),
+    ],
+)
+def test_options_of_torchs_optimisers_pass_the_door(
+    make: Callable[[Any], torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = make([weight])
+    weight.sum().backward()
+    optimizer.step()
+    state = whole() | {"optimizer_state_dict": optimizer.state_dict()}
+    checkpoints.save_atomically(tmp_path / "a.pth", state)
+    checkpoints.check_resumable(checkpoints.read(tmp_path / "a.pth"), tmp_path / "a.pth")
+
+
 def test_a_whole_checkpoint_passes_the_door(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     checkpoints.save_atomically(path, whole())
