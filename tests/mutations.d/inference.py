@@ -101,4 +101,11 @@ MUTATIONS = [
         test=INFERENCE + "size_and_aspect_of_the_training_images_come_from_the_checkpoint",
         why="predict takes the aspect of the training images from the checkpoint",
     ),
+    Mutation(
+        file="portrait_dist/inference/segmenter.py",
+        old="        keep_freed_memory()\n",
+        new="",
+        test="tests/unit/test_malloc.py::test_predicting_again_takes_no_new_memory_from_the_system",
+        why="freed memory is kept for the next batch",
+    ),
 ]
