@@ -79,7 +79,7 @@ class AverageOfBest:
                     checkpoints.check_whole(path)
             except (InputError, DamagedDataError) as error:
                 raise DamagedDataError(
-                    f"{path}: is damaged; remove it and resume: the average goes on without it"
+                    f"{path}: is damaged; remove it and resume: the average continues without it"
                 ) from error
 
     def path(self, epoch: int) -> Path:

@@ -180,7 +180,7 @@ def _begin(config: Config, report: FailureReport) -> None:
 
 
 def _open_tracker(config: Config) -> Tracker | None:
-    """Open the experiment tracker on rank 0; what it is told of the settings holds no secret."""
+    """Open the experiment tracker on rank 0; the settings it gets hold no secret."""
     if distributed.rank() != 0:
         return None
     return open_tracker(config.run.logger, config.run_dir, yaml.safe_load(config.to_yaml()))

@@ -138,8 +138,8 @@ def check_files(config: Config, network: nn.Module) -> None:
         checkpoints.check_whole(folder.best)
     except (InputError, DamagedDataError) as error:
         raise DamagedDataError(
-            f"{folder.best}: is damaged; remove it and resume: the run goes on from {LATEST}, and "
-            "the next epoch that is better writes it again"
+            f"{folder.best}: is damaged; remove it and resume: the run continues from {LATEST}, "
+            "and the next epoch that is better writes it again"
         ) from error
 
 

@@ -190,7 +190,7 @@ class GuardedTracker:
             # Redacted: MLflow's messages hold its address, which may hold a password.
             reason = redact(" ".join(str(error).split()))[:300]
             log.warning(
-                "run.logger=%s: %s: %s; the run goes on without it, TensorBoard has everything",
+                "run.logger=%s: %s: %s; the run continues without it, TensorBoard has everything",
                 self._kind,
                 type(error).__name__,
                 reason,

@@ -39,8 +39,8 @@ def same_weights(reference: Path, run: Path) -> Callable[[], int]:
 def resumed(world: World, random: Random, folder: Path) -> Generator[Case, None, None]:
     """A stopped run is resumed after something odd: with the right weights, or refused untouched.
 
-    A run that goes on must end with the weights of the undisturbed one where nothing that it needs
-    was damaged. A refusal changes no file.
+    A run that continues must end with the weights of the undisturbed one where nothing that it
+    needs was damaged. A refusal changes no file.
     """
     kinds = [_damaged, _damaged, _edited, _edited, _other_data, _other_settings, _littered]
     while True:

@@ -1,4 +1,4 @@
-"""A job that asks for one or two nodes goes on with the one that is left."""
+"""A job that asks for one or two nodes continues on the one that is left."""
 
 from __future__ import annotations
 
