@@ -161,21 +161,37 @@ def test_only_the_alpha_channel_of_a_matte_is_taken() -> None:
         decode_matte(buffer.getvalue())
 
 
-FILTERS = ("NONE", "SUB", "UP", "AVG", "PAETH")
+def rgba_png(pixels: np.ndarray, kind: int) -> bytes:
+    """Write a PNG whose rows all have one filter: 0 none, 1 sub, 2 up, 3 average, 4 Paeth."""
+    height, width, _ = pixels.shape
+    padded = np.zeros((height + 1, width + 1, 4), np.int16)
+    padded[1:, 1:] = pixels
+    left, above, corner = padded[1:, :-1], padded[:-1, 1:], padded[:-1, :-1]
+    to_left, to_above = abs(above - corner), abs(left - corner)
+    to_corner = abs(left + above - 2 * corner)
+    paeth = np.where(to_above <= to_corner, above, corner)
+    paeth = np.where((to_left <= to_above) & (to_left <= to_corner), left, paeth)
+    guess = (np.zeros_like(left), left, above, (left + above) // 2, paeth)[kind]
+    rows = (padded[1:, 1:] - guess).astype(np.uint8).reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    content = zlib.compress(np.insert(rows, 0, kind, axis=1).tobytes())
+    chunks = [(b"IHDR", header), (b"IDAT", content), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
 
 
 @settings(max_examples=40, deadline=None)
-@given(height=SIDE, width=SIDE, kind=st.sampled_from(FILTERS), seed=st.integers(0, 9))
+@given(height=SIDE, width=SIDE, kind=st.integers(0, 4), seed=st.integers(0, 9))
 def test_mattes_of_every_row_filter_give_the_alpha_that_pil_reads(
-    height: int, width: int, kind: str, seed: int
+    height: int, width: int, kind: int, seed: int
 ) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
     pixels[..., 3] = np.maximum.accumulate(pixels[..., 3], axis=1)  # some structure, as mattes have
-    png = cv2.imencode(
-        ".png", pixels, [cv2.IMWRITE_PNG_FILTER, getattr(cv2, f"IMWRITE_PNG_FILTER_{kind}")]
-    )[1].tobytes()
+    png = rgba_png(pixels, kind)
     with Image.open(io.BytesIO(png)) as opened:
-        assert (decode_matte(png) == np.asarray(opened)[..., 3]).all()
+        assert (np.asarray(opened) == pixels).all(), "the test's own PNG is a right one"
     assert (decode_matte(png) == pixels[..., 3]).all()
 
 
