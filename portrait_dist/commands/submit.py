@@ -23,6 +23,7 @@ Examples:
   portrait-dist submit --nodes 2 --gpus-per-node 8 --time 8:00:00 data.shards=/shared/shards
   portrait-dist submit --array train.lr=1e-3,3e-4 --gpus-per-node 1 data.shards=/shared/shards
   portrait-dist submit --dry-run data.shards=shards
+  portrait-dist submit --container portrait-dist.sif --gpus-per-node 8 data.shards=/shared/shards
 
 Other steps, each with its own --help: submit pack, submit predict, submit evaluate,
 submit pipeline (pack, train, evaluate, report). 'submit train' is 'submit'.
@@ -62,6 +63,8 @@ class SlurmOptions(TypedDict):
     partition: str
     account: str
     extra: tuple[str, ...]
+    container: str
+    mounts: tuple[str, ...]
 
 
 class StepGroup(click.Group):
@@ -112,6 +115,20 @@ _SLURM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         multiple=True,
         metavar="OPTION",
         help="One more option for sbatch, such as --sbatch=--qos=long.",
+    ),
+    click.option(
+        "--container",
+        default="",
+        metavar="IMAGE",
+        help="Run in a container: an image for pyxis (docker://…, a .sqsh file), or a .sif file "
+        "for Apptainer. It sees the working directory and the folders that are named here.",
+    ),
+    click.option(
+        "--mount",
+        "mounts",
+        multiple=True,
+        metavar="FOLDER",
+        help="One more folder that the container sees, at the same path.",
     ),
     click.option(
         "--dry-run",

@@ -16,7 +16,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from types import FrameType
 from portrait_dist import config, files
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError, Stopped
 from portrait_dist.runs.folder import Event, Events, RunFolder
+from portrait_dist.slurm import container as containers
 from portrait_dist.slurm.allocation import Allocation, first_address, job_state, scontrol
 from portrait_dist.slurm.node_check import NodeReport, check_nodes, exclude, plan_exclusion
 from portrait_dist.slurm.sweep import split_arguments, task_arguments
@@ -174,11 +174,12 @@ def decide(
     return Decision(True, message)
 
 
-def run_job(arguments: Sequence[str]) -> int:
+def run_job(arguments: Sequence[str], container: containers.Container | None = None) -> int:
     """Do the batch script's work: start the ranks, relay signals, decide about the next attempt.
 
     Args:
         arguments: those of ``portrait-dist train``, and ``--sweep`` in an array job.
+        container: in which the ranks run.
 
     Returns:
         0 trained to the end, 75 requeued or may be queued again, else the ranks' failure.
@@ -194,12 +195,12 @@ def run_job(arguments: Sequence[str]) -> int:
         f"logs {logs}"
     )
     ranks = ["train", *arguments]
-    command = srun_command(allocation, first_address(allocation), logs, ranks)
+    command = srun_command(allocation, first_address(allocation), logs, ranks, container)
     # Before the check of the nodes: a signal during it must not be lost.
     folder, relay = RunFolder(settings.run_dir), SignalRelay()
     sick: Sequence[NodeReport] = ()
     if settings.run.check_nodes:
-        sick = check_nodes(allocation, logs, settings.train.device)
+        sick = check_nodes(allocation, logs, settings.train.device, container)
     if sick or relay.received:
         attempt = attempt_without_training(sick, relay, allocation)
     else:
@@ -232,7 +233,11 @@ def log(message: str) -> None:
 
 
 def srun_command(
-    allocation: Allocation, address: str, logs: Path, arguments: Sequence[str]
+    allocation: Allocation,
+    address: str,
+    logs: Path,
+    arguments: Sequence[str],
+    container: containers.Container | None = None,
 ) -> list[str]:
     """Return the srun command that starts one task per node, each of which is torchrun.
 
@@ -243,8 +248,9 @@ def srun_command(
     options += ["--kill-on-bad-exit=0", f"--wait={SECONDS_AFTER_FIRST_EXIT}"]
     if os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not take it from the job by itself
         options.append(f"--cpus-per-task={allocation.cpus}")
-    node = [sys.executable, "-m", "portrait_dist.slurm", "node", address, str(logs)]
-    return ["srun", *options, *node, *arguments]
+    python = containers.python(container, allocation.gpus)
+    node = ["-m", "portrait_dist.slurm", "node", address, str(logs)]
+    return ["srun", *options, *python, *node, *arguments]
 
 
 class SignalRelay:

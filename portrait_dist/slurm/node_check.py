@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from portrait_dist import files
 from portrait_dist.errors import PortraitDistError
+from portrait_dist.slurm import container as containers
 from portrait_dist.slurm.allocation import Allocation, host_names, scontrol
 
 SECONDS_FOR_ALL = 120.0
@@ -52,17 +52,24 @@ class NodeReport:
         return f"node {self.node}: {'; '.join(self.problems)}"
 
 
-def check_nodes(allocation: Allocation, logs: Path, device: str) -> list[NodeReport]:
+def check_nodes(
+    allocation: Allocation,
+    logs: Path,
+    device: str,
+    container: containers.Container | None = None,
+) -> list[NodeReport]:
     """Check every node of the allocation at once; return those with a problem.
 
     Args:
         allocation: what SLURM gave the job.
         logs: folder for logs; every node must be able to write there.
         device: ``train.device``; with ``cpu`` GPUs are not looked at.
+        container: in which the ranks will run; the nodes are looked at from there.
     """
     options = [f"--nodes={allocation.nodes}", f"--ntasks={allocation.nodes}"]
     options += ["--ntasks-per-node=1", "--kill-on-bad-exit=0"]
-    check = [sys.executable, "-m", "portrait_dist.slurm", "check", str(logs), device]
+    python = containers.python(container, allocation.gpus)
+    check = [*python, "-m", "portrait_dist.slurm", "check", str(logs), device]
     child = subprocess.Popen(["srun", *options, *check], stdout=subprocess.PIPE, text=True)
     try:
         output, _ = child.communicate(timeout=SECONDS_FOR_ALL)

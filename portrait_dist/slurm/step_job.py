@@ -22,6 +22,7 @@ from portrait_dist import files
 from portrait_dist.errors import DamagedDataError, InputError, Stopped
 from portrait_dist.runs.steps import TaskEvent, TaskState, append_event, read_events
 from portrait_dist.slurm.allocation import Allocation, first_address, job_state, node_name
+from portrait_dist.slurm.container import Container
 from portrait_dist.slurm.job import log, requeue, srun_command
 
 MOST_REQUEUES = 20
@@ -50,7 +51,7 @@ class Ended:
     cancelled: bool = False
 
 
-def run_step(arguments: Sequence[str]) -> int:
+def run_step(arguments: Sequence[str], container: Container | None = None) -> int:
     """Run ``LOGS COMMAND ARGUMENTS…``; return 0, 75 for a requeue, or the command's failure."""
     allocation = Allocation.from_environment()
     logs, command = Path(arguments[0]) / allocation.label, list(arguments[1:])
@@ -60,7 +61,8 @@ def run_step(arguments: Sequence[str]) -> int:
     if command[0] in IN_ONE_GO and (attempt := finished_before(logs, allocation)):
         log(f"finished in attempt {attempt}; nothing to do")
         return 0
-    line = command_line(command, allocation, logs)  # before it is said to run: SLURM may not answer
+    # Before it is said to run: SLURM may not answer.
+    line = command_line(command, allocation, logs, container)
     _note(logs, allocation, TaskState.RUNNING)
     ended = run_command(line, allocation)
     failures = 1 + sum(event.state == TaskState.REQUEUED for event in _failed(logs))
@@ -82,11 +84,17 @@ def finished_before(logs: Path, allocation: Allocation) -> int:
     return events[-1].attempt if events and events[-1].state == TaskState.FINISHED else 0
 
 
-def command_line(command: Sequence[str], allocation: Allocation, logs: Path) -> list[str]:
+def command_line(
+    command: Sequence[str], allocation: Allocation, logs: Path, container: Container | None = None
+) -> list[str]:
     """Return what the job starts: the command, or one torchrun on each node."""
     if command[0] in ON_RANKS and allocation.nodes * allocation.ranks_per_node > 1:
-        return srun_command(allocation, first_address(allocation), logs, command)
-    return [sys.executable, "-u", "-m", "portrait_dist", *command, "--json"]
+        return srun_command(allocation, first_address(allocation), logs, command, container)
+    line = ["-u", "-m", "portrait_dist", *command, "--json"]
+    if container is None:
+        return [sys.executable, *line]
+    one = ["srun", "--nodes=1", "--ntasks=1", f"--cpus-per-task={allocation.cpus}"]
+    return [*one, *container.python(allocation.gpus), *line]
 
 
 def decide(ended: Ended, restarts: int, failures: int) -> tuple[TaskState, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from portrait_dist import config, files
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.runs.folder import RunFolder
+from portrait_dist.slurm.container import container_of
 from portrait_dist.slurm.sweep import combinations, run_name
 from portrait_dist.training.plan import Plan, make_plan
 
@@ -34,6 +35,8 @@ class Request:
         account: empty for the user's default.
         array: choices for an array job, such as ``train.lr=1e-3,3e-4``; several make a grid.
         extra: more options for sbatch, as they are.
+        container: image in which the ranks run; empty for none.
+        mounts: folders that it sees, besides the working directory and those of the arguments.
     """
 
     nodes: int = 1
@@ -44,6 +47,8 @@ class Request:
     account: str = ""
     array: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    container: str = ""
+    mounts: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -182,7 +187,12 @@ def sbatch_line(
         arguments: of the script.
         array: sbatch's ``--array``.
         after: options that make it wait for another job.
+
+    Raises:
+        InputError: an image or a folder for it that is not there.
     """
+    container = container_of(request.container, request.mounts, arguments)
+    arguments = [*(container.arguments() if container else []), *arguments]
     wanted = {
         "job-name": name,
         "nodes": request.nodes,

@@ -79,4 +79,20 @@ MUTATIONS = [
         "test_the_matrix_takes_only_a_python_that_runs_and_is_of_that_version",
         why="the matrix runs the Python that it names",
     ),
+    Mutation(
+        file="portrait_dist/slurm/step_job.py",
+        old="    return [*one, *container.python(allocation.gpus), *line]",
+        new="    return [*one, sys.executable, *line]",
+        test="tests/slurm/test_container.py"
+        "::test_a_step_in_a_container_writes_what_it_writes_without_one",
+        why="a job with an image runs in it",
+    ),
+    Mutation(
+        file="portrait_dist/slurm/container.py",
+        old="        folders |= {os.path.abspath(path), os.path.realpath(path)}",
+        new="        folders |= {os.path.abspath(path)}",
+        test="tests/slurm/test_submit.py"
+        "::test_a_container_sees_the_folders_that_the_job_names_at_their_own_paths",
+        why="what a link leads to is seen in the container too",
+    ),
 ]

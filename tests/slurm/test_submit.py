@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from portrait_dist.errors import InputError
+from portrait_dist.slurm.container import Container, container_of, split_arguments
 from portrait_dist.slurm.submit import Request, Submission, submit
 
 
@@ -110,6 +112,60 @@ def test_a_run_folder_that_cannot_be_used_is_said_before_queueing(
     (tmp_path / "runs" / "old" / "ckpt_latest.pth").touch()
     with pytest.raises(InputError, match=r"the run exists and run.resume=false"):
         _dry(tiny_shards, tmp_path / "runs", "run.name=old", "run.resume=false")
+
+
+def test_a_container_sees_the_folders_that_the_job_names_at_their_own_paths(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work := tmp_path / "work").mkdir()
+    (photos := tmp_path / "photos").mkdir()
+    (work / "linked").symlink_to(photos)
+    monkeypatch.chdir(work)
+    image = "docker://site/portrait-dist:0.2.0"
+    overrides = ("run.name=first", "train.batch_size=2", f"data.shards={tiny_shards}")
+    result = _dry(tiny_shards, tmp_path / "runs", *overrides, container=image, mounts=("linked",))
+    words = shlex.split(result.command)
+    ours = words[words.index(result.script) + 1 :]
+    container, rest = split_arguments(ours)
+    assert rest == ours[ours.index("--recipe") :]
+    # Not run.root, which does not exist yet: the folder that it will be made in, with all others.
+    assert container == Container(image, tuple(sorted([str(tmp_path), str(tiny_shards)])))
+    apart = container_of(image, ["linked"], [f"run.root={work}/runs", "train.lr=1", "-x", "s3://b"])
+    assert apart == Container(image, (str(photos), str(work))), "what a link leads to is there too"
+    assert container.python(8) == [
+        f"--container-image={image}",
+        f"--container-mounts={','.join(f'{path}:{path}' for path in container.mounts)}",
+        f"--container-workdir={work}",
+        "--no-container-entrypoint",
+        "python",
+    ]
+
+
+def test_a_sif_file_is_for_apptainer_which_looks_for_a_driver_where_there_are_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.sif").touch()
+    container = container_of("here.sif", [], [])
+    assert container == Container(f"{tmp_path}/here.sif", (str(tmp_path),))
+    options = ["--bind", str(tmp_path), "--pwd", str(tmp_path), f"{tmp_path}/here.sif", "python"]
+    assert container.python(0) == ["apptainer", "exec", *options]
+    assert container.python(2) == ["apptainer", "exec", "--nv", *options]
+
+
+def test_an_image_or_a_folder_for_it_that_is_not_there_is_said_before_queueing(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    fits = ("train.batch_size=2",)
+    with pytest.raises(InputError, match=r"--container \S+/no.sif: there is no such file"):
+        _dry(tiny_shards, tmp_path, *fits, container=f"{tmp_path}/no.sif")
+    with pytest.raises(InputError, match=r"--mount /nowhere: there is no such folder"):
+        _dry(tiny_shards, tmp_path, *fits, container="site/image", mounts=("/nowhere",))
+    with pytest.raises(InputError, match=r"--mount /shared: it goes with --container"):
+        _dry(tiny_shards, tmp_path, *fits, mounts=("/shared",))
+    (odd := tmp_path / "a,b").mkdir()
+    with pytest.raises(InputError, match="no folder with ',' or ':' in its name"):
+        _dry(tiny_shards, tmp_path, *fits, container="site/image", mounts=(str(odd),))
 
 
 def test_without_slurm_submit_says_where_to_go(tiny_shards: Path, tmp_path: Path) -> None:
