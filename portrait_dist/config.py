@@ -32,7 +32,7 @@ from typing_extensions import Doc
 from portrait_dist import recipes
 from portrait_dist.errors import InputError, nearest, shorten
 from portrait_dist.recipes import reading
-from portrait_dist.system.address import check_address, is_address, redact
+from portrait_dist.system.address import check_address, is_address, read_locations, redact
 
 __all__ = ["Config", "InputError", "OnResume", "Setting", "load", "settings"]
 
@@ -117,8 +117,19 @@ def _wrong_run_name(text: str) -> str:
     return ""
 
 
+def _wrong_locations(text: str) -> str:
+    """Say why a text cannot be one location, or a list of them with weights."""
+    if "," not in text:
+        return _wrong_path(text)
+    try:
+        parts = read_locations(text)
+    except (InputError, ValueError) as error:
+        return str(error).partition(": ")[2]
+    return next((wrong for one in parts if (wrong := _wrong_path(one.location))), "")
+
+
 PathText = Annotated[str, Check(_wrong_local_path)]
-Location = Annotated[str, Check(_wrong_path)]
+Locations = Annotated[str, Check(_wrong_locations)]
 
 
 @dataclass
@@ -154,7 +165,11 @@ class DataConfig:
     """Shards, decoding and order of samples."""
 
     shards: Annotated[
-        Location, Doc("folder or address of the shards that 'portrait-dist pack' wrote")
+        Locations,
+        Doc(
+            "folder or address of the shards that 'portrait-dist pack' wrote; several with weights "
+            "as a:1,b:0.3"
+        ),
     ] = ""
     size: Annotated[
         int,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import cv2
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 from portrait_dist import distributed, files
 from portrait_dist.checkpoints import input_geometry, load_model, read_info
 from portrait_dist.data import build_loader
-from portrait_dist.data.shards.reader import ShardSet
+from portrait_dist.data.shards.sets import ShardSets, open_shards
 from portrait_dist.errors import InputError
 from portrait_dist.losses import SoftIoULoss
 from portrait_dist.metrics import BOUNDARY_RATIO, PrecisionRecall, SoftIoU, per_sample
@@ -29,6 +29,7 @@ from portrait_dist.system.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
     from portrait_dist.checkpoints import CheckpointInfo
+    from portrait_dist.data.shards.sets import Part
     from portrait_dist.data.stream.dataset import AISegmentIterableDataset
     from portrait_dist.data.stream.loader import Batch, StreamLoader
     from portrait_dist.models import MaskNetwork, UNet
@@ -163,12 +164,14 @@ class Evaluation:
         rows: of every sample, ordered by key.
         curve: at 101 thresholds from 0 to 1.
         errors: sums over the split, where they were asked for.
+        sets: scores of each of several shard sets, by name.
     """
 
     scores: SplitScores
     rows: list[SampleRow]
     curve: list[CurvePoint]
     errors: ErrorGroups | None = None
+    sets: dict[str, SplitScores] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -178,17 +181,20 @@ class EvaluateResult(SplitScores):
     Attributes:
         errors: wrong pixels by group, and ``wrong``, their number; None where not asked for.
         pictures: files of example images; None where not asked for.
+        sets: scores of each of several shard sets, by name; None for a single one.
     """
 
     errors: dict[str, int] | None = None
     pictures: list[str] | None = None
+    sets: dict[str, dict[str, Any]] | None = None
 
     @classmethod
     def of(cls, found: Evaluation, pictures: list[str] | None) -> EvaluateResult:
         """Take what is printed out of an evaluation."""
         groups = found.errors
         errors = asdict(groups) | {"wrong": groups.wrong} if groups else None
-        return cls(**asdict(found.scores), errors=errors, pictures=pictures)
+        sets = {name: asdict(scores) for name, scores in found.sets.items()}
+        return cls(**asdict(found.scores), errors=errors, pictures=pictures, sets=sets or None)
 
 
 class ScoringOptions(TypedDict, total=False):
@@ -226,6 +232,15 @@ class Scorer:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.samples = 0
         self._criterion = SoftIoULoss(0.5, 0.5)
+
+    def add(self, other: Scorer) -> None:
+        """Add what another one of the same network has seen on this rank."""
+        for mine, its in ((self.pooled, other.pooled), (self.thresholds, other.thresholds)):
+            for name, value in its.metric_state.items():
+                setattr(mine, name, getattr(mine, name) + value)
+            mine._update_count += its._update_count
+        self.loss_sum += other.loss_sum
+        self.samples += other.samples
 
     def score(self, batches: Iterable[Batch]) -> Iterator[ScoredSample]:
         """Yield every sample of the batches in order; its images are views of its batch."""
@@ -332,7 +347,7 @@ def evaluate(
 
     Args:
         checkpoint: a .pth file of a run.
-        shards: folder or address of the shards.
+        shards: folder or address of the shards, or several, ``a,b``: each is scored, and all.
         split: ``train``, ``val`` or ``test``.
         batch_size: samples per rank and batch; no score depends on it.
         workers: decoding threads.
@@ -353,8 +368,40 @@ def evaluate(
     loader = distributed.on_every_rank(
         lambda: _open_split(shards, split, batch_size, workers, chosen, checkpoint, info, size)
     )
-    scorer = Scorer(model, chosen, group_errors=group_errors)
-    return _gathered(scorer, split, [sample.row() for sample in scorer.score(loader)])
+    every = Scorer(model, chosen, group_errors=group_errors)
+    if not isinstance(loader.dataset.shards, ShardSets):
+        return _gathered(every, split, [sample.row() for sample in every.score(loader)])
+    rows: list[SampleRow] = []
+    sets: dict[str, SplitScores] = {}
+    for part in loader.dataset.shards.parts:
+        scorer = Scorer(model, chosen, group_errors=group_errors)
+        own = _open_part(loader, part)
+        found = [_numbered(sample.row(), part) for sample in scorer.score(own)]
+        if scores := _gathered(scorer, split, found):
+            sets[part.name] = scores.scores
+        every.add(scorer)
+        rows += found
+    whole = _gathered(every, split, rows)
+    return replace(whole, sets=sets) if whole else None
+
+
+def _open_part(loader: StreamLoader, part: Part) -> StreamLoader:
+    """Open one of several sets as all of them are: every sample once, at the same size."""
+    return build_loader(
+        part.shards.location,
+        loader.dataset.split,
+        loader.batch_size,
+        workers=loader.num_workers or -1,
+        pin_memory=loader.pin_memory,
+        shuffle=False,
+        size=loader.dataset.size,
+        drop_last=False,
+    )
+
+
+def _numbered(row: SampleRow, part: Part) -> SampleRow:
+    """Name and number a sample of one set as one of all sets."""
+    return replace(row, key=f"{part.name}:{row.key}", position=part.first + row.position)
 
 
 def _start(device: str) -> torch.device:
@@ -373,7 +420,7 @@ def check_inputs(checkpoint: str | Path, shards: str, split: str) -> None:
         DamagedDataError: one of them is damaged.
     """
     read_info(Path(checkpoint))
-    ShardSet(shards, split)
+    open_shards(shards, split)
 
 
 def _open_split(
@@ -451,9 +498,7 @@ def size_of_shards(
         InputError: no shards there, or they were packed at another size than the checkpoint was
             trained at.
     """
-    from portrait_dist.data.shards.reader import ShardSet
-
-    opened = ShardSet(shards, split)
+    opened = open_shards(shards, split)
     packed = opened.size
     if packed is not None and tuple(packed) != size:
         raise InputError(

@@ -181,7 +181,7 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
 
 
-def train_into(root: Path, shards: Path, *keys: str) -> Result:
+def train_into(root: Path, shards: Path | str, *keys: str) -> Result:
     """Call ``train`` in this process for a tiny run named ``run``."""
     return call(
         "train",

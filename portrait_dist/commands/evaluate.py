@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
@@ -41,7 +41,16 @@ def _summary(result: EvaluateResult) -> str:
         f"IoU is largest above {result.best_threshold:g}\n"
         f"boundary IoU {result.boundary_iou:.4f}, gradient error {result.gradient_error:.3f}\n"
         f"MAE {result.mae:.5f}, MSE {result.mse:.5f}, loss {result.loss:.4f}"
-        f"{_errors_line(result.errors)}"
+        f"{_errors_line(result.errors)}{_sets_lines(result.sets)}"
+    )
+
+
+def _sets_lines(sets: dict[str, dict[str, Any]] | None) -> str:
+    """Describe each of several shard sets."""
+    return "".join(
+        f"\n{name}: {one['samples']} samples, IoU {one['iou']:.4f}, "
+        f"mean {one['mean_iou']:.4f}, MAE {one['mae']:.5f}"
+        for name, one in (sets or {}).items()
     )
 
 
@@ -64,7 +73,9 @@ def _errors_line(errors: dict[str, int] | None) -> str:
 
 @command("evaluate", summary=_summary, epilog=EXAMPLES)
 @shared.checkpoint
-@click.option("--data", "shards", required=True, help="Folder or address of the shards.")
+@click.option(
+    "--data", "shards", required=True, help="Folder or address of the shards, or several: a,b."
+)
 @click.option(
     "--split", default="test", show_default=True, type=click.Choice(["train", "val", "test"])
 )

@@ -23,7 +23,7 @@ from portrait_dist.slurm.submit import (
     sbatch_command,
     sbatch_line,
 )
-from portrait_dist.system.address import is_address
+from portrait_dist.system.address import is_address, read_locations
 from portrait_dist.training.plan import make_plan
 
 ALWAYS, SUCCESS = "afterany", "afterok"
@@ -95,7 +95,7 @@ def shards_folder(recipe: str, overrides: Sequence[str]) -> str:
         InputError: it is not given, or an address.
     """
     shards = config.load(recipe, overrides).data.shards
-    if is_address(shards) or not shards:
+    if not shards or is_address(shards) or len(read_locations(shards)) > 1:
         raise InputError(
             f"data.shards='{shards}': pack writes a folder; give one that all nodes see, such as "
             "data.shards=/shared/shards"

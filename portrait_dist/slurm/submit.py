@@ -239,15 +239,24 @@ def _train_samples(location: str) -> int:
             "wrote"
         )
     from portrait_dist.data.shards.cache import Cache, DownloadOptions
-    from portrait_dist.data.shards.reader import ShardSet
+    from portrait_dist.data.shards.sets import ShardSets, open_shards
 
     cache = Cache(downloads=DownloadOptions(wait_for_server_seconds=10.0))
     try:
-        sets = [ShardSet(location, split, cache=cache) for split in ("train", "val")]
+        sets = [open_shards(location, split, cache=cache) for split in ("train", "val")]
     except DamagedDataError as error:
         raise InputError(str(error)) from error
-    for entry in [entry for one in sets if not one.remote for entry in one.shards]:
-        path = Path(location) / entry.name
+    single = [
+        shards
+        for one in sets
+        for shards in ([part.shards for part in one.parts] if isinstance(one, ShardSets) else [one])
+    ]
+    for path, entry in [
+        (Path(one.location) / entry.name, entry)
+        for one in single
+        if not one.remote
+        for entry in one.shards
+    ]:
         if not os.access(path, os.R_OK):
             raise InputError(
                 f"{path}: missing or not readable; pack or copy the shards again, "
@@ -258,7 +267,7 @@ def _train_samples(location: str) -> int:
                 f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}; "
                 "pack or copy the shards again"
             )
-    return sets[0].samples
+    return sets[0].epoch_samples
 
 
 def check_run_folder(settings: config.Config) -> None:

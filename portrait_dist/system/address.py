@@ -1,4 +1,4 @@
-"""Tell, join and show addresses of remote files (``https://…``, ``s3://…``).
+"""Tell, join and show addresses of remote files (``https://…``, ``s3://…``), and lists of them.
 
 An address may hold secrets: a user name and password before the host, a signature in the query.
 Whatever is printed, logged or stored shows :func:`redact` of it.
@@ -6,7 +6,10 @@ Whatever is printed, logged or stored shows :func:`redact` of it.
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import dataclass
+from fractions import Fraction
 from urllib.parse import urlsplit, urlunsplit
 
 from portrait_dist.errors import InputError
@@ -73,3 +76,79 @@ def join(location: str, name: str) -> str:
     if parts.scheme not in ("http", "https"):
         return f"{location.rstrip('/')}/{name}"
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
+HEAVIEST = 1_000_000
+"""Largest weight of a shard set."""
+_WEIGHT = re.compile(r"(?P<location>.+):(?P<weight>[0-9]{1,7}(\.[0-9]{0,9})?|\.[0-9]{1,9})")
+_PORT_ONLY = re.compile(r"[^/]*://[^/?#]*")
+
+
+@dataclass(frozen=True)
+class WeightedLocation:
+    """One shard set of a list.
+
+    Args:
+        location: folder or address.
+        weight: passes over its samples in an epoch.
+    """
+
+    location: str
+    weight: Fraction = Fraction(1)
+
+    @property
+    def shown(self) -> str:
+        """The location without secrets, and its weight where it is not 1."""
+        weight = f":{float(self.weight):.10g}" if self.weight != 1 else ""
+        return f"{redact(self.location)}{weight}"
+
+
+def read_locations(text: str) -> tuple[WeightedLocation, ...]:
+    """Read ``a``, or a list such as ``a:1,b:0.3``; a set without a weight has 1.
+
+    A folder whose own name has a comma or ends like a weight is that folder where it exists. What
+    follows the query of an address up to the next address belongs to the query.
+
+    Raises:
+        InputError: a set without a name, named twice, or with a weight that is too large; or all
+            weights are 0.
+    """
+    if os.path.isdir(text) or (is_address(text) and "," not in text):
+        return (WeightedLocation(text),)
+    found = [_weighted(part) for part in _parts(text)]
+    for number, one in enumerate(found):
+        if not one.location:
+            raise InputError(f"{redact(text)!r}: a shard set has no name; write a:1,b:0.3")
+        if one.weight > HEAVIEST:
+            raise InputError(f"{one.shown}: a weight is from 0 to {HEAVIEST:,}")
+        if one.location.rstrip("/") in (other.location.rstrip("/") for other in found[:number]):
+            raise InputError(
+                f"{redact(one.location)}: named twice in the list of shard sets; "
+                "give it once, with the sum of both weights"
+            )
+    if not any(one.weight for one in found):
+        raise InputError(f"{redact(text)}: all weights are 0; give one shard set a larger one")
+    return tuple(found)
+
+
+def _parts(text: str) -> list[str]:
+    parts: list[str] = []
+    for part in text.split(","):
+        if parts and is_address(parts[-1]) and "?" in parts[-1] and not is_address(part):
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    return parts
+
+
+def _weighted(part: str) -> WeightedLocation:
+    found = _WEIGHT.fullmatch(part)
+    # The number behind a host is its port.
+    if os.path.isdir(part) or not found or _PORT_ONLY.fullmatch(part):
+        return WeightedLocation(part)
+    return WeightedLocation(found["location"], Fraction(found["weight"]))
+
+
+def any_address(text: str) -> bool:
+    """Whether one of the shard sets in a list is at an address."""
+    return any(is_address(one.location) for one in read_locations(text))

@@ -12,6 +12,7 @@ the folder's lock) what an existing checkpoint says.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ from portrait_dist.errors import InputError
 from portrait_dist.preprocessing import normalise
 from portrait_dist.recipes import parts
 from portrait_dist.runs.folder import RunFolder, RunLock
-from portrait_dist.system.address import is_address, redact
+from portrait_dist.system.address import any_address, is_address, read_locations
 from portrait_dist.system.info import cores, environment_number
 from portrait_dist.training import averaging, components, refusals, resume, trackers
 from portrait_dist.training.device_batches import TensorBatch
@@ -222,7 +223,7 @@ def make_loaders(config: Config, device: torch.device) -> tuple[Plan, Loaders]:
         InputError: no shards there, or they do not fill what was asked for.
         DamagedDataError: the manifest is damaged.
     """
-    from portrait_dist.data.shards.reader import ShardSet
+    from portrait_dist.data.shards.sets import open_shards
 
     if not config.data.shards:
         raise InputError(
@@ -231,7 +232,7 @@ def make_loaders(config: Config, device: torch.device) -> tuple[Plan, Loaders]:
         )
     data, train = config.data, config.train
     options = _loader_options(config, device)
-    samples = ShardSet(data.shards, "train", cache=options["cache"]).samples
+    samples = open_shards(data.shards, "train", cache=options["cache"]).epoch_samples
     plan = make_plan(config, samples, distributed.world_size())
     augmented: _LoaderOptions = {**options, "transforms": _transforms(config.augment)}
     return plan, (
@@ -265,7 +266,7 @@ class _LoaderOptions(StreamKeywords, total=False):
 def _loader_options(config: Config, device: torch.device) -> _LoaderOptions:
     data = config.data
     cache = None
-    if is_address(data.shards):
+    if any_address(data.shards):
         from portrait_dist.data.shards.cache import Cache, DownloadOptions
 
         cache = Cache(
@@ -297,6 +298,7 @@ def _print_plan(
     """Print the derived numbers as one short table."""
     rows = plan.rows()
     rows["network"] = network.described
+    rows |= _sets_row(loaders[0])
     rows["validation samples"] = f"{loaders[1].dataset.samples:,}"
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     rows["device, precision"] = f"{device}{gpu}, {config.train.precision}"
@@ -305,6 +307,13 @@ def _print_plan(
     for note in (*plan.notes, *([advice] if advice else [])):
         distributed.print0(note)
     distributed.print0("\n".join(f"  {name:20s} {value}" for name, value in rows.items()))
+
+
+def _sets_row(loader: StreamLoader) -> dict[str, str]:
+    """Return what each of several shard sets gives to an epoch."""
+    parts = getattr(loader.dataset.shards, "parts", ())
+    shown = [f"{part.name} {part.epoch_samples:,} of {part.shards.samples:,}" for part in parts]
+    return {"in each epoch": ", ".join(shown)} if shown else {}
 
 
 def _expected_time(config: Config, plan: Plan, start: resume.Start) -> str:
@@ -339,7 +348,7 @@ def _make_trainer(
         step_timeout_seconds=train.step_timeout_seconds,
         # A rank that waits for a server of shards is no hang.
         least_step_timeout_seconds=config.data.wait_for_server_seconds + 60.0
-        if is_address(config.data.shards)
+        if any_address(config.data.shards)
         else 0.0,
     )
     numbers = {"config": config.to_dict(), "global_batch": plan.global_batch}
@@ -411,7 +420,11 @@ def _warmup(plan: Plan) -> dict[str, float | str | None]:
 
 def _location(shards: str) -> str:
     """Return where the shards are, without secrets, wherever the run is looked at."""
-    return redact(shards) if is_address(shards) else os.path.abspath(shards)
+    everywhere = [
+        one if is_address(one.location) else replace(one, location=os.path.abspath(one.location))
+        for one in read_locations(shards)
+    ]
+    return ",".join(one.shown for one in everywhere)
 
 
 def _result(config: Config, trainer: PortraitTrainer, plan: Plan) -> TrainResult:

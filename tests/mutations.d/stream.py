@@ -3,12 +3,36 @@
 from tests.mutation import Mutation
 
 ORDER = "portrait_dist/data/stream/order.py"
+MIXING = "portrait_dist/data/stream/mixing.py"
+SETS = "portrait_dist/data/shards/sets.py"
 DATASET = "portrait_dist/data/stream/dataset.py"
 LOADER = "portrait_dist/data/stream/loader.py"
 PIPELINE = "portrait_dist/data/stream/pipeline.py"
 AUGMENT = "portrait_dist/data/augment.py"
 
 MUTATIONS = [
+    Mutation(
+        file=MIXING,
+        old="places = (places + epoch * count % size) % size",
+        new="places = places % size",
+        test="tests/unit/test_mixing.py::test_every_sample_comes_as_often_as_its_weight_says",
+        why="epochs take the samples of a set in turn",
+    ),
+    Mutation(
+        file=MIXING,
+        old="mine = (places[rest] + 1) * count // left > before",
+        new="mine = places[rest] < count",
+        test="tests/unit/test_mixing.py::"
+        "test_the_deal_gives_every_place_of_every_set_once_and_evenly",
+        why="blocks have their part of each set",
+    ),
+    Mutation(
+        file=SETS,
+        old="{part.weight if self.split == 'train' else 1}",
+        new="1",
+        test="tests/unit/test_mixing.py::test_a_position_of_other_weights_or_sets_is_refused",
+        why="other weights are other data",
+    ),
     Mutation(
         file=ORDER,
         old="return permute(positions, self.samples, hash64(self.seed, epoch))",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from portrait_dist.data.shards.reader import ShardSet
+from portrait_dist.data.shards.sets import AnyShards
 
 CACHE_FRACTION = 1 / 4
 """Part of the cache for prefetched shards, where the split does not fit into it."""
@@ -28,7 +28,7 @@ class Prefetcher:
     """
 
     def __init__(
-        self, shards: ShardSet, batches: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]
+        self, shards: AnyShards, batches: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]
     ) -> None:
         self._shards = shards
         self._needs = _first_needs(shards, batches)
@@ -85,7 +85,7 @@ class Prefetcher:
 
 
 def _first_needs(
-    shards: ShardSet, batches: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]
+    shards: AnyShards, batches: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]
 ) -> Iterator[tuple[int, int]]:
     """Yield (batch, shard) for each shard at the first batch that needs it."""
     seen: set[int] = set()

@@ -51,7 +51,7 @@ from portrait_dist.files import open_regular, read_regular
 from portrait_dist.system.address import check_address, is_address, join, redact
 from portrait_dist.system.info import is_network_file_system
 
-__all__ = ["DamagedSampleError", "Encoded", "ShardSet", "read_manifest"]
+__all__ = ["DamagedSampleError", "Encoded", "NoSplitError", "ShardSet", "read_manifest"]
 
 ADVICE = "find all damage with 'portrait-dist verify', then pack or copy the shards again"
 ADVICE_FOR_A_SERVER = "see whether the address is right and its shards are whole, then run again"
@@ -102,13 +102,18 @@ class DamagedSampleError(DamagedDataError):
         self.where, self.what, self.shard, self.position = where, what, shard, position
 
 
+class NoSplitError(InputError):
+    """The shards have no such split."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One sample as it is stored: JPEG and grey PNG, or two .npy."""
+    """One sample as it is stored: JPEG and grey PNG, or two .npy, as ``codec`` says."""
 
     key: str
     image: memoryview
     alpha: memoryview
+    codec: str = "jpeg"
 
 
 class ShardSet:
@@ -127,6 +132,7 @@ class ShardSet:
 
     Attributes:
         shown: the location without secrets, for messages and files.
+        bytes_beside: of other sets of a run that the cache must hold too.
 
     Raises:
         InputError: no shards there, or no such split.
@@ -147,7 +153,7 @@ class ShardSet:
         self.manifest = read_manifest(location, self.cache.downloads if self.remote else None)
         if split not in self.manifest.splits:
             known = list(self.manifest.splits)
-            raise InputError(
+            raise NoSplitError(
                 f"{self.shown}: no split '{split}' in it.{nearest(split, known)} "
                 f"There are {', '.join(known)}"
             )
@@ -158,7 +164,8 @@ class ShardSet:
         self.size = self.manifest.size
         self.codec = self.manifest.codec
         self._ends = list(itertools.accumulate(self.shard_sizes))
-        self._bytes = sum(shard.bytes for shard in entry.shards)
+        self.bytes = sum(shard.bytes for shard in entry.shards)
+        self.bytes_beside = 0
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._indexes = _Indexes()
         self._lock = threading.Lock()
@@ -169,6 +176,11 @@ class ShardSet:
         ShardSet._alive.add(self)
 
     def __len__(self) -> int:
+        return self.samples
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of an epoch of training, over all ranks."""
         return self.samples
 
     @property
@@ -193,7 +205,7 @@ class ShardSet:
     @property
     def fits_cache(self) -> bool:
         """Whether the whole split lies on the local disk, or the cache has room for it."""
-        return not self.remote or self._bytes <= self.cache.limit
+        return not self.remote or self.bytes + self.bytes_beside <= self.cache.limit
 
     @property
     def may_wait(self) -> bool:
@@ -585,7 +597,10 @@ class _OpenShard:
         key = self._key(sample[:BLOCK], sample[alpha_at : alpha_at + BLOCK])
         alpha_at += BLOCK
         encoded = Encoded(
-            key, sample[BLOCK : BLOCK + record.image], sample[alpha_at : alpha_at + record.alpha]
+            key,
+            sample[BLOCK : BLOCK + record.image],
+            sample[alpha_at : alpha_at + record.alpha],
+            self._codec,
         )
         if not self._size_is_right:
             self._check_size(encoded)

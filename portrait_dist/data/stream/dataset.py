@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from portrait_dist import distributed
-from portrait_dist.data.shards.reader import ShardSet
+from portrait_dist.data.shards.sets import AnyShards, ShardSets, open_shards
+from portrait_dist.data.stream.mixing import MixedOrder, Source
 from portrait_dist.data.stream.order import BatchPlan, Ints, Order, whole_number
 from portrait_dist.data.stream.transforms import SampleTransforms, Transform
 from portrait_dist.errors import DamagedDataError, InputError
@@ -122,7 +123,8 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
     still comes once, in other batches.
 
     Args:
-        shards: folder or address that ``portrait-dist pack`` wrote.
+        shards: folder or address that ``portrait-dist pack`` wrote, or several with weights,
+            ``a:1,b:0.3`` (see :mod:`portrait_dist.data.stream.mixing`).
         split: ``train``, ``val`` or ``test``.
         batch_size: samples of this rank in a whole batch; the order is dealt to the ranks by
             batches.
@@ -151,7 +153,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
         options = options or StreamOptions()
         train = split == "train"
         self.location, self.split, self.cache = shards, split, options.cache
-        self.shards = ShardSet(shards, split, cache=options.cache)
+        self.shards = open_shards(shards, split, cache=options.cache)
         self.size = _batch_size_in_pixels(self.shards.size, options.size, self.shards.shown)
         # Scores must not depend on a shortcut of the decoder; training may take it.
         self.exact = not train if options.exact is None else options.exact
@@ -181,8 +183,8 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
 
     @property
     def samples(self) -> int:
-        """Samples of the split, over all ranks."""
-        return self.shards.samples
+        """Samples of an epoch, over all ranks: those of the split, but for sets with weights."""
+        return self.order.samples
 
     @property
     def epoch(self) -> int:
@@ -209,12 +211,14 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
         It holds the present epoch, the positions of it that all ranks have done, and what they
         belong to: the number of samples and the seed.
         """
-        return {
-            "epoch": self.epoch,
-            "samples_seen": samples_seen,
-            "samples": self.samples,
-            "seed": self.seed,
-        }
+        return {"epoch": self.epoch, "samples_seen": samples_seen, **self._belongs_to()}
+
+    def _belongs_to(self) -> dict[str, int]:
+        """Return what a position depends on; of several sets also their content and weights."""
+        found = {"samples": self.samples, "seed": self.seed}
+        if isinstance(self.shards, ShardSets):
+            found["data"] = int(self.shards.identity[:15], 16)
+        return found
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Iterate over the rest of the epoch of ``state`` until another epoch is set.
@@ -225,7 +229,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
             InputError: the state belongs to other data or another seed, so that its rest is not
                 known, or it is no state.
         """
-        for name, here in (("samples", self.samples), ("seed", self.seed)):
+        for name, here in self._belongs_to().items():
             if state.get(name, here) != here:
                 raise InputError(
                     f"{self.shards.shown}: the saved position is for {name}={state[name]}, here "
@@ -299,7 +303,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
                 image,
                 alpha,
                 exact=self.exact,
-                codec=self.shards.codec,
+                codec=encoded.codec,
             )
         except Exception as error:  # the codecs raise kinds of their own
             reason = " ".join(str(error).split())
@@ -348,10 +352,19 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self.shards = ShardSet(self.location, self.split, cache=self.cache)
+        self.shards = open_shards(self.location, self.split, cache=self.cache)
 
 
-def _order_of(shards: ShardSet, seed: int, options: StreamOptions, shuffle: bool) -> Order:
+def _order_of(
+    shards: AnyShards, seed: int, options: StreamOptions, shuffle: bool
+) -> Order | MixedOrder:
+    # Validation and test have every sample once, and sets without weights are one split.
+    if shuffle and shards.split == "train" and isinstance(shards, ShardSets) and shards.weighted:
+        sources = [
+            Source(part.shards.samples, part.epoch_samples, part.shards.shard_sizes)
+            for part in shards.parts
+        ]
+        return MixedOrder(sources, seed, options.order, block_samples=options.block_samples)
     return Order(
         shards.samples,
         seed,

@@ -57,7 +57,8 @@ def build_loader(
     """Build the loader of one split of packed shards for this rank.
 
     Args:
-        shards: folder or address that ``portrait-dist pack`` wrote.
+        shards: folder or address that ``portrait-dist pack`` wrote, or several with weights,
+            ``a:1,b:0.3``.
         split: ``train``, ``val`` or ``test``.
         batch_size: samples per rank and batch.
         seed: of the shuffle.

@@ -130,6 +130,26 @@ def _feistel(values: Hashes, bits: int, secret: int | Hashes) -> Hashes:
     return (high << low_bits) | low
 
 
+def within_blocks(positions: Ints, samples: int, block_samples: int, secret: int) -> Ints:
+    """Shuffle within each block; the last block may be shorter than the others.
+
+    Args:
+        positions: int64 array, each in 0..samples-1.
+        samples: positions in all.
+        block_samples: positions in a block.
+        secret: of the epoch; each block has one of its own by it.
+    """
+    blocks = positions // block_samples
+    offsets = positions - blocks * block_samples
+    secrets = hash64_each(secret, blocks)
+    last_block = samples // block_samples
+    last_size = samples - last_block * block_samples
+    whole = blocks < last_block
+    offsets[whole] = permute(offsets[whole], block_samples, secrets[whole])
+    offsets[~whole] = permute(offsets[~whole], last_size, secrets[~whole])
+    return blocks * block_samples + offsets
+
+
 class Order:
     """Position of an epoch → sample of the split.
 
@@ -181,21 +201,12 @@ class Order:
             return positions.copy()
         if self.kind == "full":
             return permute(positions, self.samples, hash64(self.seed, epoch))
-        return self._along_shuffled_shards(epoch, self._within_blocks(epoch, positions))
+        line = within_blocks(
+            positions, self.samples, self.block_samples, hash64(self.seed, epoch, 1)
+        )
+        return self.along_shuffled_shards(epoch, line)
 
-    def _within_blocks(self, epoch: int, positions: Ints) -> Ints:
-        """Shuffle within each block; the last block may be shorter than the others."""
-        blocks = positions // self.block_samples
-        offsets = positions - blocks * self.block_samples
-        secrets = hash64_each(hash64(self.seed, epoch, 1), blocks)
-        last_block = self.samples // self.block_samples
-        last_size = self.samples - last_block * self.block_samples
-        whole = blocks < last_block
-        offsets[whole] = permute(offsets[whole], self.block_samples, secrets[whole])
-        offsets[~whole] = permute(offsets[~whole], last_size, secrets[~whole])
-        return blocks * self.block_samples + offsets
-
-    def _along_shuffled_shards(self, epoch: int, line: Ints) -> Ints:
+    def along_shuffled_shards(self, epoch: int, line: Ints) -> Ints:
         """Map positions on the line of shuffled shards to samples."""
         order, ends = self._shuffled_shards(epoch)
         slot = np.searchsorted(ends, line, side="right")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,10 @@ from portrait_dist.errors import InputError
 from portrait_dist.runs.folder import Events, RunFolder
 from portrait_dist.runs.report.settings import RunSettings, read_settings
 from portrait_dist.runs.status import RunStatus, run_status
-from portrait_dist.system.address import is_address, redact
+from portrait_dist.system.address import is_address, read_locations, redact
 
 if TYPE_CHECKING:
-    from portrait_dist.data.shards.reader import ShardSet
+    from portrait_dist.data.shards.sets import AnyShards
     from portrait_dist.data.stream.loader import Batch
     from portrait_dist.evaluation import SampleScores, ScoredSample
     from portrait_dist.models import MaskNetwork, UNet
@@ -140,16 +140,26 @@ def find_shards(run: Run, given: str | None = None) -> ShardsLocation:
     setting = run.settings.values.get("data.shards") or ""
     if not setting:
         return ShardsLocation("", "The run's settings name no shards; give them with --data.")
-    if is_address(setting) or Path(setting).is_absolute():
-        return ShardsLocation(setting)
     for base in (_folder_of_training(run), Path()):
-        if base is not None and (base / setting).is_dir():
-            return ShardsLocation(str(base / setting))
+        if base is not None and (found := _below(base, setting)):
+            return ShardsLocation(found)
     return ShardsLocation(
         setting,
         f"data.shards={setting} is relative to the folder where training ran, which this run did "
         "not note; give the shards with --data.",
     )
+
+
+def _below(base: Path, setting: str) -> str:
+    """Return shard sets with relative ones below a folder; empty where one is not there."""
+    found = []
+    for one in read_locations(setting):
+        if not is_address(one.location) and not Path(one.location).is_absolute():
+            if not (base / one.location).is_dir():
+                return ""
+            one = replace(one, location=str(base / one.location))
+        found.append(one)
+    return ",".join(one.shown for one in found)
 
 
 def _folder_of_training(run: Run) -> Path | None:
@@ -186,20 +196,25 @@ def score_run(
         DamagedDataError: a damaged sample or checkpoint.
     """
     from portrait_dist.checkpoints import input_geometry, load_model
-    from portrait_dist.data.shards.reader import ShardSet
+    from portrait_dist.data.shards.sets import open_shards
     from portrait_dist.evaluation import size_of_shards
 
     assert run.checkpoint is not None
     model, info = load_model(run.checkpoint, trust_code=trust_code)
-    found = ShardSet(shards, "val")
+    found = open_shards(shards, "val")
     if not found.samples:
         raise InputError(f"{found.shown}: the validation split is empty; there is nothing to score")
     size = size_of_shards(shards, "val", input_geometry(info).size, run.checkpoint)
     return ScoredRun(score(model, shards, size, images, at_most, device), _facts_of(found))
 
 
-def _facts_of(shards: ShardSet) -> dict[str, str]:
+def _facts_of(shards: AnyShards) -> dict[str, str]:
     """Return what the report says about the shards, by what it calls it."""
+    from portrait_dist.data.shards.sets import ShardSets
+
+    if isinstance(shards, ShardSets):
+        counts = {part.name: f"{part.shards.samples:,} val" for part in shards.parts}
+        return {**counts, "sha256 of the validation split": shards.identity}
     stored = f"{shards.size[0]}x{shards.size[1]}" if shards.size else "their own size"
     counts = {name: f"{entry.samples:,}" for name, entry in shards.manifest.splits.items()}
     return {
