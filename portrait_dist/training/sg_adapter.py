@@ -47,15 +47,18 @@ from portrait_dist.training.schedules import in_steps
 from portrait_dist.training.sg_metrics import AccuracyMetric, ConfusionMatrixMetric
 from portrait_dist.training.trackers import Tracker
 
-# Imported by SuperGradients at module level; used only by export, plotting, S3 upload and other
-# tasks' datasets. Without them importing it takes 12 s of CPU, with them 22 s. (It looks itself
-# whether albumentations and deci_platform_client are there.)
+# Imported by SuperGradients at module level; used only by export, plotting, S3 upload, its own
+# loggers of other services and other tasks' datasets. Without them importing it takes 12 s of CPU,
+# with them 22 s. (It looks itself whether albumentations and deci_platform_client are there.)
 UNUSED_PACKAGES = (
     "boto3",
     "botocore",
+    "clearml",
+    "dagshub",
     "data_gradients",
     "imagesize",
     "matplotlib",
+    "mlflow",
     "onnx",
     "onnxruntime",
     "onnxsim",
@@ -63,6 +66,7 @@ UNUSED_PACKAGES = (
     "pycocotools",
     "requests",
     "scipy",
+    "wandb",
 )
 
 
@@ -189,6 +193,9 @@ from super_gradients.common.environment.checkpoints_dir_utils import (  # noqa: 
 from super_gradients.common.environment.device_utils import device_config  # noqa: E402
 from super_gradients.common.registry.registry import LOSSES as _LOSSES  # noqa: E402
 from super_gradients.common.sg_loggers import base_sg_logger as _base_sg_logger  # noqa: E402
+from super_gradients.common.sg_loggers import clearml_sg_logger as _clearml_sg_logger  # noqa: E402
+from super_gradients.common.sg_loggers import dagshub_sg_logger as _dagshub_sg_logger  # noqa: E402
+from super_gradients.common.sg_loggers import wandb_sg_logger as _wandb_sg_logger  # noqa: E402
 from super_gradients.common.sg_loggers.base_sg_logger import BaseSGLogger  # noqa: E402
 from super_gradients.training import Trainer  # noqa: E402
 from super_gradients.training.kd_trainer import KDTrainer  # noqa: E402
@@ -320,6 +327,22 @@ class _JoinedSystemMonitor(_monitoring.SystemMonitor):
 
 
 _base_sg_logger.SystemMonitor = _JoinedSystemMonitor
+
+
+class _SavesAtomically:
+    """``torch`` as SuperGradients' loggers see it, whose ``save`` never leaves half a file.
+
+    Those of other services write a checkpoint straight onto the one before.
+    """
+
+    save = staticmethod(lambda state, path: checkpoints.save_atomically(path, state))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+for _module in (_base_sg_logger, _clearml_sg_logger, _dagshub_sg_logger, _wandb_sg_logger):
+    vars(_module)["torch"] = _SavesAtomically()
 
 
 def use_device(device: torch.device) -> None:

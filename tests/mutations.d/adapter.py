@@ -4,6 +4,10 @@ from tests.mutation import Mutation
 
 ADAPTER = "portrait_dist/training/sg_adapter.py"
 DROP_IN = "tests/unit/test_drop_in.py::"
+LOGGERS = (
+    "tests/unit/test_trackers.py::"
+    "test_supergradients_own_logger_is_imported_where_asked_for_and_saves_whole_checkpoints"
+)
 
 MUTATIONS = [
     Mutation(
@@ -122,5 +126,19 @@ MUTATIONS = [
         new="",
         test=DROP_IN + "test_a_student_is_distilled_as_by_supergradients_own_trainer[False]",
         why="the best checkpoint of a distillation is the student",
+    ),
+    Mutation(
+        file=ADAPTER,
+        old='    "scipy",\n    "wandb",\n',
+        new='    "scipy",\n',
+        test=LOGGERS,
+        why="SuperGradients imports no tracker unasked",
+    ),
+    Mutation(
+        file=ADAPTER,
+        old='    vars(_module)["torch"] = _SavesAtomically()\n',
+        new="    pass\n",
+        test=LOGGERS,
+        why="checkpoints are whole with every logger of SuperGradients",
     ),
 ]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,7 +115,7 @@ def test_mlflow_gets_every_epoch_and_the_settings_and_a_resumed_run_continues(
 
 
 def test_clearml_gets_every_epoch(offline: Path, tiny_shards: Path) -> None:
-    # ClearML reads its variables when it is imported, which SuperGradients may have done here.
+    # ClearML reads its variables when it is imported, which another test may have done here.
     run = (f"data.shards={tiny_shards}", f"run.root={offline}", "run.name=run")
     keys = (*run, *TINY, "train.batch_size=19", "run.logger=clearml", "train.max_epochs=2")
     done = call_process("train", "--recipe", PLAIN, *keys)
@@ -165,3 +168,52 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_extra(
     refused = train_into(tmp_path, tiny_shards, "run.logger=wandb")
     assert_one_line(refused, 2, "portrait-dist[wandb]", "run.logger=tensorboard")
     assert not (tmp_path / "run").exists()
+
+
+BESIDE = """
+import os, sys
+from portrait_dist.training import PortraitTrainer, sg_adapter
+others = {"wandb", "mlflow", "clearml", "dagshub"}
+assert not others & set(sys.modules), "a logger's package was imported unasked"
+
+import torch, wandb
+from torch import nn
+from super_gradients.common.sg_loggers import wandb_sg_logger
+from super_gradients.training.utils.callbacks import Callback
+mine = wandb.init(project="mine", dir=sys.argv[1])
+assert wandb_sg_logger.wandb.run is mine
+mine.finish()
+
+class KeepsTheFirst(Callback):
+    def on_train_loader_end(self, context):
+        latest = os.path.join(context.sg_logger.local_dir(), "ckpt_latest.pth")
+        if context.epoch == 1:
+            os.link(latest, os.path.join(sys.argv[1], "first.pth"))
+
+x = torch.randn(4, 3, 8, 8)
+loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, (x > 0).float()), 2)
+params = {"max_epochs": 2, "initial_lr": 0.1, "lr_mode": "CosineLRScheduler"}
+params |= {"loss": nn.BCEWithLogitsLoss(), "metric_to_watch": "BCEWithLogitsLoss"}
+params |= {"greater_metric_to_watch_is_better": False, "average_best_models": False}
+params |= {"sg_logger": "wandb_sg_logger", "phase_callbacks": [KeepsTheFirst()]}
+params |= {"sg_logger_params": {"project_name": "theirs", "storage_location": "local"}}
+PortraitTrainer("run", sys.argv[1]).train(nn.Conv2d(3, 3, 1), params, loader, loader)
+for name, epochs in (("first.pth", 1), ("run/ckpt_latest.pth", 2)):
+    state = torch.load(os.path.join(sys.argv[1], name), weights_only=True)
+    assert state["epoch"] == epochs, (name, state["epoch"])
+"""
+
+
+def test_supergradients_own_logger_is_imported_where_asked_for_and_saves_whole_checkpoints(
+    offline: Path,
+) -> None:
+    # A hard link keeps the file of the first epoch: the second one must not be written into it.
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE, str(offline)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "WANDB_DIR": str(offline), "WANDB_SILENT": "true"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    history = wandb_history(offline)
+    assert [row["_step"] for row in history if "loss/val" in row] == [1, 2], history
