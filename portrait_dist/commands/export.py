@@ -32,8 +32,8 @@ def _summary(result: ExportResult) -> str:
     "--format",
     "kind",
     required=True,
-    type=click.Choice(["onnx", "pt2"]),
-    help="ONNX, or PyTorch's exported program.",
+    type=click.Choice(["onnx", "pt2", "openvino"]),
+    help="ONNX, PyTorch's exported program, or OpenVINO's graph and weights (NAME.xml, NAME.bin).",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")

@@ -98,7 +98,12 @@ class ImageOptions:
     def fingerprint(self, segmenter: PortraitSegmenter, checkpoint: str | Path) -> str:
         """Hash everything that decides the outputs' bytes; the device is not meant to."""
         # A run that moves from a GPU to a CPU continues: masks differ by rounding only.
-        options = {name: value for name, value in self.network.items() if name != "device"}
+        options = {
+            name: value
+            for name, value in self.network.items()
+            # Journals of versions before there were engines know no "torch".
+            if name != "device" and (name, value) != ("engine", "torch")
+        }
         settings = {
             "plan": [tuple(self.kinds), self.image_format, self.background],
             "size": segmenter.size,

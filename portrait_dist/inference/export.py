@@ -1,15 +1,18 @@
-"""A trained network as one file for other programs: ONNX, or PyTorch's exported program (.pt2).
+"""A trained network for other programs: ONNX, PyTorch's exported program (.pt2), or OpenVINO's IR.
 
-Both take RGB images with values from 0 to 1; the normalisation is inside. The batch size is free,
+All take RGB images with values from 0 to 1; the normalisation is inside. The batch size is free,
 height and width are those of training. The file is checked against the network before it is
 written, and says itself what goes in and comes out: ONNX in its metadata, .pt2 in the extra file
-``metadata.json``.
+``metadata.json``, OpenVINO in the runtime information. OpenVINO has two files: the graph in .xml,
+the weights in .bin beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +23,19 @@ from torch import Tensor, nn
 
 from portrait_dist import files
 from portrait_dist.errors import InputError, PortraitDistError
+from portrait_dist.inference import engines
 from portrait_dist.models import MaskNetwork, UNet
 from portrait_dist.preprocessing import MEAN, STD
 from portrait_dist.system.info import check_extra
 
-ExportFormat = Literal["onnx", "pt2"]
+ExportFormat = Literal["onnx", "pt2", "openvino"]
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-FORMATS: tuple[ExportFormat, ...] = ("onnx", "pt2")
+FORMATS: tuple[ExportFormat, ...] = ("onnx", "pt2", "openvino")
 TOLERANCE = 1e-4
 """Largest difference of a probability that counts as the same network; fp32 rounding makes about
 1e-6."""
+WEIGHTS_SUFFIX = ".bin"
+"""Of OpenVINO's weights, which lie beside the graph."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class ExportResult:
 
     Attributes:
         file: its path.
-        format: ``onnx`` or ``pt2``.
-        bytes: its length.
+        format: ``onnx``, ``pt2`` or ``openvino``.
+        bytes: its length, that of OpenVINO's weights included.
         largest_difference: of a probability between file and network, on batches of 1 and 3.
         producer, input, input_resize, normalisation, output: the file's metadata.
     """
@@ -107,8 +113,8 @@ def export(
 
     Args:
         checkpoint: a .pth file of a run.
-        out: the file to write; its folder is made where it does not exist.
-        format: ``onnx`` or ``pt2``.
+        out: the file to write, .xml for OpenVINO; its folder is made where it does not exist.
+        format: ``onnx``, ``pt2`` or ``openvino``.
         force: overwrite a file that exists.
         size: (H, W) of training, for a checkpoint that does not say it.
         trust_code: import the network's code where it is the user's.
@@ -125,30 +131,48 @@ def export(
     network, info = load_model(checkpoint, trust_code=trust_code)
     trained = input_geometry(info, size)
     metadata = describe(trained.size)
-    data, difference = _make(Normalised(network).eval(), trained.size, format, metadata)
+    parts, difference = _make(Normalised(network).eval(), trained.size, format, metadata)
     # Not "difference > TOLERANCE": every comparison with NaN is false, and NaN must fail too.
     if not difference <= TOLERANCE:
         raise PortraitDistError(
             f"{out}: not written, the {format} file differs from the network by {difference:.2g}"
         )
-    _write(out, data)
-    return ExportResult(str(out), format, len(data), difference, **metadata)
+    _write(out, parts)
+    return ExportResult(str(out), format, sum(map(len, parts)), difference, **metadata)
 
 
 def _make(
     model: Normalised, size: tuple[int, int], format: ExportFormat, metadata: dict[str, str]
-) -> tuple[bytes, float]:
-    """Return the file's content, and the largest difference of what it computes."""
-    make, read = (_make_onnx, _read_onnx) if format == "onnx" else (_make_pt2, _read_pt2)
+) -> tuple[tuple[bytes, ...], float]:
+    """Return the content of the file (and its weights), and the largest difference it makes."""
     # In memory first: torch.export.save aborts the process where a disk refuses to take more.
-    data = make(model, torch.rand(2, 3, *size), metadata)
-    return data, largest_difference(model, read(data), size)
+    example = torch.rand(2, 3, *size)
+    if format == "openvino":
+        graph, weights = _make_openvino(model, example, metadata)
+        return (graph, weights), largest_difference(model, _read_openvino(graph, weights), size)
+    make, read = (_make_onnx, _read_onnx) if format == "onnx" else (_make_pt2, _read_pt2)
+    data = make(model, example, metadata)
+    return (data,), largest_difference(model, read(data), size)
 
 
-def _write(out: Path, data: bytes) -> None:
+def _write(out: Path, parts: tuple[bytes, ...]) -> None:
+    """Write the file, and the weights beside it where they have a file of their own."""
     with files.explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(out, data)
+    if len(parts) == 1:
+        files.write_bytes(out, parts[0])
+        return
+    weights = out.with_suffix(WEIGHTS_SUFFIX)
+    with files.explained(out):
+        # An old graph never stands beside new weights, nor a new one beside old ones.
+        out.unlink(missing_ok=True)
+    try:
+        files.write_bytes(weights, parts[1])
+        files.write_bytes(out, parts[0])
+    except BaseException:
+        with contextlib.suppress(OSError):
+            weights.unlink(missing_ok=True)
+        raise
 
 
 def _check_options(out: Path, format: str, force: bool) -> None:
@@ -156,11 +180,20 @@ def _check_options(out: Path, format: str, force: bool) -> None:
         raise InputError(f"--format is one of {', '.join(FORMATS)}, not '{format}'")
     if out.is_dir():
         raise InputError(f"{out}: is a folder; give the path of a file")
+    written = [out]
+    if format == "openvino":
+        if out.suffix != ".xml":
+            raise InputError(f"{out}: OpenVINO's graph is a file NAME.xml, its weights NAME.bin")
+        written.append(out.with_suffix(WEIGHTS_SUFFIX))
     files.check_folder_writable(out.parent)
-    if out.exists() and not force:
-        raise InputError(f"{out}: exists; add --force to overwrite it, or choose another --out")
+    if not force and (there := [path for path in written if path.exists()]):
+        raise InputError(
+            f"{there[0]}: exists; add --force to overwrite it, or choose another --out"
+        )
     if format == "onnx":
         check_onnx_installed()
+    if format == "openvino":
+        engines.check_openvino_installed("--format openvino", ", or give --format onnx")
 
 
 def largest_difference(
@@ -226,3 +259,27 @@ def _make_pt2(model: nn.Module, example: Tensor, metadata: dict[str, str]) -> by
 def _read_pt2(data: bytes) -> Callable[[Tensor], Tensor]:
     module: Callable[[Tensor], Tensor] = torch.export.load(io.BytesIO(data)).module()
     return module
+
+
+def _make_openvino(
+    model: nn.Module, example: Tensor, metadata: dict[str, str]
+) -> tuple[bytes, bytes]:
+    import openvino
+
+    shape = (-1, 3, example.shape[2], example.shape[3])
+    program = engines.to_openvino(model, (2, *shape[1:]), shape)
+    program.inputs[0].set_names({"image"})
+    program.outputs[0].set_names({"alpha"})
+    for name, text in metadata.items():
+        program.set_rt_info(text, [name])
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder, "network.xml")
+        # Weights in float32: OpenVINO rounds them to what a processor computes fastest with.
+        openvino.save_model(program, graph, compress_to_fp16=False)
+        return graph.read_bytes(), graph.with_suffix(WEIGHTS_SUFFIX).read_bytes()
+
+
+def _read_openvino(graph: bytes, weights: bytes) -> Callable[[Tensor], Tensor]:
+    import openvino
+
+    return engines.compiled(openvino.Core().read_model(graph, weights))

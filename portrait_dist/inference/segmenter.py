@@ -18,6 +18,7 @@ import torch
 
 from portrait_dist.distributed import pick_device
 from portrait_dist.errors import InputError
+from portrait_dist.inference.engines import Engine, check_engine, openvino_network
 from portrait_dist.inference.photos import PhotoSource, read_photo
 from portrait_dist.inference.placement import FITS, Fit, Placement, enlarge, fit_photo, shrink
 from portrait_dist.inference.refine import keep_largest, refine_alpha
@@ -40,6 +41,7 @@ class SegmenterOptions(TypedDict, total=False):
 
     device: str
     precision: str
+    engine: Engine
     fit: Fit
     refine: bool
     mirror: bool
@@ -71,6 +73,8 @@ class PortraitSegmenter:
         device: ``auto`` (the GPU if there is one), ``cpu`` or ``cuda``.
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the hardware multiplies it, see
             :mod:`portrait_dist.models.fused`.
+        engine: ``torch``, or ``openvino``, which is faster on CPUs, see
+            :mod:`portrait_dist.inference.engines`.
         fit: how photos of other shapes are brought to the network's size, see
             :mod:`portrait_dist.inference.placement`.
         refine: sharpen alpha along the edges of the full-size photo, see
@@ -85,7 +89,8 @@ class PortraitSegmenter:
             person and background stays where it was, at 0.5.
 
     Raises:
-        InputError: an unknown ``fit`` or ``precision``, a ``size`` that the network cannot take,
+        InputError: an unknown ``fit``, ``precision`` or ``engine``, an engine that is not installed
+            or does not compute this network, a ``size`` that the network cannot take,
             ``fit="cover"`` with a network of one size, an ``aspect`` that is not positive, or
             ``levels`` that are not 0 <= low < high <= 1.
     """
@@ -97,6 +102,7 @@ class PortraitSegmenter:
         *,
         device: str = "auto",
         precision: str = "auto",
+        engine: Engine = "torch",
         fit: Fit = "letterbox",
         refine: bool = True,
         mirror: bool = True,
@@ -104,38 +110,28 @@ class PortraitSegmenter:
         aspect: float = DEFAULT_ASPECT,
         levels: tuple[float, float] = (0.0, 1.0),
     ) -> None:
-        if fit not in FITS:
-            raise InputError(f"fit is one of {', '.join(FITS)}, not '{fit}'")
-        if precision not in PRECISIONS:
-            raise InputError(f"precision is one of {', '.join(PRECISIONS)}, not '{precision}'")
-        if not 0 <= levels[0] < levels[1] <= 1:
-            raise InputError(
-                "levels are two numbers, 0 <= low < high <= 1, for example 0.3 0.7; "
-                f"not {levels[0]:g} {levels[1]:g}"
-            )
-        if any(side < model.stride or side % (model.stride or 1) for side in size):
-            raise InputError(
-                f"size {size[0]}x{size[1]}: the network takes multiples of {model.stride}"
-            )
-        if fit == "cover" and not model.stride:
-            raise InputError(
-                f"fit 'cover': this network takes {size[0]}x{size[1]} only; give letterbox"
-            )
-        if not 0 < aspect < float("inf"):
-            raise InputError(f"aspect is width / height, a positive number, not {aspect:g}")
-        self.device = pick_device(device)
+        _check_choices(fit, precision, levels, aspect)
+        _check_size(model, size, fit, engine)
+        self.device = pick_device("cpu" if (device, engine) == ("auto", "openvino") else device)
         self.model, self.size, self.fit, self.aspect = model, size, fit, aspect
         self.refine, self.mirror, self.largest, self.levels = refine, mirror, largest, levels
-        self.precision = precision
+        self.precision, self.engine = precision, engine
+        check_engine(engine, self.device)
         keep_freed_memory()
-        self.network = fused.for_inference(model, self.device, precision)
+        if engine == "openvino":
+            self.network = openvino_network(model, size, precision)
+        else:
+            self.network = fused.for_inference(model, self.device, precision)
 
     def __repr__(self) -> str:
         """Show what decides the masks."""
         own = self.model.network if isinstance(self.model, MaskNetwork) else self.model
         count = sum(weight.numel() for weight in self.model.parameters())
         network = f"{type(own).__name__} of {count:,} weights"
-        names = ("size", "aspect", "fit", "refine", "mirror", "largest", "levels", "precision")
+        names = (
+            *("size", "aspect", "fit", "refine", "mirror", "largest", "levels"),
+            *("precision", "engine"),
+        )
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"PortraitSegmenter({network}, {options}, device={str(self.device)!r})"
 
@@ -370,6 +366,32 @@ class PortraitSegmenter:
                 "only a network with batch norms can compute in 8-bit integers; "
                 "this one has group norms"
             )
+
+
+def _check_choices(fit: str, precision: str, levels: tuple[float, float], aspect: float) -> None:
+    """Check options that are right or wrong by themselves."""
+    if fit not in FITS:
+        raise InputError(f"fit is one of {', '.join(FITS)}, not '{fit}'")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is one of {', '.join(PRECISIONS)}, not '{precision}'")
+    if not 0 <= levels[0] < levels[1] <= 1:
+        raise InputError(
+            "levels are two numbers, 0 <= low < high <= 1, for example 0.3 0.7; "
+            f"not {levels[0]:g} {levels[1]:g}"
+        )
+    if not 0 < aspect < float("inf"):
+        raise InputError(f"aspect is width / height, a positive number, not {aspect:g}")
+
+
+def _check_size(model: UNet | MaskNetwork, size: tuple[int, int], fit: str, engine: str) -> None:
+    """Check that the network takes its size, and others where the fit gives others."""
+    if any(side < model.stride or side % (model.stride or 1) for side in size):
+        raise InputError(f"size {size[0]}x{size[1]}: the network takes multiples of {model.stride}")
+    one_size = not model.stride or (engine == "openvino" and isinstance(model, MaskNetwork))
+    if fit == "cover" and one_size:
+        raise InputError(
+            f"fit 'cover': this network takes {size[0]}x{size[1]} only; give letterbox"
+        )
 
 
 class _OnTheWay:

@@ -4,6 +4,7 @@ from tests.mutation import Mutation
 
 PREDICT = "tests/unit/test_predict.py::test_"
 EVALUATE = "tests/unit/test_evaluate.py::test_"
+ENGINES = "tests/unit/test_engines.py::test_"
 EXPORT = "tests/unit/test_export.py::test_"
 INFERENCE = "tests/unit/test_inference.py::test_"
 
@@ -107,5 +108,19 @@ MUTATIONS = [
         new="",
         test="tests/unit/test_malloc.py::test_predicting_again_takes_no_new_memory_from_the_system",
         why="freed memory is kept for the next batch",
+    ),
+    Mutation(
+        file="portrait_dist/inference/engines.py",
+        old="    if not difference <= FOREIGN_TOLERANCE:\n",
+        new="    if difference < 0:\n",
+        test=ENGINES + "other_networks_are_compared_with_torch_before_they_are_used",
+        why="OpenVINO computes another network only where it gives what torch gives",
+    ),
+    Mutation(
+        file="portrait_dist/inference/export.py",
+        old="        out.unlink(missing_ok=True)\n",
+        new="        out.exists()\n",
+        test=EXPORT + "an_old_openvino_graph_is_gone_where_its_weights_were_overwritten",
+        why="an exported graph never stands beside weights of another network",
     ),
 ]

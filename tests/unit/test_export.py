@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import openvino
 import pytest
 import torch
 
 from portrait_dist.cli import run
-from portrait_dist.errors import InputError
+from portrait_dist.errors import InputError, PortraitDistError
 from portrait_dist.inference.export import ExportFormat, Normalised, export, largest_difference
 from portrait_dist.models import UNet
 from portrait_dist.preprocessing import MEAN, STD
@@ -93,7 +94,50 @@ def test_a_pt2_file_computes_the_networks_alpha_and_documents_itself(
     )
 
 
-@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_an_openvino_graph_computes_the_networks_alpha_and_documents_itself(
+    checkpoint: Path, expected: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "portrait.xml"
+    result = cli.call(
+        *("export", "--checkpoint", checkpoint, "--format", "openvino", "--out", path, "--json")
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.json["largest_difference"] < 1e-4
+    weights = path.with_suffix(".bin")
+    assert sorted(tmp_path.iterdir()) == [weights, path]
+    assert result.json["bytes"] == path.stat().st_size + weights.stat().st_size
+    program = openvino.Core().read_model(path)
+    pictures, alpha = expected
+    found = openvino.compile_model(program, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_allclose(
+        found({"image": pictures.numpy()})["alpha"], alpha.numpy(), atol=1e-5
+    )
+    assert (
+        program.get_rt_info(["input"]).astype(str).startswith("image: float32 [batch, 3, 64, 48]")
+    )
+
+
+def test_an_old_openvino_graph_is_gone_where_its_weights_were_overwritten(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "portrait.xml"
+    path.write_text("old")
+    with pytest.raises(InputError, match=r"portrait\.xml: exists; add --force"):
+        export(checkpoint, path, "openvino")
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(InputError, match=r"portrait\.bin: exists; add --force"):
+        export(checkpoint, path, "openvino")
+    path.write_text("old")
+    path.with_suffix(".bin").unlink()
+    path.with_suffix(".bin").mkdir()  # the weights cannot be written
+    with pytest.raises(PortraitDistError):
+        export(checkpoint, path, "openvino", force=True)
+    assert not path.exists()
+    with pytest.raises(InputError, match=r"NAME\.xml, its weights NAME\.bin"):
+        export(checkpoint, tmp_path / "portrait.onnx", "openvino")
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2", "openvino"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     checkpoint: Path, tmp_path: Path, kind: ExportFormat
 ) -> None:
@@ -109,7 +153,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         "--format",
         kind,
         "--out",
-        f"{disk}/portrait.{kind}",
+        f"{disk}/portrait.{'xml' if kind == 'openvino' else kind}",
     ]
     done = subprocess.run(
         [
