@@ -35,10 +35,10 @@ def masks(segmenter: PortraitSegmenter) -> list[Tensor]:
 def test_openvino_gives_the_masks_of_torch_at_every_size_and_batch(
     trained: UNet, fit: Fit, precision: str
 ) -> None:
-    options: SegmenterOptions = {"device": "cpu", "fit": fit}
-    exact = masks(PortraitSegmenter(trained, blobs.SIZE, precision="fp32", **options))
-    other = masks(
-        PortraitSegmenter(trained, blobs.SIZE, precision=precision, engine="openvino", **options)
+    torchs: SegmenterOptions = {"device": "cpu", "fit": fit, "precision": "fp32"}
+    openvinos: SegmenterOptions = {"fit": fit, "precision": precision, "engine": "openvino"}
+    exact, other = (
+        masks(PortraitSegmenter(trained, blobs.SIZE, **options)) for options in (torchs, openvinos)
     )
     ious = [fused.mask_iou(one, two) for one, two in zip(exact, other, strict=True)]
     assert np.mean(ious) > (0.999 if precision == "fp32" else 0.99)  # 6,000 pixels a mask
