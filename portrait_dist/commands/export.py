@@ -22,6 +22,7 @@ def _summary(result: ExportResult) -> str:
     return (
         f"{result.file}: {result.bytes / 1e6:.1f} MB, checked against the network: "
         f"largest difference {result.largest_difference:.2g}\n"
+        f"card    {result.card}\n"
         f"input   {result.input}\noutput  {result.output}"
     )
 
@@ -37,6 +38,12 @@ def _summary(result: ExportResult) -> str:
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
+@click.option(
+    "--data",
+    default="",
+    metavar="SHARDS",
+    help="Score the checkpoint on the test split of these shards for the model card.",
+)
 @options.trained_size
 @options.trust_code
 def export(
@@ -44,14 +51,15 @@ def export(
     kind: ExportFormat,
     out: Path,
     force: bool,
+    data: str,
     size: tuple[int, int] | None,
     trust_code: bool,
 ) -> ExportResult:
     """Write the network for other programs and check the file against it.
 
     Input: RGB images from 0 to 1, any batch size, at the size of training; output: alpha. The file
-    says so in its metadata.
+    says so in its metadata. A model card, NAME.card.md, is written beside it.
     """
     from portrait_dist.inference.export import export as write
 
-    return write(checkpoint, out, kind, force=force, size=size, trust_code=trust_code)
+    return write(checkpoint, out, kind, force=force, size=size, trust_code=trust_code, data=data)

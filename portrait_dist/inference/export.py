@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from portrait_dist import files
 from portrait_dist.errors import InputError, PortraitDistError
-from portrait_dist.inference import engines
+from portrait_dist.evaluation import SplitScores, evaluate
+from portrait_dist.inference import engines, model_card
 from portrait_dist.models import MaskNetwork, UNet
 from portrait_dist.preprocessing import MEAN, STD
 from portrait_dist.system.info import check_extra
@@ -31,6 +32,11 @@ from portrait_dist.system.info import check_extra
 ExportFormat = Literal["onnx", "pt2", "openvino"]
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 FORMATS: tuple[ExportFormat, ...] = ("onnx", "pt2", "openvino")
+ENGINE_OF: dict[ExportFormat, str] = {
+    "onnx": "ONNX Runtime",
+    "pt2": "PyTorch",
+    "openvino": "OpenVINO",
+}
 TOLERANCE = 1e-4
 """Largest difference of a probability that counts as the same network; fp32 rounding makes about
 1e-6."""
@@ -47,6 +53,7 @@ class ExportResult:
         format: ``onnx``, ``pt2`` or ``openvino``.
         bytes: its length, that of OpenVINO's weights included.
         largest_difference: of a probability between file and network, on batches of 1 and 3.
+        card: path of the model card.
         producer, input, input_resize, normalisation, output: the file's metadata.
     """
 
@@ -54,6 +61,7 @@ class ExportResult:
     format: str
     bytes: int
     largest_difference: float
+    card: str
     producer: str
     input: str
     input_resize: str
@@ -108,8 +116,9 @@ def export(
     force: bool = False,
     size: tuple[int, int] | None = None,
     trust_code: bool = False,
+    data: str = "",
 ) -> ExportResult:
-    """Write a checkpoint's network as ``format`` and check the file against it.
+    """Write a checkpoint's network as ``format``, checked against it, and a model card beside it.
 
     Args:
         checkpoint: a .pth file of a run.
@@ -118,9 +127,10 @@ def export(
         force: overwrite a file that exists.
         size: (H, W) of training, for a checkpoint that does not say it.
         trust_code: import the network's code where it is the user's.
+        data: shards whose test split the checkpoint is scored on for the card; empty: no scores.
 
     Raises:
-        InputError: no such checkpoint or format, the file exists, or it cannot be written.
+        InputError: no such checkpoint, shards or format, the file exists, or it cannot be written.
         PortraitDistError: the file does not compute what the network does, or the disk is full;
             nothing is written.
     """
@@ -131,28 +141,48 @@ def export(
     network, info = load_model(checkpoint, trust_code=trust_code)
     trained = input_geometry(info, size)
     metadata = describe(trained.size)
-    parts, difference = _make(Normalised(network).eval(), trained.size, format, metadata)
+    model = Normalised(network).eval()
+    parts, exported = _make(model, trained.size, format, metadata)
+    difference = largest_difference(model, exported, trained.size)
     # Not "difference > TOLERANCE": every comparison with NaN is false, and NaN must fail too.
     if not difference <= TOLERANCE:
         raise PortraitDistError(
             f"{out}: not written, the {format} file differs from the network by {difference:.2g}"
         )
+    speed = model_card.measure_speed(exported, trained.size, ENGINE_OF[format])
+    scores = _scores(checkpoint, data, size, trust_code) if data else None
+    card = model_card.write_card(out.name, metadata, network, info, speed, scores)
     _write(out, parts)
-    return ExportResult(str(out), format, sum(map(len, parts)), difference, **metadata)
+    files.write_text(model_card.card_path(out), card)
+    return ExportResult(
+        file=str(out),
+        format=format,
+        bytes=sum(map(len, parts)),
+        largest_difference=difference,
+        card=str(model_card.card_path(out)),
+        **metadata,
+    )
+
+
+def _scores(
+    checkpoint: str | Path, data: str, size: tuple[int, int] | None, trust_code: bool
+) -> SplitScores | None:
+    found = evaluate(checkpoint, data, size=size, trust_code=trust_code)
+    return found.scores if found else None
 
 
 def _make(
     model: Normalised, size: tuple[int, int], format: ExportFormat, metadata: dict[str, str]
-) -> tuple[tuple[bytes, ...], float]:
-    """Return the content of the file (and its weights), and the largest difference it makes."""
+) -> tuple[tuple[bytes, ...], Callable[[Tensor], Tensor]]:
+    """Return the content of the file (and of its weights), and what it computes."""
     # In memory first: torch.export.save aborts the process where a disk refuses to take more.
     example = torch.rand(2, 3, *size)
     if format == "openvino":
-        graph, weights = _make_openvino(model, example, metadata)
-        return (graph, weights), largest_difference(model, _read_openvino(graph, weights), size)
+        parts = _make_openvino(model, example, metadata)
+        return parts, _read_openvino(*parts)
     make, read = (_make_onnx, _read_onnx) if format == "onnx" else (_make_pt2, _read_pt2)
     data = make(model, example, metadata)
-    return (data,), largest_difference(model, read(data), size)
+    return (data,), read(data)
 
 
 def _write(out: Path, parts: tuple[bytes, ...]) -> None:
@@ -185,6 +215,7 @@ def _check_options(out: Path, format: str, force: bool) -> None:
         if out.suffix != ".xml":
             raise InputError(f"{out}: OpenVINO's graph is a file NAME.xml, its weights NAME.bin")
         written.append(out.with_suffix(WEIGHTS_SUFFIX))
+    written.append(model_card.card_path(out))
     files.check_folder_writable(out.parent)
     if not force and (there := [path for path in written if path.exists()]):
         raise InputError(

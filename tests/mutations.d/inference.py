@@ -123,4 +123,11 @@ MUTATIONS = [
         test=EXPORT + "an_old_openvino_graph_is_gone_where_its_weights_were_overwritten",
         why="an exported graph never stands beside weights of another network",
     ),
+    Mutation(
+        file="portrait_dist/inference/model_card.py",
+        old="            if key not in NOT_SETTINGS and value != default:\n",
+        new="            if value != default:\n",
+        test=EXPORT + "a_model_card_beside_the_file_says_what_the_network_is_and_its_scores",
+        why="a model card tells no places of the machine that trained",
+    ),
 ]

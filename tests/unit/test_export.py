@@ -61,9 +61,10 @@ def test_an_onnx_file_computes_the_networks_alpha_and_documents_itself(
     assert run(command) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["largest_difference"] < 1e-4
-    assert [file.name for file in path.parent.iterdir()] == [
-        "portrait.onnx"
-    ]  # one file, no temporary one
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "portrait.card.md",
+        "portrait.onnx",
+    ]  # no temporary one
     pictures, alpha = expected
     session = onnxruntime.InferenceSession(path)
     np.testing.assert_allclose(
@@ -104,7 +105,7 @@ def test_an_openvino_graph_computes_the_networks_alpha_and_documents_itself(
     assert result.exit_code == 0, result.stderr
     assert result.json["largest_difference"] < 1e-4
     weights = path.with_suffix(".bin")
-    assert sorted(tmp_path.iterdir()) == [weights, path]
+    assert sorted(tmp_path.iterdir()) == [weights, tmp_path / "portrait.card.md", path]
     assert result.json["bytes"] == path.stat().st_size + weights.stat().st_size
     program = openvino.Core().read_model(path)
     pictures, alpha = expected
@@ -181,6 +182,40 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_checkpoint_is_re
         *("--out", tmp_path / out),
     )
     cli.assert_one_line(result, 2, str(tmp_path / out.split("/")[0]), "; give the path of a")
+
+
+def test_a_model_card_beside_the_file_says_what_the_network_is_and_its_scores(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    checkpoint = blobs.save(blobs.random_network(), tmp_path / "ckpt_best.pth", size=(32, 32))
+    state = torch.load(checkpoint)
+    state["portrait_dist"]["config"] = {
+        "data": {"shards": "/home/somebody/shards"},
+        "train": {"lr": 0.5, "max_epochs": 100},
+        "run": {"name": "secret-project"},
+    }
+    state["portrait_dist"]["samples_seen"] = 1234
+    torch.save(state, checkpoint)
+    scores = cli.call("evaluate", "--checkpoint", checkpoint, "--data", tiny_shards, "--json").json
+    command = ("export", "--checkpoint", checkpoint, "--format", "pt2")
+    done = cli.call(*command, "--out", tmp_path / "a.pt2", "--data", tiny_shards, "--json")
+    assert done.exit_code == 0, done.stderr
+    card = (tmp_path / "a.card.md").read_text()
+    assert done.json["card"] == str(tmp_path / "a.card.md")
+    count = sum(weight.numel() for weight in blobs.random_network().parameters())
+    for fact in (
+        *(f"UNet, {count:,} weights", "`train.lr=0.5`", "1,234", "float32 [batch, 3, 32, 32]"),
+        *(f"the {scores['samples']} samples of the split test", f"{scores['iou']:.4f}"),
+        *(f"boundary IoU: {scores['boundary_iou']:.4f}", "images/s", "Apache License 2.0"),
+    ):
+        assert fact in card, fact
+    for other in ("max_epochs", "somebody", "secret-project"):
+        assert other not in card  # defaults, and places of the machine that trained
+    (tmp_path / "a.pt2").unlink()
+    refused = cli.call(*command, "--out", tmp_path / "a.pt2")
+    cli.assert_one_line(refused, 2, "a.card.md: exists; add --force")
+    assert cli.call(*command, "--out", tmp_path / "b.pt2").exit_code == 0
+    assert "`export --data SHARDS` does" in (tmp_path / "b.card.md").read_text()
 
 
 def test_a_file_of_another_network_would_be_noticed(model: UNet) -> None:
