@@ -851,9 +851,11 @@ class AdaptedTrainer(Trainer):
     def _get_epoch_start_logging_values(self) -> dict[str, float]:
         """Learning rates, under the tags that the epoch's values have too."""
         groups = self.optimizer.param_groups
-        if len(groups) == 1:
+        # Groups of one name differ in their weight decay only.
+        rates = {group.get("name", i): group["lr"] for i, group in enumerate(groups)}
+        if len(rates) == 1:
             return {"lr": groups[0]["lr"]}
-        return {f"lr/{group.get('name', i)}": group["lr"] for i, group in enumerate(groups)}
+        return {f"lr/{name}": rate for name, rate in rates.items()}
 
     def _write_scalars_to_logger(
         self, metrics: dict[str, float], epoch: int, inference_time: float, tag: str
@@ -871,7 +873,9 @@ class AdaptedTrainer(Trainer):
             scalars |= self._epoch_start_logging_values
             self._epoch_start_logging_values = {}
         self.sg_logger.add_scalars(
-            tag_scalar_dict=scalars | {f"seconds/{part}": inference_time}, global_step=epoch + 1
+            # SuperGradients' Timer counts milliseconds.
+            tag_scalar_dict=scalars | {f"seconds/{part}": inference_time / 1000},
+            global_step=epoch + 1,
         )
 
     def _validate_final_average_model(

@@ -95,4 +95,12 @@ MUTATIONS = [
         "::test_a_container_sees_the_folders_that_the_job_names_at_their_own_paths",
         why="what a link leads to is seen in the container too",
     ),
+    Mutation(
+        file="portrait_dist/training/sg_adapter.py",
+        old='            tag_scalar_dict=scalars | {f"seconds/{part}": inference_time / 1000},',
+        new='            tag_scalar_dict=scalars | {f"seconds/{part}": inference_time},',
+        test="tests/unit/test_drop_in.py"
+        "::test_tensorboard_has_the_fields_names_and_no_system_cards",
+        why="curves have the unit of their name",
+    ),
 ]

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -634,6 +635,7 @@ def test_the_best_value_follows_a_metrics_own_direction(tmp_path: Path) -> None:
 def test_tensorboard_has_the_fields_names_and_no_system_cards(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    started = time.monotonic()
     trainer = PortraitTrainer("run", str(tmp_path))
     fit(trainer, phase_callbacks=[RunRecorder(trainer, 0)], average_best_models=True)
     events = EventAccumulator(str(tmp_path / "run"))
@@ -653,6 +655,10 @@ def test_tensorboard_has_the_fields_names_and_no_system_cards(tmp_path: Path) ->
     ]
     for tag in ("iou/val", "lr", "speed/images_per_second"):
         assert [event.step for event in events.Scalars(tag)] == [1, 2]
+    seconds = [
+        event.value for part in ("train", "val") for event in events.Scalars(f"seconds/{part}")
+    ]
+    assert 0 < sum(seconds) < time.monotonic() - started, "seconds, as the tag says"
 
 
 @BOTH
