@@ -872,11 +872,8 @@ class AdaptedTrainer(Trainer):
         if part == "train":
             scalars |= self._epoch_start_logging_values
             self._epoch_start_logging_values = {}
-        self.sg_logger.add_scalars(
-            # SuperGradients' Timer counts milliseconds.
-            tag_scalar_dict=scalars | {f"seconds/{part}": inference_time / 1000},
-            global_step=epoch + 1,
-        )
+        scalars[f"seconds/{part}"] = inference_time / 1000  # SuperGradients' Timer: milliseconds
+        self.sg_logger.add_scalars(tag_scalar_dict=scalars, global_step=epoch + 1)
 
     def _validate_final_average_model(
         self,

@@ -33,8 +33,8 @@ MUTATIONS = [
     ),
     Mutation(
         file=ADAPTER,
-        old='tag_scalar_dict=scalars | {f"seconds/{part}": inference_time}, global_step=epoch + 1',
-        new='tag_scalar_dict=scalars | {f"seconds/{part}": inference_time}, global_step=epoch',
+        old="add_scalars(tag_scalar_dict=scalars, global_step=epoch + 1)",
+        new="add_scalars(tag_scalar_dict=scalars, global_step=epoch)",
         test=DROP_IN + "test_tensorboard_has_the_fields_names_and_no_system_cards",
         why="TensorBoard counts epochs from 1",
     ),

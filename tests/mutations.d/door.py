@@ -97,8 +97,8 @@ MUTATIONS = [
     ),
     Mutation(
         file="portrait_dist/training/sg_adapter.py",
-        old='            tag_scalar_dict=scalars | {f"seconds/{part}": inference_time / 1000},',
-        new='            tag_scalar_dict=scalars | {f"seconds/{part}": inference_time},',
+        old='scalars[f"seconds/{part}"] = inference_time / 1000',
+        new='scalars[f"seconds/{part}"] = inference_time',
         test="tests/unit/test_drop_in.py"
         "::test_tensorboard_has_the_fields_names_and_no_system_cards",
         why="curves have the unit of their name",
