@@ -167,8 +167,8 @@ class DataConfig:
     shards: Annotated[
         Locations,
         Doc(
-            "folder or address of the shards that 'portrait-dist pack' wrote; several with weights "
-            "as a:1,b:0.3"
+            "folder or address of the shards that 'portrait-dist pack' wrote, or a folder of other "
+            "WebDataset tars; several with weights as a:1,b:0.3"
         ),
     ] = ""
     size: Annotated[

@@ -14,7 +14,7 @@ from PIL import Image
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.files import atomic_path, check_folder_writable, explained
 from portrait_dist.preprocessing import DEFAULT_SIZE, MEAN, STD
-from portrait_dist.system.address import is_address, redact
+from portrait_dist.system.address import is_address, read_locations, redact
 
 if TYPE_CHECKING:
     from portrait_dist.config import AugmentConfig
@@ -116,11 +116,13 @@ def _open(data: str, split: str, count: int) -> tuple[tuple[int, int] | None, It
         InputError: no such data or split.
     """
     from portrait_dist.data.shards import format as shard_format
+    from portrait_dist.data.shards.foreign import is_foreign
     from portrait_dist.data.source.layouts import is_source
     from portrait_dist.data.source.split import MANIFEST
 
     folder = Path(data)
-    if is_address(data) or (folder / shard_format.MANIFEST).is_file():
+    packed = (folder / shard_format.MANIFEST).is_file() or is_foreign(data)
+    if packed or is_address(data) or len(read_locations(data)) > 1:
         return _open_shards(data, split, count)
     if (folder / MANIFEST).is_file() or is_source(folder):
         return None, _open_folder(data, split, count)
@@ -153,15 +155,15 @@ def _open_shards(
     data: str, split: str, count: int
 ) -> tuple[tuple[int, int] | None, Iterator[Sample]]:
     from portrait_dist.data.shards.decode import decode_stored
-    from portrait_dist.data.shards.reader import ShardSet
+    from portrait_dist.data.shards.sets import open_shards
 
-    shards = ShardSet(data, split)
+    shards = open_shards(data, split)
     chosen = _spread(shards.samples, count, data, split)
 
     def read(index: int) -> Sample:
         encoded = shards.read(index)
         try:
-            return Sample(encoded.key, *decode_stored(encoded.image, encoded.alpha, shards.codec))
+            return Sample(encoded.key, *decode_stored(encoded.image, encoded.alpha, encoded.codec))
         except ValueError as error:
             raise DamagedDataError(
                 f"{shards.name(index)}: {error}; see 'portrait-dist verify'"

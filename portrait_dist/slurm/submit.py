@@ -252,10 +252,7 @@ def _train_samples(location: str) -> int:
         for shards in ([part.shards for part in one.parts] if isinstance(one, ShardSets) else [one])
     ]
     for path, entry in [
-        (Path(one.location) / entry.name, entry)
-        for one in single
-        if not one.remote
-        for entry in one.shards
+        (one.folder / entry.name, entry) for one in single if not one.remote for entry in one.shards
     ]:
         if not os.access(path, os.R_OK):
             raise InputError(

@@ -152,3 +152,15 @@ def _weighted(part: str) -> WeightedLocation:
 def any_address(text: str) -> bool:
     """Whether one of the shard sets in a list is at an address."""
     return any(is_address(one.location) for one in read_locations(text))
+
+
+_MEMBERS = re.compile(r"#((?:image|mask)=[^#+]+(?:\+(?:image|mask)=[^#+]+)*)$")
+
+
+def split_members(location: str) -> tuple[str, dict[str, str]]:
+    """Split ``tars#image=jpg+mask=seg.png`` into the path and what names the members."""
+    found = _MEMBERS.search(location)
+    if is_address(location) or not found:
+        return location, {}
+    pairs = (part.partition("=") for part in found[1].split("+"))
+    return location[: found.start()], {name: value for name, _, value in pairs}

@@ -266,7 +266,7 @@ class _LoaderOptions(StreamKeywords, total=False):
 def _loader_options(config: Config, device: torch.device) -> _LoaderOptions:
     data = config.data
     cache = None
-    if any_address(data.shards):
+    if any_address(data.shards) or data.cache_dir:  # which also keeps the indexes of foreign tars
         from portrait_dist.data.shards.cache import Cache, DownloadOptions
 
         cache = Cache(

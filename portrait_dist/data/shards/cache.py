@@ -111,11 +111,22 @@ class Cache:
             PortraitDistError: the disk is full.
         """
         path = self.folder / _file_name(sha256, address)
-        try:
-            self._prepare_folder()
+        with self.explained():
             if not self._has(path, sha256, size):
                 self._download(path, address, sha256, size, limit, cancelled)
-            return path
+        return path
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Prepare the folder, and say what is wrong with it where something fails in the block.
+
+        Raises:
+            InputError: the folder cannot be used.
+            PortraitDistError: the disk is full.
+        """
+        try:
+            self._prepare_folder()
+            yield
         except LocalDiskError as error:
             raise self._unusable(error.error) from error
         except OSError as error:
@@ -228,7 +239,7 @@ class Cache:
 
     def _make_room(self, size: int, part: Path) -> None:
         """Evict files until there is room for ``size`` bytes, which ``part`` stands for."""
-        with _locked(self.folder / ".lock"):
+        with locked(self.folder / ".lock"):
             entries = [entry for entry in _entries(self.folder) if entry.path != part]
             total = sum(entry.bytes for entry in entries)
             for entry in sorted(entries):
@@ -327,7 +338,7 @@ def _state(found: os.stat_result) -> str:
 def _remove_abandoned(part: Path) -> bool:
     """Remove a partial download that nobody is at; the kernel releases a killed process's lock."""
     try:
-        with _locked(part, fcntl.LOCK_NB) as file:
+        with locked(part, fcntl.LOCK_NB) as file:
             # As in _claimed: the name may lead to the part of a process that began since.
             if abandoned := _is_at(part, file):
                 part.unlink(missing_ok=True)
@@ -348,7 +359,7 @@ def _claimed(part: Path, cancelled: threading.Event | None) -> Iterator[None]:
         CancelledDownloadError: ``cancelled`` was set.
     """
     while True:
-        with _locked(part, cancelled=cancelled) as file:
+        with locked(part, cancelled=cancelled) as file:
             if _is_at(part, file):
                 yield
                 return
@@ -363,7 +374,7 @@ def _is_at(path: Path, file: io.FileIO) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(
+def locked(
     path: Path, flags: int = 0, cancelled: threading.Event | None = None
 ) -> Iterator[io.FileIO]:
     """Let in one thread of this machine at a time; the kernel releases a dead process's lock.

@@ -14,6 +14,8 @@ import simplejpeg
 from PIL import Image
 
 from portrait_dist.data.shards.png import Pixels, decode_grey
+from portrait_dist.data.source.masks import decode_mask
+from portrait_dist.data.source.pictures import decode_picture, upright
 
 
 def decode_pair(
@@ -41,12 +43,19 @@ def decode_pair(
         exact: False decodes a larger JPEG at 1/2, 1/4 or another scale that the codec can do, as
             long as it is not below ``size``, and resizes the rest bilinearly without antialiasing:
             faster, and slightly different.
-        codec: ``jpeg`` or ``raw``.
+        codec: ``jpeg`` or ``raw``, or ``files-T-B`` for members of any picture type, whose image
+            is turned as EXIF's T says, and its mask with it if B is 1.
 
     Raises:
         ValueError: damaged, or not of the wanted size where it cannot be resized.
     """
     size = size or (out_alpha.shape[0], out_alpha.shape[1])
+    if codec.startswith("files"):
+        turned, both = map(int, codec.split("-")[1:])
+        decode_files(
+            image, alpha, size, out_image, out_alpha, exact=exact, turned=turned, both=bool(both)
+        )
+        return
     if codec == "raw":
         out_image[:] = _pixels(image, (*size, 3))
         out_alpha[:] = _pixels(alpha, size)
@@ -55,6 +64,58 @@ def decode_pair(
     grey = decode_grey(alpha)
     _check_same_size(stored, grey.shape)
     out_alpha[:] = grey if grey.shape == size else resize_alpha(grey, size)
+
+
+def decode_files(
+    image: bytes | memoryview,
+    alpha: bytes | memoryview,
+    size: tuple[int, int] | None,
+    out_image: Pixels,
+    out_alpha: Pixels,
+    *,
+    exact: bool,
+    turned: int,
+    both: bool,
+) -> None:
+    """Decode an image and a mask of any type that ``pack`` takes; see :func:`decode_pair`.
+
+    Args:
+        image: content of a picture file.
+        alpha: content of a mask's file.
+        size: (H, W) in pixels; None for that of ``out_alpha``.
+        out_image: uint8 [H, W, 3], contiguous.
+        out_alpha: uint8 [H, W].
+        exact: as in :func:`decode_pair`.
+        turned: EXIF orientation of the image, 1 to 8.
+        both: whether the mask is turned with it.
+
+    Raises:
+        ValueError: damaged, no mask, or the two differ in size.
+    """
+    size = size or (out_alpha.shape[0], out_alpha.shape[1])
+    grey = decode_mask(bytes(alpha))
+    grey = upright(grey, turned if both else 1)
+    if turned == 1 and _is_plain_jpeg(image):
+        stored = _decode_image(image, size, out_image, exact)
+    else:
+        pixels = upright(decode_picture(bytes(image)), turned)
+        stored = (pixels.shape[0], pixels.shape[1])
+        out_image[:] = pixels if stored == size else resize_pixels(pixels, size)
+    _check_same_size(stored, grey.shape)
+    out_alpha[:] = grey if grey.shape == size else resize_alpha(grey, size)
+
+
+def _is_plain_jpeg(image: bytes | memoryview) -> bool:
+    """Whether a file is a JPEG in grey or colours, not one for print."""
+    if bytes(image[:2]) != b"\xff\xd8":
+        return False
+    return simplejpeg.decode_jpeg_header(image)[2] in ("Gray", "YCbCr", "RGB")
+
+
+def resize_pixels(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resize uint8 [h, w, 3] bilinearly with antialiasing, as :func:`decode_resized`."""
+    picture = Image.fromarray(pixels)
+    return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def _decode_image(
@@ -80,7 +141,11 @@ def decode_stored(
     Raises:
         ValueError: damaged, or image and alpha differ in size.
     """
-    if codec == "raw":
+    if codec.startswith("files"):
+        turned, both = map(int, codec.split("-")[1:])
+        pixels = upright(decode_picture(bytes(image)), turned)
+        mask = upright(decode_mask(bytes(alpha)), turned if both else 1)
+    elif codec == "raw":
         pixels, mask = _parse_npy(image), _parse_npy(alpha)
         if pixels.shape != (*mask.shape[:2], 3):
             raise ValueError("the .npy are not uint8 [H, W, 3] and [H, W]")

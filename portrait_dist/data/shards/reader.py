@@ -51,7 +51,15 @@ from portrait_dist.files import open_regular, read_regular
 from portrait_dist.system.address import check_address, is_address, join, redact
 from portrait_dist.system.info import is_network_file_system
 
-__all__ = ["DamagedSampleError", "Encoded", "NoSplitError", "ShardSet", "read_manifest"]
+__all__ = [
+    "DamageError",
+    "DamagedSampleError",
+    "Encoded",
+    "NoSplitError",
+    "OpenShard",
+    "ShardSet",
+    "read_manifest",
+]
 
 ADVICE = "find all damage with 'portrait-dist verify', then pack or copy the shards again"
 ADVICE_FOR_A_SERVER = "see whether the address is right and its shards are whole, then run again"
@@ -142,15 +150,31 @@ class ShardSet:
 
     _alive: ClassVar[weakref.WeakSet[ShardSet]] = weakref.WeakSet()
     """They divide the process's file descriptors among them."""
+    remedy: ClassVar[str] = ADVICE
 
     def __init__(self, location: str | Path, split: str, *, cache: Cache | None = None) -> None:
-        self.location = str(location)
+        if is_address(location):
+            cache = cache or Cache()
+            manifest = read_manifest(location, cache.downloads)
+        else:
+            manifest = read_manifest(location)
+        self._open_split(str(location), split, manifest, cache)
+
+    def _open_split(
+        self, location: str, split: str, manifest: Manifest, cache: Cache | None
+    ) -> None:
+        """Take a split of a manifest that is read.
+
+        Raises:
+            InputError: no such split.
+        """
+        self.location = location
         self.shown = redact(self.location)
         self.split = split
         self.remote = is_address(self.location)
-        if self.remote:
-            self.cache = cache or Cache()
-        self.manifest = read_manifest(location, self.cache.downloads if self.remote else None)
+        if cache is not None:
+            self.cache = cache
+        self.manifest = manifest
         if split not in self.manifest.splits:
             known = list(self.manifest.splits)
             raise NoSplitError(
@@ -166,7 +190,7 @@ class ShardSet:
         self._ends = list(itertools.accumulate(self.shard_sizes))
         self.bytes = sum(shard.bytes for shard in entry.shards)
         self.bytes_beside = 0
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._indexes = _Indexes()
         self._lock = threading.Lock()
         self._opening: dict[int, threading.Lock] = {}
@@ -177,6 +201,11 @@ class ShardSet:
 
     def __len__(self) -> int:
         return self.samples
+
+    @property
+    def folder(self) -> Path:
+        """Folder of local shards, which their names are relative to."""
+        return Path(self.location)
 
     @property
     def epoch_samples(self) -> int:
@@ -284,7 +313,7 @@ class ShardSet:
     def _tar(self, number: int, cancelled: threading.Event | None = None) -> Path:
         entry = self.shards[number]
         if not self.remote:
-            return Path(self.location) / entry.name
+            return self.folder / entry.name
         address = join(self.location, entry.name)
         path = self.cache.fetch(address, entry.sha256, entry.bytes, cancelled=cancelled)
         self._here.add(number)
@@ -323,7 +352,7 @@ class ShardSet:
         number, position = self.locate(sample)
         try:
             return self._shard(number, None).key(position)
-        except (_DamageError, OSError):
+        except (DamageError, OSError):
             return self.read(sample).key  # which knows what to try again, and what to say
 
     def read(self, sample: int, cancelled: threading.Event | None = None) -> Encoded:
@@ -342,9 +371,9 @@ class ShardSet:
         number, position = self.locate(sample)
         try:
             return self._read(number, position, cancelled)
-        except _DamageError as damage:
+        except DamageError as damage:
             where = self.name(sample)
-            advice = ADVICE_FOR_A_SERVER if number in self._absent else ADVICE
+            advice = ADVICE_FOR_A_SERVER if number in self._absent else self.remedy
             raise DamagedSampleError(
                 f"{where}: {damage}; {advice}",
                 where,
@@ -377,7 +406,7 @@ class ShardSet:
                 # again.
                 if not self.remote or missing == ATTEMPTS_AGAINST_EVICTION:
                     raise
-            except _DamageError:
+            except DamageError:
                 if not self._renew(number, shard):
                     raise
             except OSError as error:
@@ -402,13 +431,13 @@ class ShardSet:
                 "mount the folder or copy the shards again, then run the same command again"
             )
 
-    def _raise_unreadable(self, number: int, error: OSError, shard: _OpenShard | None) -> NoReturn:
+    def _raise_unreadable(self, number: int, error: OSError, shard: OpenShard | None) -> NoReturn:
         """Raise what a failed open or read means.
 
         Raises:
             UnreachableError: a network file system is away.
             PortraitDistError: the process has no file descriptors left.
-            _DamageError: the disk cannot read the file.
+            DamageError: the disk cannot read the file.
         """
         if error.errno in OUT_OF_DESCRIPTORS:
             raise PortraitDistError(
@@ -424,9 +453,9 @@ class ShardSet:
                 f"{self.shard_name(number)}: its file system is away ({error.strerror}); "
                 "run the same command again when it is back"
             ) from error
-        raise _DamageError(f"the shard cannot be read ({error.strerror})") from error
+        raise DamageError(f"the shard cannot be read ({error.strerror})") from error
 
-    def _renew(self, number: int, shard: _OpenShard | None) -> bool:
+    def _renew(self, number: int, shard: OpenShard | None) -> bool:
         """Remove a damaged copy from the cache, once for each shard; whether to read again."""
         if not self.remote:
             return False
@@ -449,7 +478,7 @@ class ShardSet:
         with self._lock:
             self._open.pop(number, None)
 
-    def _shard(self, number: int, cancelled: threading.Event | None) -> _OpenShard:
+    def _shard(self, number: int, cancelled: threading.Event | None) -> OpenShard:
         """Return the open shard; the first thread that asks opens and downloads it."""
         with self._lock:
             if (shard := self._open.get(number)) is not None:
@@ -480,11 +509,11 @@ class ShardSet:
         while len(self._open) > most:
             self._open.popitem(last=False)  # closed when its last reader is done
 
-    def _open_shard(self, number: int, cancelled: threading.Event | None) -> _OpenShard:
+    def _open_shard(self, number: int, cancelled: threading.Event | None) -> OpenShard:
         """Open a shard, downloaded where it is remote.
 
         Raises:
-            _DamageError: missing, or not what the manifest says.
+            DamageError: missing, or not what the manifest says.
             OSError: it cannot be read.
         """
         entry = self.shards[number]
@@ -502,18 +531,18 @@ class ShardSet:
             self._absent[number] = (time.monotonic(), str(error))
             raise _AbsentError(str(error)) from error
         self._absent.pop(number, None)
-        return _OpenShard(tar, records, entry, self.codec, self.size)
+        return OpenShard(tar, records, entry, self.codec, self.size)
 
 
-class _DamageError(Exception):
+class DamageError(Exception):
     """What is wrong with a shard or sample."""
 
 
-class _MissingError(_DamageError):
+class _MissingError(DamageError):
     """A file of a shard is not on the local disk."""
 
 
-class _AbsentError(_DamageError):
+class _AbsentError(DamageError):
     """A server has no such file, or another one."""
 
 
@@ -543,7 +572,7 @@ class _Indexes:
             self._bytes -= len(self._records.pop(number, b""))
 
 
-class _OpenShard:
+class OpenShard:
     """One open tar with its records; closed with the last reference to it."""
 
     def __init__(
@@ -565,7 +594,7 @@ class _OpenShard:
             raise _MissingError("the shard is missing") from None
         except OSError as error:
             if error.errno == errno.EINVAL:
-                raise _DamageError(f"the shard {error.strerror}") from error
+                raise DamageError(f"the shard {error.strerror}") from error
             raise
         found = os.fstat(self._descriptor)
         self.device = found.st_dev
@@ -579,20 +608,20 @@ class _OpenShard:
         """Read one sample and check it.
 
         Raises:
-            _DamageError: it is not what index and manifest say.
+            DamageError: it is not what index and manifest say.
             OSError: it cannot be read.
         """
         record = shard_format.record_at(self._records, position)
         if record.offset + record.length > self._entry.bytes:
-            raise _DamageError("its index points behind the end of the shard")
+            raise DamageError("its index points behind the end of the shard")
         # pread moves no file position, so any number of threads share one descriptor.
         sample = memoryview(os.pread(self._descriptor, record.length, record.offset))
         if len(sample) != record.length:
             # A shard that was cut off since it was opened says so; else the reason is not known.
             self._check_length(os.fstat(self._descriptor).st_size)
-            raise _DamageError("the shard changed while it was read")
+            raise DamageError("the shard changed while it was read")
         if isal_zlib.crc32(sample) != record.crc32:
-            raise _DamageError("the sample is damaged (its CRC-32 differs from the index's)")
+            raise DamageError("the sample is damaged (its CRC-32 differs from the index's)")
         alpha_at = BLOCK + padded(record.image)
         key = self._key(sample[:BLOCK], sample[alpha_at : alpha_at + BLOCK])
         alpha_at += BLOCK
@@ -613,7 +642,7 @@ class _OpenShard:
         name = shard_format.member_name(header)
         key = name.removesuffix(SUFFIXES[self._codec][0])
         if len(header) != BLOCK or key == name or not key:
-            raise _DamageError("its header names no image")
+            raise DamageError("its header names no image")
         return key
 
     def _key(self, image_header: memoryview, alpha_header: memoryview) -> str:
@@ -622,7 +651,7 @@ class _OpenShard:
         image_suffix, alpha_suffix = SUFFIXES[self._codec]
         key = image_name.removesuffix(image_suffix)
         if image_name != key + image_suffix or alpha_name != key + alpha_suffix:
-            raise _DamageError(
+            raise DamageError(
                 f"the shard has {image_name} and {alpha_name} there "
                 "instead of an image and its mask"
             )
@@ -630,7 +659,7 @@ class _OpenShard:
 
     def _check_length(self, length: int) -> None:
         if length != self._entry.bytes:
-            raise _DamageError(f"the shard has {length:,} bytes instead of {self._entry.bytes:,}")
+            raise DamageError(f"the shard has {length:,} bytes instead of {self._entry.bytes:,}")
 
     def _check_size(self, encoded: Encoded) -> None:
         """Compare the manifest's size with one image: old manifests have no hash of their own."""
@@ -641,7 +670,7 @@ class _OpenShard:
         except ValueError:
             return  # its decoder says what is wrong with it; another sample is compared
         if (height, width) != self._size:
-            raise _DamageError(
+            raise DamageError(
                 f"it has {height}x{width} pixels, the manifest says "
                 f"{'x'.join(map(str, self._size or ()))}"
             )
@@ -652,7 +681,7 @@ def _read_index(path: Path, entry: ShardEntry) -> bytes:
     """Read the records of a shard's index.
 
     Raises:
-        _DamageError: it is missing, or not the index of this shard.
+        DamageError: it is missing, or not the index of this shard.
         OSError: it cannot be read.
     """
     try:
@@ -661,19 +690,19 @@ def _read_index(path: Path, entry: ShardEntry) -> bytes:
         raise _MissingError(f"its index {entry.index_name} is missing") from None
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.EFBIG):
-            raise _DamageError(f"its index {entry.index_name} {error.strerror}") from error
+            raise DamageError(f"its index {entry.index_name} {error.strerror}") from error
         raise
     if hashlib.sha256(data).hexdigest() != entry.index_sha256:
-        raise _DamageError(
+        raise DamageError(
             f"{entry.index_name} is not the index of this shard "
             "(its sha256 differs from the manifest's)"
         )
     try:
         header, records = shard_format.parse_index(data, entry.index_name)
     except DamagedDataError as error:
-        raise _DamageError(str(error)) from error
+        raise DamageError(str(error)) from error
     if header.samples != entry.samples:
-        raise _DamageError(
+        raise DamageError(
             f"{entry.index_name} has {header.samples:,} samples instead of {entry.samples:,}"
         )
     return records

@@ -17,9 +17,16 @@ from fractions import Fraction
 from pathlib import Path
 
 from portrait_dist.data.shards.cache import Cache
+from portrait_dist.data.shards.foreign import ForeignShardSet, is_foreign
 from portrait_dist.data.shards.reader import Encoded, NoSplitError, ShardSet
 from portrait_dist.errors import InputError
-from portrait_dist.system.address import WeightedLocation, is_address, read_locations
+from portrait_dist.system.address import (
+    WeightedLocation,
+    is_address,
+    read_locations,
+    redact,
+    split_members,
+)
 
 __all__ = ["AnyShards", "Part", "ShardSets", "open_shards"]
 
@@ -179,7 +186,8 @@ def open_shards(location: str | Path, split: str, *, cache: Cache | None = None)
     """Open a split of one shard set, or of a list such as ``a:1,b:0.3``.
 
     Args:
-        location: folder, address, or a list of them with weights.
+        location: folder, address, or a list of them with weights; also a .tar or a folder of tars
+            that ``pack`` did not write.
         split: ``train``, ``val`` or ``test``.
         cache: for addresses; a cache in the user's cache folder by default.
 
@@ -190,8 +198,14 @@ def open_shards(location: str | Path, split: str, *, cache: Cache | None = None)
     """
     found = read_locations(str(location))
     if len(found) == 1 and found[0].weight == 1:
-        return ShardSet(found[0].location, split, cache=cache)
+        return _open_one(found[0].location, split, cache)
     return ShardSets(found, split, cache=cache)
+
+
+def _open_one(location: str, split: str, cache: Cache | None) -> ShardSet:
+    """Open packed shards, or tars that somebody else wrote."""
+    kind = ForeignShardSet if is_foreign(location) else ShardSet
+    return kind(location, split, cache=cache)
 
 
 def _open_each(
@@ -206,7 +220,7 @@ def _open_each(
     refused: InputError | None = None
     for one in locations:
         try:
-            opened.append((ShardSet(one.location, split, cache=cache), one))
+            opened.append((_open_one(one.location, split, cache), one))
         except NoSplitError as error:
             refused = error
     if refused and not opened:
@@ -224,7 +238,7 @@ def _open_each(
 
 def _parts(opened: Sequence[tuple[ShardSet, WeightedLocation]]) -> list[Part]:
     """Name and number the sets."""
-    shown = [shards.shown.rstrip("/") for shards, _ in opened]
+    shown = [redact(split_members(one.location)[0]).rstrip("/") for _, one in opened]
     short = [text.rpartition("/")[2] for text in shown]
     names = short if len(set(short)) == len(short) else shown
     firsts = itertools.accumulate((shards.samples for shards, _ in opened), initial=0)

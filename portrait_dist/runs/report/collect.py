@@ -12,7 +12,7 @@ from portrait_dist.errors import InputError
 from portrait_dist.runs.folder import Events, RunFolder
 from portrait_dist.runs.report.settings import RunSettings, read_settings
 from portrait_dist.runs.status import RunStatus, run_status
-from portrait_dist.system.address import is_address, read_locations, redact
+from portrait_dist.system.address import is_address, read_locations, redact, split_members
 
 if TYPE_CHECKING:
     from portrait_dist.data.shards.sets import AnyShards
@@ -155,7 +155,7 @@ def _below(base: Path, setting: str) -> str:
     found = []
     for one in read_locations(setting):
         if not is_address(one.location) and not Path(one.location).is_absolute():
-            if not (base / one.location).is_dir():
+            if not (base / split_members(one.location)[0]).exists():
                 return ""
             one = replace(one, location=str(base / one.location))
         found.append(one)
