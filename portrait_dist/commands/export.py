@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Example:
   portrait-dist export --checkpoint runs/first/ckpt_best.pth --format onnx --out portrait.onnx
+  npm install onnxruntime-web && portrait-dist export --checkpoint runs/first/ckpt_best.pth \\
+    --format html --out portrait.html
 """
 
 
@@ -33,8 +35,9 @@ def _summary(result: ExportResult) -> str:
     "--format",
     "kind",
     required=True,
-    type=click.Choice(["onnx", "pt2", "openvino"]),
-    help="ONNX, PyTorch's exported program, or OpenVINO's graph and weights (NAME.xml, NAME.bin).",
+    type=click.Choice(["onnx", "pt2", "openvino", "html"]),
+    help="ONNX, PyTorch's exported program, OpenVINO's graph and weights (NAME.xml, NAME.bin), or "
+    "a page that cuts out portraits in a browser, without a server.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--force", is_flag=True, help="Overwrite the file if it exists.")
@@ -44,6 +47,14 @@ def _summary(result: ExportResult) -> str:
     metavar="SHARDS",
     help="Score the checkpoint on the test split of these shards for the model card.",
 )
+@click.option(
+    "--onnxruntime-web",
+    "runtime",
+    default="node_modules/onnxruntime-web",
+    show_default=True,
+    metavar="DIR",
+    help="The npm package of that name, which becomes part of the page of --format html.",
+)
 @options.trained_size
 @options.trust_code
 def export(
@@ -52,6 +63,7 @@ def export(
     out: Path,
     force: bool,
     data: str,
+    runtime: str,
     size: tuple[int, int] | None,
     trust_code: bool,
 ) -> ExportResult:
@@ -62,4 +74,13 @@ def export(
     """
     from portrait_dist.inference.export import export as write
 
-    return write(checkpoint, out, kind, force=force, size=size, trust_code=trust_code, data=data)
+    return write(
+        checkpoint,
+        out,
+        kind,
+        force=force,
+        size=size,
+        trust_code=trust_code,
+        data=data,
+        runtime=runtime,
+    )

@@ -1,10 +1,11 @@
-"""A trained network for other programs: ONNX, PyTorch's exported program (.pt2), or OpenVINO's IR.
+"""A trained network for other programs: ONNX, PyTorch's .pt2, OpenVINO's IR, or a page of HTML.
 
 All take RGB images with values from 0 to 1; the normalisation is inside. The batch size is free,
 height and width are those of training. The file is checked against the network before it is
 written, and says itself what goes in and comes out: ONNX in its metadata, .pt2 in the extra file
 ``metadata.json``, OpenVINO in the runtime information. OpenVINO has two files: the graph in .xml,
-the weights in .bin beside it.
+the weights in .bin beside it. The page holds the ONNX network, see
+:mod:`portrait_dist.inference.browser`.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ from torch import Tensor, nn
 from portrait_dist import files
 from portrait_dist.errors import InputError, PortraitDistError
 from portrait_dist.evaluation import SplitScores, evaluate
-from portrait_dist.inference import engines, model_card
+from portrait_dist.inference import browser, engines, model_card
 from portrait_dist.models import MaskNetwork, UNet
 from portrait_dist.preprocessing import MEAN, STD
 from portrait_dist.system.info import check_extra
 
-ExportFormat = Literal["onnx", "pt2", "openvino"]
+ExportFormat = Literal["onnx", "pt2", "openvino", "html"]
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-FORMATS: tuple[ExportFormat, ...] = ("onnx", "pt2", "openvino")
+FORMATS: tuple[ExportFormat, ...] = ("onnx", "pt2", "openvino", "html")
 ENGINE_OF: dict[ExportFormat, str] = {
     "onnx": "ONNX Runtime",
     "pt2": "PyTorch",
     "openvino": "OpenVINO",
+    "html": "ONNX Runtime (not in a browser)",
 }
 TOLERANCE = 1e-4
 """Largest difference of a probability that counts as the same network; fp32 rounding makes about
@@ -50,7 +52,7 @@ class ExportResult:
 
     Attributes:
         file: its path.
-        format: ``onnx``, ``pt2`` or ``openvino``.
+        format: ``onnx``, ``pt2``, ``openvino`` or ``html``.
         bytes: its length, that of OpenVINO's weights included.
         largest_difference: of a probability between file and network, on batches of 1 and 3.
         card: path of the model card.
@@ -117,17 +119,19 @@ def export(
     size: tuple[int, int] | None = None,
     trust_code: bool = False,
     data: str = "",
+    runtime: str = browser.RUNTIME,
 ) -> ExportResult:
     """Write a checkpoint's network as ``format``, checked against it, and a model card beside it.
 
     Args:
         checkpoint: a .pth file of a run.
         out: the file to write, .xml for OpenVINO; its folder is made where it does not exist.
-        format: ``onnx``, ``pt2`` or ``openvino``.
+        format: ``onnx``, ``pt2``, ``openvino`` or ``html``.
         force: overwrite a file that exists.
         size: (H, W) of training, for a checkpoint that does not say it.
         trust_code: import the network's code where it is the user's.
         data: shards whose test split the checkpoint is scored on for the card; empty: no scores.
+        runtime: folder of the npm package onnxruntime-web, for ``html``.
 
     Raises:
         InputError: no such checkpoint, shards or format, the file exists, or it cannot be written.
@@ -138,6 +142,7 @@ def export(
 
     out = Path(out)
     _check_options(out, format, force)
+    web = browser.find_runtime(runtime) if format == "html" else None
     network, info = load_model(checkpoint, trust_code=trust_code)
     trained = input_geometry(info, size)
     metadata = describe(trained.size)
@@ -151,6 +156,8 @@ def export(
         )
     speed = model_card.measure_speed(exported, trained.size, ENGINE_OF[format])
     scores = _scores(checkpoint, data, size, trust_code) if data else None
+    if web:
+        parts = (browser.make_page(parts[0], trained.size, web),)
     card = model_card.write_card(out.name, metadata, network, info, speed, scores)
     _write(out, parts)
     files.write_text(model_card.card_path(out), card)
@@ -180,7 +187,7 @@ def _make(
     if format == "openvino":
         parts = _make_openvino(model, example, metadata)
         return parts, _read_openvino(*parts)
-    make, read = (_make_onnx, _read_onnx) if format == "onnx" else (_make_pt2, _read_pt2)
+    make, read = (_make_pt2, _read_pt2) if format == "pt2" else (_make_onnx, _read_onnx)
     data = make(model, example, metadata)
     return (data,), read(data)
 
@@ -221,8 +228,8 @@ def _check_options(out: Path, format: str, force: bool) -> None:
         raise InputError(
             f"{there[0]}: exists; add --force to overwrite it, or choose another --out"
         )
-    if format == "onnx":
-        check_onnx_installed()
+    if format in ("onnx", "html"):
+        check_onnx_installed(f"--format {format}")
     if format == "openvino":
         engines.check_openvino_installed("--format openvino", ", or give --format onnx")
 
@@ -245,13 +252,16 @@ def largest_difference(
     return worst
 
 
-def check_onnx_installed() -> None:
+def check_onnx_installed(what: str = "--format onnx") -> None:
     """Check that the packages of the extra ``export`` are there.
+
+    Args:
+        what: needs them.
 
     Raises:
         InputError: one is missing.
     """
-    check_extra("--format onnx", ONNX_PACKAGES, "export", ", or give --format pt2")
+    check_extra(what, ONNX_PACKAGES, "export", ", or give --format pt2")
 
 
 def _make_onnx(model: nn.Module, example: Tensor, metadata: dict[str, str]) -> bytes:

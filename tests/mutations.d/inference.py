@@ -130,4 +130,12 @@ MUTATIONS = [
         test=EXPORT + "a_model_card_beside_the_file_says_what_the_network_is_and_its_scores",
         why="a model card tells no places of the machine that trained",
     ),
+    Mutation(
+        file="portrait_dist/inference/browser_page.html",
+        old="values[channel * count + i] = pixels[4 * i + channel] / 255;",
+        new="values[channel * count + i] = pixels[4 * i + 2 - channel] / 255;",
+        test="tests/unit/test_browser_page.py::test_"
+        "a_browser_computes_the_networks_alpha_from_one_file_without_any_connection",
+        why="the page gives the network the colours in its order",
+    ),
 ]
