@@ -220,6 +220,7 @@ def _installs(part: dict[str, Any]) -> dict[str, str]:
     stored = part["site_packages_kilobytes"]
     return {
         "install.gigabytes": f"{max(row.get('gigabytes', 0) for row in part['rows']):.1f}",
+        "install.cpu-gigabytes": f"{part['without_cuda']['gigabytes']:.1f}",
         "install.cuda-gigabytes": f"{(stored['nvidia'] + stored['triton']) / 2**20:.0f}",
     }
 
