@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from portrait_dist.models import int8
@@ -272,6 +273,31 @@ def test_fits_and_refinements_are_scored_at_the_images_own_resolution(
         0 <= row["iou"] <= 1 and row["samples"] <= 2 and row["images_per_second"] > 0
         for row in by.values()
     )
+
+
+def test_the_readmes_picture_has_a_row_of_photo_mask_and_cut_out_for_each_photo(
+    tmp_path: Path,
+) -> None:
+    from PIL import Image
+
+    from benchmarks import hero
+    from tests import blobs
+
+    checkpoint = blobs.save(blobs.train(steps=2), tmp_path / "ckpt_best.pth")
+    shipped = hero.shipped_photos()
+    assert [path.name for path in shipped][:1] == ["grace_hopper.jpg"]
+    Image.new("RGB", (90, 60), "white").save(tmp_path / "wide.png")
+    made = hero.make(checkpoint, [shipped[0], tmp_path / "wide.png"], tmp_path / "out.png")
+    assert len(made.coverage) == 2
+    with Image.open(tmp_path / "out.png") as opened:
+        sheet = np.asarray(opened)
+    assert sheet.shape[0] == 2 * hero.HEIGHT + hero.GAP
+    width = round(512 / 600 * hero.HEIGHT)
+    with Image.open(shipped[0]) as opened:
+        photo = np.asarray(opened.resize((width, hero.HEIGHT))).astype(int)
+    assert abs(sheet[: hero.HEIGHT, :width] - photo).mean() < 3, "the photo comes first"
+    mask = sheet[: hero.HEIGHT, width + 4 : 2 * width - 4]
+    assert (mask == mask[..., :1]).all(), "then its mask, which is grey"
 
 
 def test_recipes_are_trained_by_their_printed_command_and_scored_on_both_held_out_splits(

@@ -89,6 +89,11 @@ def test_the_matrix_has_every_python_that_the_package_supports(matrix: Any) -> N
     possible = [f"3.{minor}" for minor in range(8, 30)]
     assert list(matrix.PYTHONS) == [one for one in possible if supported.contains(f"{one}.0")]
     assert all((ROOT / test).is_file() for test in matrix.QUICK)
+    image = (ROOT / "launch" / "Dockerfile").read_text()
+    (locked,) = (name for name in matrix.ENVIRONMENTS if name.startswith("locked"))
+    assert f"FROM python:{locked.removeprefix('locked-')}-slim" in image, "the image's Python"
+    slice_of_ci = (ROOT / ".ci" / "run").read_text()
+    assert f"--only {locked} newest-3.13" in slice_of_ci, "the pins are used in CI"
 
 
 def test_the_matrix_takes_only_a_python_that_runs_and_is_of_that_version(
