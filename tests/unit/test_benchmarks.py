@@ -280,7 +280,7 @@ def test_the_readmes_picture_has_a_row_of_photo_mask_and_cut_out_for_each_photo(
 ) -> None:
     from PIL import Image
 
-    from benchmarks import hero
+    hero = importlib.import_module("benchmarks.hero")
     from tests import blobs
 
     checkpoint = blobs.save(blobs.train(steps=2), tmp_path / "ckpt_best.pth")
