@@ -113,6 +113,10 @@ class ClearmlTracker:
     def __init__(self, folder: Path, config: Mapping[str, Any], known: str) -> None:
         from clearml import Task
 
+        # Its reporting would run in a fork of this process, which inherits the pipe of a git that
+        # another thread of ClearML starts at that time; closing the task may then wait for ever.
+        # As development.report_use_subprocess of clearml.conf.
+        Task._report_subprocess_enabled = False  # type: ignore[assignment]
         self._task: Any = Task.init(
             project_name=_in_environment("CLEARML_PROJECT") or PROJECT,
             task_name=folder.name,

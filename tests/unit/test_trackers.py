@@ -130,6 +130,27 @@ def test_clearml_gets_every_epoch(offline: Path, tiny_shards: Path) -> None:
         assert [event["iter"] for event in found] == [1, 2], tag
 
 
+def test_clearml_forks_no_process_of_the_training(offline: Path) -> None:
+    """A fork beside its other threads keeps what they hold at that time, now and then for ever."""
+    program = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "os.register_at_fork(before=lambda: print('forks'))\n"
+        "from portrait_dist.training.trackers import ClearmlTracker\n"
+        "ClearmlTracker(Path(sys.argv[1]), {}, '').close()\n"
+        "print('closed')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(offline)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+    assert done.stdout.splitlines()[-1] == "closed"
+    assert "forks" not in done.stdout.splitlines()
+
+
 def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
