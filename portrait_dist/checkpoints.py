@@ -16,13 +16,13 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 
 from portrait_dist import distributed, files
 from portrait_dist.errors import DamagedDataError, InputError
-from portrait_dist.preprocessing import DEFAULT_ASPECT, DEFAULT_SIZE
+from portrait_dist.preprocessing import DEFAULT_ASPECT, DEFAULT_SIZE, FITS, Fit
 from portrait_dist.runs.folder import BEST, LATEST
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ class CheckpointInfo:
         build: how to build it; None for the U-Net, and for networks that no name was given of.
         size: (H, W) in pixels of the training images as the network saw them.
         aspect: width / height of the training images before they were resized to ``size``.
+        fit: how training images of another shape were brought to ``size``.
         data: hash of each split's content, by split.
         config: the run's configuration.
         epoch: complete epochs.
@@ -178,6 +179,7 @@ class CheckpointInfo:
     build: BuildInfo | None = None
     size: tuple[int, int] | None = None
     aspect: float | None = None
+    fit: Fit = "squash"
     data: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     epoch: int | None = None
@@ -252,6 +254,10 @@ class _Checks:
         self.need(number is None or 0.01 <= number <= 100, f"aspect {_short(value)}")
         return number
 
+    def fit(self, value: object) -> Fit:
+        self.need(value in FITS, f"fit {_short(value)} is none of {', '.join(FITS)}")
+        return cast(Fit, value)
+
     def build(self, value: object) -> BuildInfo | None:
         if value is None:
             return None
@@ -320,6 +326,7 @@ def info_of(state: Mapping[str, Any], path: str | Path = "") -> CheckpointInfo:
         build=checks.build(own.get("build")),
         size=checks.size(own.get("size")),
         aspect=checks.aspect(own.get("aspect")),
+        fit=checks.fit(own.get("fit", "squash")),
         data={str(split): str(identity) for split, identity in data.items()},
         config=checks.plain_mapping(own.get("config") or {}, "config"),
         epoch=checks.optional_integer(state.get("epoch"), "epoch"),
@@ -719,10 +726,12 @@ class InputGeometry:
     Attributes:
         size: (H, W) in pixels of the network's input.
         aspect: width / height of the training images before they were resized to ``size``.
+        fit: how images of another shape were brought to ``size``.
     """
 
     size: tuple[int, int]
     aspect: float
+    fit: Fit = "squash"
 
 
 def input_geometry(
@@ -742,7 +751,9 @@ def input_geometry(
     """
     if size:
         _check_given_size(size, info)
-    found = InputGeometry(info.size or size or DEFAULT_SIZE, info.aspect or DEFAULT_ASPECT)
+    found = InputGeometry(
+        info.size or size or DEFAULT_SIZE, info.aspect or DEFAULT_ASPECT, info.fit
+    )
     assumed = []
     if not info.size and not size:
         assumed.append(

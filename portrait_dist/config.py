@@ -177,6 +177,11 @@ class DataConfig:
         Le(8192),
         Doc("side of the square training image, pixels, for shards of original size; 0 means 256"),
     ] = 0
+    fit: Annotated[
+        Literal["auto", "squash", "letterbox", "cover"],
+        FIXED,
+        Doc("how images of another shape reach that size; auto: as packed, else squash"),
+    ] = "auto"
     workers: Annotated[
         int,
         Ge(-1),

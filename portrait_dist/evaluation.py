@@ -28,7 +28,7 @@ from portrait_dist.preprocessing import Alpha, ImageArray, normalise
 from portrait_dist.system.malloc import keep_freed_memory
 
 if TYPE_CHECKING:
-    from portrait_dist.checkpoints import CheckpointInfo
+    from portrait_dist.checkpoints import CheckpointInfo, InputGeometry
     from portrait_dist.data.shards.sets import Part
     from portrait_dist.data.stream.dataset import AISegmentIterableDataset
     from portrait_dist.data.stream.loader import Batch, StreamLoader
@@ -395,6 +395,7 @@ def _open_part(loader: StreamLoader, part: Part) -> StreamLoader:
         pin_memory=loader.pin_memory,
         shuffle=False,
         size=loader.dataset.size,
+        fit=loader.dataset.fit,
         drop_last=False,
     )
 
@@ -434,6 +435,7 @@ def _open_split(
     size: tuple[int, int] | None,
 ) -> StreamLoader:
     """Open this rank's part of a split, every sample once, at the size of training."""
+    trained = input_geometry(info, size)
     return build_loader(
         shards,
         split,
@@ -441,7 +443,8 @@ def _open_split(
         workers=workers,
         pin_memory=device.type == "cuda",
         shuffle=False,
-        size=size_of_shards(shards, split, input_geometry(info, size).size, checkpoint),
+        size=size_of_shards(shards, split, trained, checkpoint),
+        fit=trained.fit,
         drop_last=False,
     )
 
@@ -490,16 +493,22 @@ def mean_scores(scores: Sequence[SampleScores]) -> SampleScores:
 
 
 def size_of_shards(
-    shards: str, split: str, size: tuple[int, int], checkpoint: str | Path
+    shards: str, split: str, trained: InputGeometry, checkpoint: str | Path
 ) -> tuple[int, int]:
-    """Return ``size`` where the shards can be read at it.
+    """Return the size of training where the shards can be read at it.
 
     Raises:
-        InputError: no shards there, or they were packed at another size than the checkpoint was
-            trained at.
+        InputError: no shards there, or they were packed at another size or fit than the checkpoint
+            was trained with.
     """
     opened = open_shards(shards, split)
-    packed = opened.size
+    packed, size = opened.size, trained.size
+    if packed is not None and opened.fit != trained.fit:
+        raise InputError(
+            f"{checkpoint}: the checkpoint was trained on images with --fit {trained.fit}, but "
+            f"{opened.shown} was packed with --fit {opened.fit}; pack again with "
+            f"--fit {trained.fit}, or with --size original for any"
+        )
     if packed is not None and tuple(packed) != size:
         raise InputError(
             f"{checkpoint}: the checkpoint was trained at {size[0]}x{size[1]}, but "
@@ -590,9 +599,17 @@ def score_positions(
         positions: numbers of the samples in the split.
     """
     model, info = load_model(checkpoint, trust_code=trust_code)
-    size = size_of_shards(shards, split, input_geometry(info, size).size, checkpoint)
+    trained = input_geometry(info, size)
     loader = build_loader(
-        shards, split, 1, rank=0, world_size=1, shuffle=False, size=size, drop_last=False
+        shards,
+        split,
+        1,
+        rank=0,
+        world_size=1,
+        shuffle=False,
+        size=size_of_shards(shards, split, trained, checkpoint),
+        fit=trained.fit,
+        drop_last=False,
     )
     scorer = Scorer(model, distributed.pick_device(device))
     return list(scorer.score(read_positions(loader.dataset, positions)))

@@ -108,10 +108,9 @@ MASK_OPTIONS = (
     ),
     click.option(
         "--fit",
-        default="letterbox",
-        show_default=True,
         type=click.Choice(["letterbox", "cover", "squash"]),
-        help="How photos of other shapes than training's are brought to the network.",
+        help="How photos of other shapes than training's are brought to the network.  [default: as "
+        "in training, and letterbox where it squashed]",
     ),
     click.option(
         "--levels",

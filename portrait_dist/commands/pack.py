@@ -15,6 +15,7 @@ from portrait_dist.commands.numbers import Integer
 
 if TYPE_CHECKING:
     from portrait_dist.data.shards.writer import PackResult
+    from portrait_dist.preprocessing import Fit
 
 
 def _summary(result: PackResult) -> str:
@@ -49,6 +50,14 @@ def _summary(result: PackResult) -> str:
     default="256x256",
     show_default=True,
     help="Pixels of every sample (256 is 256x256), or their own.",
+)
+@click.option(
+    "--fit",
+    type=click.Choice(["squash", "letterbox", "cover"]),
+    default="squash",
+    show_default=True,
+    help="How images of another shape reach --size: resized whatever their shape; whole, their "
+    "edge pixels continued; or filling it, the longer side cut.",
 )
 @click.option(
     "--samples-per-shard",
@@ -92,6 +101,7 @@ def pack(
     data: str,
     out: Path,
     size: tuple[int, int] | None,
+    fit: Fit,
     samples_per_shard: int,
     workers: int | None,
     codec: str,
@@ -124,5 +134,5 @@ def pack(
     if append:
         if part or finish or check:
             raise click.UsageError("--append stands alone: without --part, --finish and --check")
-        return appending.append(*arguments)
-    return writer.pack(*arguments, part=part, finish=finish, check=check)
+        return appending.append(*arguments, fit=fit)
+    return writer.pack(*arguments, part=part, finish=finish, check=check, fit=fit)

@@ -356,7 +356,7 @@ def _packing(arguments: tuple[str, ...], request: Request, parts: int) -> _Packi
     given = _parsed(pack, "pack", arguments, ("part", "finish"))
     if given["append"]:
         raise InputError("--append: one process appends; run 'portrait-dist pack --append' itself")
-    names = ("data", "out", "size", "samples_per_shard", "codec", "quality")
+    names = ("data", "out", "size", "samples_per_shard", "codec", "quality", "fit")
     plan = writer.plan_pack(**{name: given[name] for name in names})
     jobs = steps.in_parts("pack", arguments, request, parts, plan.shards)
     return _Packing(jobs, given["out"], plan.samples["train"])

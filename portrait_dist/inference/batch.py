@@ -103,7 +103,7 @@ class ImageOptions:
             for name, value in self.network.items()
             # Journals of versions before there were engines know no "torch".
             if name != "device" and (name, value) != ("engine", "torch")
-        }
+        } | {"fit": segmenter.fit}
         settings = {
             "plan": [tuple(self.kinds), self.image_format, self.background],
             "size": segmenter.size,

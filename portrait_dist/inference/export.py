@@ -27,7 +27,7 @@ from portrait_dist.errors import InputError, PortraitDistError
 from portrait_dist.evaluation import SplitScores, evaluate
 from portrait_dist.inference import browser, engines, model_card
 from portrait_dist.models import MaskNetwork, UNet
-from portrait_dist.preprocessing import MEAN, STD
+from portrait_dist.preprocessing import MEAN, STD, Fit
 from portrait_dist.system.info import check_extra
 
 ExportFormat = Literal["onnx", "pt2", "openvino", "html"]
@@ -93,7 +93,14 @@ class Normalised(nn.Module):
         return alpha
 
 
-def describe(size: tuple[int, int]) -> dict[str, str]:
+FITTING = {
+    "squash": "the aspect ratio is not kept",
+    "letterbox": "keeping the aspect ratio: the longer side fills it, edge pixels continue",
+    "cover": "keeping the aspect ratio: the shorter side fills it, the longer one is cut",
+}
+
+
+def describe(size: tuple[int, int], fit: Fit = "squash") -> dict[str, str]:
     """Say what goes in and comes out, as text for the file's metadata."""
     from importlib.metadata import version
 
@@ -102,7 +109,7 @@ def describe(size: tuple[int, int]) -> dict[str, str]:
         "producer": f"portrait-dist {version('portrait-dist')}",
         "input": f"image: float32 [batch, 3, {height}, {width}], RGB, 0 to 1 (uint8 / 255)",
         "input_resize": f"resize to {height}x{width} (height x width), antialiased bilinear, "
-        "the aspect ratio is not kept",
+        f"{FITTING[fit]}",
         "normalisation": f"inside the model: mean {MEAN}, standard deviation {STD}; "
         "give plain values from 0 to 1",
         "output": f"alpha: float32 [batch, 1, {height}, {width}], 0 background to 1 person; "
@@ -145,7 +152,7 @@ def export(
     web = browser.find_runtime(runtime) if format == "html" else None
     network, info = load_model(checkpoint, trust_code=trust_code)
     trained = input_geometry(info, size)
-    metadata = describe(trained.size)
+    metadata = describe(trained.size, trained.fit)
     model = Normalised(network).eval()
     parts, exported = _make(model, trained.size, format, metadata)
     difference = largest_difference(model, exported, trained.size)

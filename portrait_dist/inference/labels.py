@@ -216,6 +216,7 @@ def pack_labels(photos: Sequence[Photo], masks: Sequence[Path], labels: Labels) 
         settings.samples_per_shard,
         codec=settings.codec,
         quality=settings.quality,
+        fit=settings.fit,
     )
     return Labelled(result.out, result.samples, len(photos) - len(kept))
 
@@ -224,7 +225,13 @@ def _settings(labels: Labels) -> Settings:
     if not labels.source:
         return Settings(labels.size, "jpeg", writer.QUALITY, labels.samples_per_shard)
     manifest = ShardSet(labels.source, labels.split).manifest
-    return Settings(manifest.size, manifest.codec, manifest.quality, manifest.samples_per_shard)
+    return Settings(
+        manifest.size,
+        manifest.codec,
+        manifest.quality,
+        manifest.samples_per_shard,
+        manifest.fit,
+    )
 
 
 def _confident(

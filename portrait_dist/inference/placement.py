@@ -4,7 +4,8 @@ The network was trained on upright images of one aspect ratio (600×800 in the A
 resized to its input size. ``benchmarks/predictions.py`` measures the choices (``fit``) on photos of
 other shapes:
 
-- ``letterbox`` (the default): the photo keeps its aspect ratio under the resizing of training; its
+- ``letterbox`` (the default of checkpoints that were trained on squashed images; others take what
+  they were trained with): the photo keeps its aspect ratio under the resizing of training; its
   longer side fills the input and the rest continues its edge pixels, as the augmentation of
   training does.
 - ``cover``: as above, but its shorter side fills the input and the longer one sticks out. The
@@ -15,17 +16,15 @@ other shapes:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from portrait_dist.models.unet import STRIDE
-from portrait_dist.preprocessing import Alpha, ImageArray
+from portrait_dist.preprocessing import FITS, Alpha, Fit, ImageArray, fit_inner
 
-Fit = Literal["letterbox", "cover", "squash"]
-FITS: tuple[Fit, ...] = ("letterbox", "cover", "squash")
+__all__ = ["FITS", "Fit", "Placement", "enlarge", "fit_photo", "shrink"]
 
 LARGEST_STRETCH = 4
 """With ``cover``, the network's input is at most this many times the training size; longer
@@ -59,14 +58,10 @@ def fit_photo(
         aspect: width / height of the training images before they were resized to ``size``.
         stride: the network's; height and width of its input are multiples of it.
     """
-    if fit == "squash":
-        return Placement(*size, (0, 0, *size))
+    if fit != "cover":
+        return Placement(*size, fit_inner(height, width, size, fit, aspect))
     # The photo's width at the height of training, resized as the training images were.
     wide = size[0] * (width / height) * (size[1] / size[0]) / aspect
-    if fit == "letterbox":
-        scale = min(1.0, size[1] / wide)
-        inner = (max(1, round(size[0] * scale)), max(1, round(wide * scale)))
-        return Placement(*size, ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2, *inner))
     scale = max(1.0, size[1] / wide)
     limit = (LARGEST_STRETCH * size[0], LARGEST_STRETCH * size[1])
     inner = (

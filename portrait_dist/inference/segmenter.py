@@ -42,7 +42,7 @@ class SegmenterOptions(TypedDict, total=False):
     device: str
     precision: str
     engine: Engine
-    fit: Fit
+    fit: Fit | None
     refine: bool
     mirror: bool
     largest: bool
@@ -76,7 +76,7 @@ class PortraitSegmenter:
         engine: ``torch``, or ``openvino``, which is faster on CPUs, see
             :mod:`portrait_dist.inference.engines`.
         fit: how photos of other shapes are brought to the network's size, see
-            :mod:`portrait_dist.inference.placement`.
+            :mod:`portrait_dist.inference.placement`; by default letterbox.
         refine: sharpen alpha along the edges of the full-size photo, see
             :mod:`portrait_dist.inference.refine`. On, because the boundary scores of
             ``benchmarks/predictions.py`` improve.
@@ -103,13 +103,14 @@ class PortraitSegmenter:
         device: str = "auto",
         precision: str = "auto",
         engine: Engine = "torch",
-        fit: Fit = "letterbox",
+        fit: Fit | None = None,
         refine: bool = True,
         mirror: bool = True,
         largest: bool = False,
         aspect: float = DEFAULT_ASPECT,
         levels: tuple[float, float] = (0.0, 1.0),
     ) -> None:
+        fit = fit or "letterbox"
         _check_choices(fit, precision, levels, aspect)
         _check_size(model, size, fit, engine)
         self.device = pick_device("cpu" if (device, engine) == ("auto", "openvino") else device)
@@ -150,7 +151,8 @@ class PortraitSegmenter:
             path: a .pth file.
             size: (H, W) of the training images, for a checkpoint that does not say it.
             trust_code: import the network's code where it is the user's, which executes it.
-            options: see :class:`PortraitSegmenter`.
+            options: see :class:`PortraitSegmenter`; ``fit`` is by default that of training where
+                photos kept their shape there.
 
         Raises:
             InputError: no such file, a network that cannot be built again, or wrong options.
@@ -160,6 +162,10 @@ class PortraitSegmenter:
 
         model, info = load_model(path, trust_code=trust_code)
         trained = input_geometry(info, size, aspect_matters=True)
+        if not options.get("fit") and trained.fit != "squash":
+            # What was cut in training is not cut here: a network that takes one size gets all.
+            one_size = _takes_one_size(model, options.get("engine", "torch"))
+            options["fit"] = "letterbox" if one_size else trained.fit
         return cls(model, trained.size, aspect=trained.aspect, **options)
 
     @overload  # a str is a path here, though it is a sequence of str too
@@ -387,11 +393,14 @@ def _check_size(model: UNet | MaskNetwork, size: tuple[int, int], fit: str, engi
     """Check that the network takes its size, and others where the fit gives others."""
     if any(side < model.stride or side % (model.stride or 1) for side in size):
         raise InputError(f"size {size[0]}x{size[1]}: the network takes multiples of {model.stride}")
-    one_size = not model.stride or (engine == "openvino" and isinstance(model, MaskNetwork))
-    if fit == "cover" and one_size:
+    if fit == "cover" and _takes_one_size(model, engine):
         raise InputError(
             f"fit 'cover': this network takes {size[0]}x{size[1]} only; give letterbox"
         )
+
+
+def _takes_one_size(model: UNet | MaskNetwork, engine: str) -> bool:
+    return not model.stride or (engine == "openvino" and isinstance(model, MaskNetwork))
 
 
 class _OnTheWay:

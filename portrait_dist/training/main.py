@@ -281,6 +281,7 @@ def _loader_options(config: Config, device: torch.device) -> _LoaderOptions:
         "cache": cache,
         "pin_memory": device.type == "cuda",
         "size": (data.size, data.size) if data.size else None,
+        "fit": None if data.fit == "auto" else data.fit,
         "on_damage": data.on_damage,
         "order": data.order,
         "block_samples": data.block_samples,

@@ -27,10 +27,14 @@ class NetworkMetadata(TypedDict):
 
 
 class ImageMetadata(TypedDict, total=False):
-    """What the training images are: [H, W] in pixels, and width / height of the photos."""
+    """What the training images are: [H, W] in pixels, width / height of the photos, and their fit.
+
+    The fit is there where it is not ``squash``.
+    """
 
     size: list[int]
     aspect: float | None
+    fit: str
 
 
 class PythonRandomState(TypedDict):
@@ -102,6 +106,10 @@ def describe_images(loader: object, batch: object) -> ImageMetadata:
         natural = found[1] / found[0]
     valid = isinstance(size, (tuple, list)) and len(size) == 2
     height, width = size if valid and size is not None else found
+    fit = getattr(dataset, "fit", None)
+    if fit in ("letterbox", "cover"):  # nothing was distorted
+        shape = [int(height), int(width)]
+        return {"size": shape, "aspect": int(width) / int(height), "fit": fit}
     aspect = float(aspect) if isinstance(aspect, (int, float)) and aspect > 0 else natural
     return {"size": [int(height), int(width)], "aspect": aspect}
 

@@ -669,6 +669,8 @@ class PortraitTrainer(AdaptedTrainer):
         self.samples_seen = info.samples_seen
         if info.size is not None:
             self._images = {"size": list(info.size), "aspect": info.aspect}
+            if info.fit != "squash":
+                self._images["fit"] = info.fit
         best = info.best_metric if info.best_metric is not None else info.acc or 0.0
         if distributed.rank() == 0:
             # A kill between the two files leaves a best checkpoint that is newer than the latest

@@ -10,6 +10,29 @@ APPEND = "tests/unit/test_append.py"
 
 MUTATIONS = [
     Mutation(
+        file="portrait_dist/data/shards/pack_folder.py",
+        old='({"fit": "squash", **found} for found in',
+        new="({**found} for found in",
+        test="tests/unit/test_fit.py::test_a_folder_packed_with_another_fit_is_refused",
+        why="squashed and other samples never share a folder",
+    ),
+    Mutation(
+        file="portrait_dist/inference/segmenter.py",
+        old='options["fit"] = "letterbox" if one_size else trained.fit',
+        new='options["fit"] = "letterbox"',
+        test="tests/unit/test_fit.py::"
+        "test_predict_takes_the_fit_of_training_unless_it_is_told_another",
+        why="photos reach the network as in training",
+    ),
+    Mutation(
+        file="portrait_dist/evaluation.py",
+        old="if packed is not None and opened.fit != trained.fit:",
+        new="if False:",
+        test="tests/unit/test_fit.py::"
+        "test_a_run_remembers_its_fit_and_evaluate_and_predict_follow_it",
+        why="a checkpoint is scored on images as it was trained on",
+    ),
+    Mutation(
         file="portrait_dist/slurm/steps.py",
         old='ALWAYS, SUCCESS = "afterany", "afterok"',
         new='ALWAYS, SUCCESS = "afterok", "afterok"',

@@ -242,7 +242,7 @@ def test_sets_that_do_not_go_together_are_refused_by_name(
     writer.pack(write_tree(tmp_path / "data", keys), larger, (40, 40))
     for sets, parts in (
         (f"{tiny_shards},{copy}:0.5", [f"{copy}: its train split is that of {tiny_shards}"]),
-        (f"{tiny_shards},{larger}", ["packed at 32x32", f"{larger} at 40x40"]),
+        (f"{tiny_shards},{larger}", ["packed at 32x32", f"{larger} at 40x40 (squash)"]),
         (f"{tiny_shards},{tmp_path}/none:0.3", [f"{tmp_path}/none: there is no such folder"]),
     ):
         result = train_into(tmp_path, sets, "train.max_epochs=1")

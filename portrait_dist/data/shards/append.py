@@ -27,7 +27,7 @@ from portrait_dist.data.source.assignment import SPLITS
 from portrait_dist.data.source.split import Split, open_data
 from portrait_dist.errors import InputError
 from portrait_dist.files import explained
-from portrait_dist.preprocessing import DEFAULT_SIZE
+from portrait_dist.preprocessing import DEFAULT_SIZE, Fit
 from portrait_dist.system.info import cores
 from portrait_dist.system.malloc import keep_freed_memory
 
@@ -40,6 +40,7 @@ def append(
     workers: int | None = None,
     codec: str = "jpeg",
     quality: int = 95,
+    fit: Fit = "squash",
 ) -> PackResult:
     """Pack the pairs whose keys are not in packed shards yet, as new shards behind the old ones.
 
@@ -51,13 +52,14 @@ def append(
         workers: threads; by default the CPUs this process may use.
         codec: of the old shards.
         quality: of the old shards.
+        fit: of the old shards.
 
     Raises:
         InputError: no packed shards there, other settings, or a key that cannot be stored.
         DamagedDataError: a file that does not decode.
         PortraitDistError: the disk is full or failed.
     """
-    settings = Settings(size, codec, quality, samples_per_shard)
+    settings = Settings(size, codec, quality, samples_per_shard, fit)
     settings.check()
     split = data if isinstance(data, Split) else open_data(data)
     check_keys(split)

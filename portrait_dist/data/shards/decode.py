@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -16,6 +18,14 @@ from PIL import Image
 from portrait_dist.data.shards.png import Pixels, decode_grey
 from portrait_dist.data.source.masks import decode_mask
 from portrait_dist.data.source.pictures import decode_picture, upright
+from portrait_dist.preprocessing import Fit, fit_inner
+
+
+class Turns(NamedTuple):
+    """How files are brought upright: EXIF orientation of the image; whether its mask turns too."""
+
+    image: int
+    mask_too: bool
 
 
 def decode_pair(
@@ -27,6 +37,7 @@ def decode_pair(
     *,
     exact: bool = True,
     codec: str = "jpeg",
+    fit: Fit = "squash",
 ) -> None:
     """Decode one sample, at the size it is stored in or resized, into given arrays.
 
@@ -40,11 +51,12 @@ def decode_pair(
         size: (H, W) in pixels; None for that of ``out_alpha``.
         out_image: uint8 [H, W, 3], contiguous.
         out_alpha: uint8 [H, W].
-        exact: False decodes a larger JPEG at 1/2, 1/4 or another scale that the codec can do, as
-            long as it is not below ``size``, and resizes the rest bilinearly without antialiasing:
-            faster, and slightly different.
+        exact: False decodes a larger JPEG that is squashed at 1/2, 1/4 or another scale that the
+            codec can do, as long as it is not below ``size``, and resizes the rest bilinearly
+            without antialiasing: faster, and slightly different.
         codec: ``jpeg`` or ``raw``, or ``files-T-B`` for members of any picture type, whose image
             is turned as EXIF's T says, and its mask with it if B is 1.
+        fit: how a sample of another size is brought to ``size``.
 
     Raises:
         ValueError: damaged, or not of the wanted size where it cannot be resized.
@@ -52,18 +64,17 @@ def decode_pair(
     size = size or (out_alpha.shape[0], out_alpha.shape[1])
     if codec.startswith("files"):
         turned, both = map(int, codec.split("-")[1:])
-        decode_files(
-            image, alpha, size, out_image, out_alpha, exact=exact, turned=turned, both=bool(both)
-        )
+        way = Turns(turned, bool(both))
+        decode_files(image, alpha, size, out_image, out_alpha, exact=exact, turns=way, fit=fit)
         return
     if codec == "raw":
         out_image[:] = _pixels(image, (*size, 3))
         out_alpha[:] = _pixels(alpha, size)
         return
-    stored = _decode_image(image, size, out_image, exact)
+    stored = _decode_image(image, size, out_image, exact, fit)
     grey = decode_grey(alpha)
     _check_same_size(stored, grey.shape)
-    out_alpha[:] = grey if grey.shape == size else resize_alpha(grey, size)
+    out_alpha[:] = fitted(grey, size, fit, resize_alpha)
 
 
 def decode_files(
@@ -74,8 +85,8 @@ def decode_files(
     out_alpha: Pixels,
     *,
     exact: bool,
-    turned: int,
-    both: bool,
+    turns: Turns,
+    fit: Fit = "squash",
 ) -> None:
     """Decode an image and a mask of any type that ``pack`` takes; see :func:`decode_pair`.
 
@@ -86,23 +97,53 @@ def decode_files(
         out_image: uint8 [H, W, 3], contiguous.
         out_alpha: uint8 [H, W].
         exact: as in :func:`decode_pair`.
-        turned: EXIF orientation of the image, 1 to 8.
-        both: whether the mask is turned with it.
+        turns: of the image and its mask.
+        fit: as in :func:`decode_pair`.
 
     Raises:
         ValueError: damaged, no mask, or the two differ in size.
     """
     size = size or (out_alpha.shape[0], out_alpha.shape[1])
     grey = decode_mask(bytes(alpha))
-    grey = upright(grey, turned if both else 1)
-    if turned == 1 and _is_plain_jpeg(image):
-        stored = _decode_image(image, size, out_image, exact)
+    grey = upright(grey, turns.image if turns.mask_too else 1)
+    if turns.image == 1 and _is_plain_jpeg(image):
+        stored = _decode_image(image, size, out_image, exact, fit)
     else:
-        pixels = upright(decode_picture(bytes(image)), turned)
+        pixels = upright(decode_picture(bytes(image)), turns.image)
         stored = (pixels.shape[0], pixels.shape[1])
-        out_image[:] = pixels if stored == size else resize_pixels(pixels, size)
+        out_image[:] = fitted(pixels, size, fit, resize_pixels)
     _check_same_size(stored, grey.shape)
-    out_alpha[:] = grey if grey.shape == size else resize_alpha(grey, size)
+    out_alpha[:] = fitted(grey, size, fit, resize_alpha)
+
+
+def fitted(
+    pixels: Pixels,
+    size: tuple[int, int],
+    fit: Fit,
+    resize: Callable[[Pixels, tuple[int, int]], Pixels],
+) -> Pixels:
+    """Bring an image, uint8 [h, w, 3], or a mask, [h, w], to a size.
+
+    Args:
+        pixels: what is brought there; returned as it is where it has that size.
+        size: (H, W) in pixels.
+        fit: how, where the shape is another; around a letterboxed one its edge pixels continue.
+        resize: takes pixels and (H, W).
+    """
+    shape = (pixels.shape[0], pixels.shape[1])
+    if shape == size:
+        return pixels
+    top, left, height, width = fit_inner(*shape, size, fit)
+    if (height, width) != shape:
+        pixels = resize(pixels, (height, width))
+    if (height, width) == size:
+        return pixels
+    if fit == "cover":
+        return np.ascontiguousarray(pixels[-top : size[0] - top, -left : size[1] - left])
+    import cv2
+
+    around = (top, size[0] - height - top, left, size[1] - width - left)
+    return np.asarray(cv2.copyMakeBorder(pixels, *around, cv2.BORDER_REPLICATE), np.uint8)
 
 
 def _is_plain_jpeg(image: bytes | memoryview) -> bool:
@@ -119,13 +160,15 @@ def resize_pixels(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def _decode_image(
-    image: bytes | memoryview, size: tuple[int, int], out: Pixels, exact: bool
+    image: bytes | memoryview, size: tuple[int, int], out: Pixels, exact: bool, fit: Fit
 ) -> tuple[int, int]:
     """Decode a JPEG at a size; return the (H, W) it is stored in."""
     stored = jpeg_size(image)
     if stored == size:
         # In place: the codec writes into the rows of the batch, and no image is copied.
         simplejpeg.decode_jpeg(image, "RGB", buffer=out)
+    elif fit != "squash":
+        out[:] = fitted(simplejpeg.decode_jpeg(image, "RGB"), size, fit, resize_pixels)
     elif exact:
         out[:] = decode_resized(image, size)
     else:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from portrait_dist.data.shards.decode import npy_header, resize_alpha
+from portrait_dist.data.shards.decode import fitted, npy_header, resize_alpha
 from portrait_dist.data.shards.format import MAX_SIDE, SUFFIXES, StorageSettings, storage_settings
 from portrait_dist.data.shards.png import Pixels, decode_grey, decode_matte, encode_grey
 from portrait_dist.data.source.locations import Location, shown, suffix_of
@@ -26,6 +26,7 @@ from portrait_dist.data.source.pictures import (
     upright,
 )
 from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.preprocessing import FITS, Fit
 
 SIDES = range(8, MAX_SIDE + 1)
 """Height and width of stored samples, in pixels."""
@@ -40,12 +41,14 @@ class Settings:
         codec: ``jpeg`` or ``raw``.
         quality: of the JPEGs, 1 to 100.
         samples_per_shard: at least 1.
+        fit: how images of another shape are brought to ``size``.
     """
 
     size: tuple[int, int] | None
     codec: str
     quality: int
     samples_per_shard: int
+    fit: Fit = "squash"
 
     def check(self) -> None:
         """Check every setting.
@@ -64,6 +67,13 @@ class Settings:
                 f"--size {self.size[0]}x{self.size[1]}: "
                 f"each side is from {SIDES[0]} to {SIDES[-1]} pixels"
             )
+        if self.fit not in FITS:
+            raise InputError(f"--fit {self.fit}: it is one of {', '.join(FITS)}")
+        if self.fit != "squash" and self.size is None:
+            raise InputError(
+                f"--fit {self.fit}: needs a size to fit into; give --size HEIGHTxWIDTH, or keep "
+                f"the images as they are and train with data.fit={self.fit}"
+            )
         if not 1 <= self.quality <= 100:
             raise InputError(f"--quality {self.quality}: it is from 1 to 100")
         if self.samples_per_shard < 1:
@@ -71,7 +81,9 @@ class Settings:
 
     def to_dict(self) -> StorageSettings:
         """Return the settings as they stand in the manifest."""
-        return storage_settings(self.size, self.codec, self.quality, self.samples_per_shard)
+        return storage_settings(
+            self.size, self.codec, self.quality, self.samples_per_shard, self.fit
+        )
 
 
 @dataclass(frozen=True)
@@ -213,10 +225,11 @@ def encode_pixels(
         image: uint8 [h, w, 3].
         alpha: uint8 [h, w].
         size: (H, W) in pixels.
-        settings: codec and quality.
+        settings: codec, quality and fit.
     """
     if size != alpha.shape:
-        image, alpha = resize_image(image, size), resize_alpha(alpha, size)
+        image = fitted(image, size, settings.fit, resize_image)
+        alpha = fitted(alpha, size, settings.fit, resize_alpha)
     if settings.codec == "raw":
         return (
             npy_header(image.shape) + image.tobytes(),

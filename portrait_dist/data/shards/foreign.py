@@ -30,7 +30,7 @@ from isal import isal_zlib
 
 from portrait_dist import distributed, files
 from portrait_dist.data.shards.cache import Cache, locked
-from portrait_dist.data.shards.decode import decode_files, jpeg_size
+from portrait_dist.data.shards.decode import Turns, decode_files, jpeg_size
 from portrait_dist.data.shards.format import (
     BLOCK,
     MANIFEST,
@@ -593,7 +593,7 @@ def _record(tar: Path, key: str, file: IO[bytes], pair: list[Member], decode: bo
             )
         if decode:
             out = np.empty((*shown[::-1], 3), np.uint8), np.empty(shown[::-1], np.uint8)
-            decode_files(image, mask, None, *out, exact=True, turned=turned, both=both)
+            decode_files(image, mask, None, *out, exact=True, turns=Turns(turned, both))
     except NotAMaskError as error:
         raise InputError(f"{tar}: {shorten(key)}: {error}") from error
     except (*DAMAGED, RuntimeError) as error:

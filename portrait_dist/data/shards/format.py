@@ -29,9 +29,10 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NoReturn, NotRequired, TypedDict, cast
 
 from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.preprocessing import FITS, Fit
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -100,19 +101,27 @@ class StorageSettings(TypedDict):
     codec: str
     quality: int
     samples_per_shard: int
+    fit: NotRequired[str]
 
 
 def storage_settings(
-    size: tuple[int, int] | None, codec: str, quality: int, samples_per_shard: int
+    size: tuple[int, int] | None,
+    codec: str,
+    quality: int,
+    samples_per_shard: int,
+    fit: Fit = "squash",
 ) -> StorageSettings:
     """Return the settings for JSON; :class:`Manifest` says what they are."""
     # The order stays: the identity of a split hashes this dict as Python writes it.
-    return {
+    found: StorageSettings = {
         "size": list(size) if size else None,
         "codec": codec,
         "quality": quality,
         "samples_per_shard": samples_per_shard,
     }
+    if fit != "squash":  # shards that are squashed keep the bytes of earlier releases
+        found["fit"] = fit
+    return found
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,7 @@ class Manifest:
         splits: by name.
         versions: where ``pack --append`` added shards, how many each split had in each version;
             the last is this one. Empty for shards that are as they were packed.
+        fit: how images of another shape were brought to ``size``.
     """
 
     source: str
@@ -137,6 +147,7 @@ class Manifest:
     samples_per_shard: int
     splits: dict[str, SplitEntry]
     versions: tuple[dict[str, int], ...] = ()
+    fit: Fit = "squash"
 
     @property
     def version(self) -> int:
@@ -146,7 +157,9 @@ class Manifest:
     @property
     def settings(self) -> StorageSettings:
         """What determines the bytes of the shards, besides the pairs."""
-        return storage_settings(self.size, self.codec, self.quality, self.samples_per_shard)
+        return storage_settings(
+            self.size, self.codec, self.quality, self.samples_per_shard, self.fit
+        )
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``, with its own hash as the last field."""
@@ -211,7 +224,10 @@ def _manifest(found: Mapping[str, Any]) -> Manifest:
         samples_per_shard=_whole(found, "samples_per_shard", 1, MAX_SAMPLES),
         splits={name: _split(name, _object(split, name)) for name, split in splits.items()},
         versions=_versions(found),
+        fit=cast(Fit, _text(found, "fit") if "fit" in found else "squash"),
     )
+    if manifest.fit not in FITS or (manifest.fit != "squash" and manifest.size is None):
+        raise ValueError(f"fit is none of {', '.join(FITS)}, or has no size")
     if manifest.codec not in SUFFIXES:
         raise ValueError(f"codec is none of {', '.join(SUFFIXES)}")
     if manifest.versions:

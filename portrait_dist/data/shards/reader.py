@@ -187,6 +187,7 @@ class ShardSet:
         self.samples = entry.samples
         self.size = self.manifest.size
         self.codec = self.manifest.codec
+        self.fit = self.manifest.fit
         self._ends = list(itertools.accumulate(self.shard_sizes))
         self.bytes = sum(shard.bytes for shard in entry.shards)
         self.bytes_beside = 0

@@ -20,6 +20,7 @@ from portrait_dist.data.shards.cache import Cache
 from portrait_dist.data.shards.foreign import ForeignShardSet, is_foreign
 from portrait_dist.data.shards.reader import Encoded, NoSplitError, ShardSet
 from portrait_dist.errors import InputError
+from portrait_dist.preprocessing import Fit
 from portrait_dist.system.address import (
     WeightedLocation,
     is_address,
@@ -84,7 +85,7 @@ class ShardSets:
         opened = _open_each(locations, split, self.cache if self.remote else None)
         self.parts = _parts(opened)
         self._several = len(locations) > 1
-        self.size = _common_size([one for one, _ in opened])
+        self.size, self.fit = _common_size([one for one, _ in opened])
         self.shards = [entry for one, _ in opened for entry in one.shards]
         self.shard_sizes = [entry.samples for entry in self.shards]
         self.samples = sum(self.shard_sizes)
@@ -248,18 +249,20 @@ def _parts(opened: Sequence[tuple[ShardSet, WeightedLocation]]) -> list[Part]:
     ]
 
 
-def _common_size(sets: Sequence[ShardSet]) -> tuple[int, int] | None:
-    """Return (H, W) that sets were packed at; None where all keep their own.
+def _common_size(sets: Sequence[ShardSet]) -> tuple[tuple[int, int] | None, Fit]:
+    """Return (H, W) that sets were packed at and how; None where all keep their own size.
 
     Raises:
-        InputError: two were packed at different sizes.
+        InputError: two were packed differently.
     """
     packed = [one for one in sets if one.size is not None]
     for one in packed[1:]:
-        if one.size != packed[0].size:
-            first, other = ("x".join(map(str, each.size or ())) for each in (packed[0], one))
+        if (one.size, one.fit) != (packed[0].size, packed[0].fit):
+            first, other = (
+                f"{'x'.join(map(str, each.size or ()))} ({each.fit})" for each in (packed[0], one)
+            )
             raise InputError(
                 f"{packed[0].shown} was packed at {first} and {one.shown} at {other}; pack one of "
-                "them again at the size of the other, or with --size original for any size"
+                "them again as the other, or with --size original for any size"
             )
-    return packed[0].size if packed else None
+    return (packed[0].size, packed[0].fit) if packed else (None, "squash")

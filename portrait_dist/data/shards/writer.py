@@ -76,7 +76,7 @@ from portrait_dist.files import (
     write_bytes,
     write_text,
 )
-from portrait_dist.preprocessing import DEFAULT_SIZE
+from portrait_dist.preprocessing import DEFAULT_SIZE, Fit
 from portrait_dist.system.info import cores
 from portrait_dist.system.malloc import keep_freed_memory
 from portrait_dist.system.progress import track
@@ -131,6 +131,7 @@ def pack(
     part: tuple[int, int] | None = None,
     finish: bool = False,
     check: bool = False,
+    fit: Fit = "squash",
 ) -> PackResult:
     """Pack the three splits of a prepared tree, or a part of their shards.
 
@@ -145,6 +146,7 @@ def pack(
         part: (I, N) to pack the shards whose number in the plan is I modulo N only.
         finish: pack nothing; write the manifest if every shard is there.
         check: hash the tars that are there already, instead of comparing length and time.
+        fit: how images of another shape are brought to ``size``.
 
     Raises:
         InputError: wrong options, keys or pairs; shards missing with ``finish``; another ``out``.
@@ -152,7 +154,7 @@ def pack(
         PortraitDistError: the disk is full or failed.
     """
     _check_options(workers, part, finish)
-    folder = _open(data, out, Settings(size, codec, quality, samples_per_shard))
+    folder = _open(data, out, Settings(size, codec, quality, samples_per_shard, fit))
     packing = _Packing(folder, workers or cores(), check)
     keep_freed_memory()
     with explained(folder.out):
@@ -181,6 +183,7 @@ def plan_pack(
     samples_per_shard: int = SAMPLES_PER_SHARD,
     codec: str = "jpeg",
     quality: int = QUALITY,
+    fit: Fit = "squash",
 ) -> PackPlan:
     """Check what :func:`pack` checks before it encodes anything, and count; writes nothing.
 
@@ -189,7 +192,7 @@ def plan_pack(
         DamagedDataError: a split or manifest that cannot be read.
     """
     check_folder_writable(out)
-    folder = _open(data, out, Settings(size, codec, quality, samples_per_shard))
+    folder = _open(data, out, Settings(size, codec, quality, samples_per_shard, fit))
     if folder.out.is_dir():
         folder.check()
     plans = plan_shards(folder.split, samples_per_shard)
@@ -511,6 +514,7 @@ def build_manifest(
         quality=settings.quality,
         samples_per_shard=settings.samples_per_shard,
         splits=splits,
+        fit=settings.fit,
     )
 
 

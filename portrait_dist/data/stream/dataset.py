@@ -25,7 +25,7 @@ from portrait_dist.data.stream.mixing import MixedOrder, Source
 from portrait_dist.data.stream.order import BatchPlan, Ints, Order, whole_number
 from portrait_dist.data.stream.transforms import SampleTransforms, Transform
 from portrait_dist.errors import DamagedDataError, InputError
-from portrait_dist.preprocessing import DEFAULT_SIZE
+from portrait_dist.preprocessing import DEFAULT_SIZE, FITS, Fit
 
 if TYPE_CHECKING:
     from portrait_dist.data.shards.cache import Cache
@@ -55,6 +55,7 @@ class StreamKeywords(TypedDict, total=False):
 
     shuffle: bool | None
     size: tuple[int, int] | None
+    fit: Fit | None
     exact: bool | None
     order: str
     block_samples: int
@@ -71,6 +72,8 @@ class StreamOptions:
     Args:
         shuffle: shuffle the split; None: only ``train``.
         size: (H, W) in pixels of the batches, for shards at original size; None: 256×256 there.
+        fit: how shards at original size are brought there; None: as others of the run were
+            packed, else squashed.
         exact: decode exactly as the tutorial does. False lets original-size JPEGs be decoded at a
             reduced scale, which is faster and slightly different. None: exact for all but
             ``train``.
@@ -89,6 +92,7 @@ class StreamOptions:
 
     shuffle: bool | None = None
     size: tuple[int, int] | None = None
+    fit: Fit | None = None
     exact: bool | None = None
     order: str = "full"
     block_samples: int = 16384
@@ -100,6 +104,8 @@ class StreamOptions:
     def __post_init__(self) -> None:
         if self.on_damage not in ("stop", "skip"):
             raise InputError(f"on_damage={self.on_damage}: it is stop or skip")
+        if self.fit not in (None, *FITS):
+            raise InputError(f"fit={self.fit}: it is one of {', '.join(FITS)}")
         if self.order not in ("full", "block"):
             raise InputError(f"order={self.order}: it is full or block")
         whole_number("block_samples", self.block_samples, 1)
@@ -155,6 +161,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
         self.location, self.split, self.cache = shards, split, options.cache
         self.shards = open_shards(shards, split, cache=options.cache)
         self.size = _batch_size_in_pixels(self.shards.size, options.size, self.shards.shown)
+        self.fit = _fit_of(self.shards, options.fit)
         # Scores must not depend on a shortcut of the decoder; training may take it.
         self.exact = not train if options.exact is None else options.exact
         self.on_damage = options.on_damage
@@ -304,6 +311,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
                 alpha,
                 exact=self.exact,
                 codec=encoded.codec,
+                fit=self.fit,
             )
         except Exception as error:  # the codecs raise kinds of their own
             reason = " ".join(str(error).split())
@@ -385,6 +393,18 @@ def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int,
 
         return dist.get_rank(), dist.get_world_size()
     return distributed.rank(), distributed.world_size()
+
+
+def _fit_of(shards: AnyShards, asked: Fit | None) -> Fit:
+    """Return how images of another shape are, or were, brought to the size of the batches."""
+    if shards.size is None:
+        return asked or "squash"
+    if asked is not None and asked != shards.fit:
+        raise InputError(
+            f"{shards.shown}: packed with --fit {shards.fit}, asked for {asked}; pack again with "
+            f"--fit {asked}, or with --size original for any"
+        )
+    return shards.fit
 
 
 def _batch_size_in_pixels(

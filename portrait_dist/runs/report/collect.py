@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from portrait_dist.data.stream.loader import Batch
     from portrait_dist.evaluation import SampleScores, ScoredSample
     from portrait_dist.models import MaskNetwork, UNet
+    from portrait_dist.preprocessing import Fit
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,10 @@ def score_run(
     found = open_shards(shards, "val")
     if not found.samples:
         raise InputError(f"{found.shown}: the validation split is empty; there is nothing to score")
-    size = size_of_shards(shards, "val", input_geometry(info).size, run.checkpoint)
-    return ScoredRun(score(model, shards, size, images, at_most, device), _facts_of(found))
+    trained = input_geometry(info)
+    size = size_of_shards(shards, "val", trained, run.checkpoint)
+    scores = score(model, shards, size, images, at_most, device, fit=trained.fit)
+    return ScoredRun(scores, _facts_of(found))
 
 
 def _facts_of(shards: AnyShards) -> dict[str, str]:
@@ -231,6 +234,8 @@ def score(
     images: int,
     at_most: int = 0,
     device: str = "auto",
+    *,
+    fit: Fit | None = None,
 ) -> Scores:
     """Score a model on the validation split, sample by sample.
 
@@ -241,12 +246,13 @@ def score(
         images: how many samples to keep for the gallery, and how many of the worst.
         at_most: samples to score, spread evenly over the split; 0 for all.
         device: ``auto``, ``cpu`` or ``cuda``.
+        fit: how images of another shape are brought to that size.
     """
     from portrait_dist.distributed import pick_device
     from portrait_dist.evaluation import Scorer, mean_scores
 
     scorer = Scorer(model, pick_device(device))
-    total, batches = _batches(shards, size, at_most)
+    total, batches = _batches(shards, size, at_most, fit)
     scored = min(total, at_most or total)
     shown = {number * scored // images for number in range(images)} if images else set()
     rows: list[SampleScores] = []
@@ -265,7 +271,9 @@ def score(
     return Scores(total, float(scorer.pooled.compute()), mean_scores(rows), ious, gallery, ranked)
 
 
-def _batches(shards: str, size: tuple[int, int], at_most: int) -> tuple[int, Iterator[Batch]]:
+def _batches(
+    shards: str, size: tuple[int, int], at_most: int, fit: Fit | None
+) -> tuple[int, Iterator[Batch]]:
     """Return how many samples the validation split has, and its batches in order.
 
     These are all, or ``at_most`` samples spread evenly over the split.
@@ -275,7 +283,7 @@ def _batches(shards: str, size: tuple[int, int], at_most: int) -> tuple[int, Ite
     from portrait_dist.system.progress import track
 
     loader = build_loader(
-        shards, "val", 8, shuffle=False, size=size, drop_last=False, rank=0, world_size=1
+        shards, "val", 8, shuffle=False, size=size, fit=fit, drop_last=False, rank=0, world_size=1
     )
     total = loader.dataset.samples
     if not at_most or at_most >= total:
