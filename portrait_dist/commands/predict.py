@@ -32,6 +32,7 @@ Examples:
     --only cutout --out - > cutout.png
   portrait-dist predict --checkpoint runs/first/ckpt_best.pth photos/ --only mask --out masks \\
     --out-shards pseudo --min-confidence 0.95
+  portrait-dist predict --checkpoint runs/first/ckpt_best.pth inbox/ --out cutouts --watch
   torchrun --nproc-per-node 8 -m portrait_dist predict --checkpoint runs/first/ckpt_best.pth \\
     photos/ --out masks --only mask
 """
@@ -170,6 +171,11 @@ def _labels(function: Callable[..., object]) -> Callable[..., object]:
     is_flag=True,
     help="Do nothing: check that every photo is done, else name what is missing.",
 )
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Keep looking at the folders and do every photo that comes, until Ctrl-C or SIGTERM.",
+)
 @_labels
 @options.trained_size
 @options.trust_code
@@ -179,6 +185,7 @@ def predict(
     out: str,
     part: tuple[int, int] | None,
     finish: bool,
+    watch: bool,
     force: bool,
     batch_size: int,
     background: str,
@@ -202,6 +209,11 @@ def predict(
 
     check_options(paths, labels, kinds, image_format)
     images = batch.ImageOptions(background, kinds, image_format, size, network, trust_code)
+    if watch:
+        from portrait_dist.inference.watch import watch as keep_watching
+
+        _check_watch(out, part, finish, labels)
+        return keep_watching(checkpoint, paths, out, images, force=force, batch_size=batch_size)
     if out == "-":
         photo = _only_photo(paths, kinds, labels)
         sys.stdout.buffer.write(batch.predict_to_bytes(checkpoint, photo, images))
@@ -250,6 +262,22 @@ def _predict(
     number, parts = part or (0, 1)
     # An array job of one task has a finishing job too, which reads what the task noted.
     return predict_part(part=number, parts=parts, keep_journal=part is not None)
+
+
+def _check_watch(out: str, part: tuple[int, int] | None, finish: bool, labels: Labels) -> None:
+    """Refuse what needs to know all photos, or one output."""
+    from portrait_dist import distributed
+
+    others = {
+        "--out -": out == "-",
+        "--part": part is not None,
+        "--finish": finish,
+        "--from-shards": bool(labels.source),
+        "--out-shards": labels.out is not None,
+        "torchrun": distributed.world_size() > 1,
+    }
+    if given := [name for name, present in others.items() if present]:
+        raise click.UsageError(f"--watch with {given[0]}: it never has all photos; leave one out.")
 
 
 def _only_photo(paths: tuple[str, ...], kinds: tuple[str, ...], labels: Labels) -> str:

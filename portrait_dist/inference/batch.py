@@ -181,7 +181,7 @@ def predict_files(
     found = _find(paths, plan.folder, labels, reported=part == 0)
     segmenter = images.segmenter(checkpoint)
     journal = Journal(plan.folder, images.fingerprint(segmenter, checkpoint), part, parts)
-    work = _Work(segmenter, plan, journal, batch_size)
+    work = PhotoWork(segmenter, plan, journal, batch_size)
     keep = keep_journal or parts > 1 or labels.out is not None
     return _predict_found(found, images, work, force=force, keep_journal=keep)
 
@@ -223,7 +223,7 @@ def label(
 
 
 def _predict_found(
-    found: Found, images: ImageOptions, work: _Work, *, force: bool, keep_journal: bool
+    found: Found, images: ImageOptions, work: PhotoWork, *, force: bool, keep_journal: bool
 ) -> PredictResult:
     """Predict this part of the photos that were found, but for those that are done already."""
     journal = work.journal
@@ -366,7 +366,7 @@ def predict_on_every_rank(predict: Callable[..., PredictResult]) -> PredictResul
             raise kind(message, merge(results) if results else None)
     merged = merge(results)
     if merged.failed:
-        raise _failure(merged)
+        raise failure_of(merged)
     return merged
 
 
@@ -414,13 +414,18 @@ def _still_to_do(photos: list[Photo], plan: OutputPlan, journal: Journal) -> lis
             continue
         todo.append(photo)
         if not journal.is_ours(photo):
-            there += [path for path in targets if _exists(path)]
+            there += existing_outputs(targets)
     if there:
         others = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise InputError(
             f"{there[0]}{others} exist; add --force to overwrite, or choose another --out"
         )
     return todo
+
+
+def existing_outputs(targets: Iterable[Path]) -> list[Path]:
+    """List those of a photo's outputs that exist, links to nothing included."""
+    return [path for path in targets if _exists(path)]
 
 
 def _exists(path: Path) -> bool:
@@ -431,8 +436,18 @@ def _exists(path: Path) -> bool:
     return True
 
 
-class _Work:
-    """The photos' way from file to outputs; ``failed`` fills on the way."""
+class PhotoWork:
+    """The photos' way from file to outputs.
+
+    Args:
+        segmenter: predicts the masks.
+        plan: what is written for each photo.
+        journal: open for appending while photos are done.
+        batch_size: photos that go through the network together.
+
+    Attributes:
+        failed: photos that could not be done so far.
+    """
 
     def __init__(
         self,
@@ -458,7 +473,7 @@ class _Work:
         written: list[list[str]] = []
         stopped: PortraitDistError | None = None
         try:
-            for files_of_photo in track(self._run(photos), total=len(photos), what="photos"):
+            for files_of_photo in track(self.run(photos), total=len(photos), what="photos"):
                 written.append(files_of_photo)
         except PortraitDistError as error:
             stopped = error
@@ -476,10 +491,10 @@ class _Work:
                 f"{stopped}; {done} of {total} photos are done and stay", result
             ) from stopped
         if result.failed:
-            raise _failure(result)
+            raise failure_of(result)
         return result
 
-    def _run(self, photos: Sequence[Photo]) -> Iterator[list[str]]:
+    def run(self, photos: Iterable[Photo]) -> Iterator[list[str]]:
         """Yield the written files of each photo that could be done, in order.
 
         Raises:
@@ -548,7 +563,7 @@ class _Work:
         return written
 
 
-def _failure(result: PredictResult) -> DamagedDataError:
+def failure_of(result: PredictResult) -> DamagedDataError:
     """Make the error that names the photos that were not done."""
     named = [failure.error for failure in result.failed[:FAILURES_NAMED]]
     if more := len(result.failed) - len(named):

@@ -92,7 +92,7 @@ class Found:
         return f"{total} file{'s' * (total > 1)} of other types skipped: {kinds}"
 
 
-def find_photos(paths: Sequence[str], out: Path) -> Found:
+def find_photos(paths: Sequence[str], out: Path, *, may_be_empty: bool = False) -> Found:
     """Find the photos that paths name, each once, in order.
 
     Folders are searched to the bottom. Hidden files, files of other types, and what ``predict``
@@ -101,6 +101,7 @@ def find_photos(paths: Sequence[str], out: Path) -> Found:
     Args:
         paths: photos, folders and patterns.
         out: the output folder; where it lies within a folder it is not searched.
+        may_be_empty: folders and patterns without photos are no error.
 
     Raises:
         InputError: an empty path, an address, a path that does not exist, a pattern or folder
@@ -109,7 +110,7 @@ def find_photos(paths: Sequence[str], out: Path) -> Found:
     found = Found()
     relative: dict[Path, Path] = {}
     for text in paths:
-        for photo, name in _photos_of(text, out, found):
+        for photo, name in _photos_of(text, out, found, may_be_empty):
             relative.setdefault(photo, name)
     # The same file by two paths is done once, under the name that was found first.
     real = {photo: os.path.realpath(photo) for photo in relative}
@@ -120,7 +121,9 @@ def find_photos(paths: Sequence[str], out: Path) -> Found:
     return found
 
 
-def _photos_of(text: str, out: Path, found: Found) -> list[tuple[Path, Path]]:
+def _photos_of(
+    text: str, out: Path, found: Found, may_be_empty: bool = False
+) -> list[tuple[Path, Path]]:
     """Find the photos of one path, each with its path relative to the folder it was found in."""
     if not text.strip():
         raise InputError(
@@ -143,7 +146,7 @@ def _photos_of(text: str, out: Path, found: Found) -> list[tuple[Path, Path]]:
         matches = map(Path, sorted(glob.glob(text, recursive=True)))
         hits = [(hit, Path(hit.name)) for hit in matches if _is_wanted(hit, found)]
         what = "no such file, and no photo matches it as a pattern"
-    if not hits and not found.unusable:
+    if not hits and not found.unusable and not may_be_empty:
         skipped = found.describe_skipped()
         raise InputError(
             f"{text}: {what}{f' ({skipped})' if skipped else ''}; give photos "

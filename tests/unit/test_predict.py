@@ -19,6 +19,7 @@ from portrait_dist.inference import photos as photos_module
 from portrait_dist.inference.photos import name_outputs
 from portrait_dist.models import int8
 from tests import blobs, cli
+from tests.waiting import wait_for
 
 KINDS = ("mask", "cutout", "side-by-side")
 
@@ -471,3 +472,58 @@ def test_ranks_share_the_photos_and_rank_0_reports_all_of_them(
     assert (result["exit_code"], result["photos"]) == (3, 3)
     assert [failure["photo"] for failure in result["failed"]] == [str(photos / "cut.jpg")]
     assert sorted(contents(out)) == outputs("more/three", "one", "two")
+
+
+def test_a_watched_folder_gives_the_masks_of_photos_as_they_come_and_ends_by_a_signal(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    out, errors = tmp_path / "out", tmp_path / "errors"
+    command = [
+        *(*cli.PORTRAIT_DIST, "predict", "--checkpoint", str(checkpoint), str(photos)),
+        *("--out", str(out), "--only", "mask", "--watch", "--json"),
+    ]
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    try:
+        wait_for(lambda: (out / "more" / "three.mask.png").exists(), what="the first photos")
+        (photos / "broken.jpg").write_bytes(b"no photo")
+        late = blobs.photo(70, 70, seed=9)[0]
+        copy = photos / "late.part"
+        Image.fromarray(late).save(copy, format="png")
+        copy.rename(photos / "late.png")
+        wait_for(lambda: (out / "late.mask.png").exists(), what="the late photo")
+        first = (out / "late.mask.png").read_bytes()
+        Image.fromarray(late[:60]).save(photos / "late.png")  # another photo of that name
+        wait_for(lambda: (out / "late.mask.png").read_bytes() != first, what="the changed photo")
+        wait_for(lambda: "broken.jpg: not a photo" in errors.read_text(), what="the broken one")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 3  # a photo could not be done
+    result = json.loads(stdout)
+    assert "broken.jpg" in result["error"]
+    assert files(out) == [
+        ".predict.jsonl",
+        *("late.mask.png", "more/three.mask.png", "one.mask.png", "two.mask.png"),
+    ]
+    # The masks are those of a plain run, which finds everything done.
+    (photos / "broken.jpg").unlink()
+    again = predict(checkpoint, photos, "--out", out, "--only", "mask", "--device", "auto")
+    assert again.json["done_before"] == 4, again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--part", "0/2"], ["--watch with --part"]),
+        (["--finish"], ["--watch with --finish"]),
+        (["--precision", "int8"], ["--precision int8", "to come"]),
+        (["no-folder"], ["no-folder: no folder"]),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(
+    checkpoint: Path, photos: Path, tmp_path: Path, arguments: list[str], parts: list[str]
+) -> None:
+    result = predict(checkpoint, photos, "--out", tmp_path / "out", "--watch", *arguments)
+    cli.assert_one_line(result, 2, *parts)
+    assert not (tmp_path / "out").exists()
