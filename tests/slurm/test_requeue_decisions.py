@@ -15,6 +15,7 @@ from portrait_dist.config import RunConfig, load
 from portrait_dist.errors import InputError
 from portrait_dist.runs.folder import Event, Events, RunFolder
 from portrait_dist.slurm.allocation import Allocation
+from portrait_dist.slurm.container import Container
 from portrait_dist.slurm.job import (
     Attempt,
     SignalRelay,
@@ -267,6 +268,13 @@ def test_each_node_gets_one_task_and_the_first_hosts_the_rendezvous() -> None:
     command = srun_command(allocation, "10.0.0.1", Path("logs"), ["train.lr=1"])
     assert {"--ntasks=4", "--nodes=4", "--ntasks-per-node=1", "--kill-on-bad-exit=0"} < set(command)
     assert command[-1] == "train.lr=1"
+    inside = srun_command(
+        allocation, "10.0.0.1", Path("logs"), ["train.lr=1"], Container("site/image", ("/shared",))
+    )
+    at = command.index(sys.executable)
+    assert inside[:at] == command[:at], "srun's own options stay"
+    assert inside[inside.index("python") + 1 :] == command[at + 1 :], "in the image's Python"
+    assert "--container-image=site/image" in inside[at:]
     for node, host in ((0, True), (3, False)):
         launch = launch_config(allocation, node, "10.0.0.1")
         assert (launch.min_nodes, launch.max_nodes, launch.max_restarts) == (4, 4, 0)
