@@ -9,7 +9,8 @@ Rows (each step keeps those before it): hub-eager-fp32, tf32 (GPU), channels-las
 merged (portrait_dist.models.fused), kept-memory (CPU; portrait_dist.system.malloc, all before have
 glibc's own way), int8 (portrait_dist.models.int8, on CPUs with VNNI), compiled (torch.compile of
 the bf16 model as it is), compiled-frozen (of the merged one, with frozen weights), max-autotune
-(GPU, with CUDA graphs), best; and train-… for forward, backward and Adam step. int8 can only be the
+(GPU, with CUDA graphs), onnxruntime-… and openvino-… (CPU; benchmarks/engines.py, where they are
+installed), best; and train-… for forward, backward and Adam step. int8 can only be the
 best where its masks were compared, on a trained network. The share of the roofline is the fastest
 conceivable time of the original network on this machine (measured: a large matrix product in the
 row's precision, bf16's for int8, a large copy; activations read and written once) divided by the
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import engines
 import measure
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,7 @@ from portrait_dist.system.malloc import keep_freed_memory, set_thresholds
 
 Work = Callable[[], Any]
 CHANNELS_LAST = torch.channels_last
+INT8_ROWS = ("int8", "onnxruntime-int8", "openvino-int8")
 KEEP_MEMORY = ("kept-memory", "int8", "compiled-frozen", "train-kept-memory", "train-compiled")
 """Rows with :func:`portrait_dist.system.malloc.keep_freed_memory`, on a CPU."""
 
@@ -115,6 +118,8 @@ def networks(
         ladder["max-autotune"] = fused.for_inference(
             bench.model, bench.device, "bf16", compile=True
         )
+    if not bench.cuda:
+        ladder |= dict(engines.forms(bench.model, calibration))
     return ladder
 
 
@@ -247,7 +252,7 @@ def _with_factors_and_best(rows: list[measure.Row], name: str) -> list[measure.R
     for line in rows:
         line["times_eager"] = round(line["images_per_second"] / first, 2)
         line["ms_per_image"] = float(f"{1e3 / line['images_per_second']:.4g}")
-    unknown = {"int8": 0.0}  # the others keep the masks whatever the weights
+    unknown = dict.fromkeys(INT8_ROWS, 0.0)  # the others keep the masks whatever the weights
     equal = [
         line
         for line in rows
@@ -274,7 +279,7 @@ class Roofline:
     def share(self, name: str, rounds: list[measure.Round]) -> measure.Row:
         """Divide the least time of a row by the median of what it took."""
         kind = "bf16"
-        if name == "hub-eager-fp32":
+        if name.endswith("-fp32"):
             kind = "fp32"
         elif name in ("tf32", "channels-last"):
             kind = "tf32" if self.bench.cuda else "fp32"

@@ -31,6 +31,7 @@ COMMANDS = {
     "train": "portrait_dist.commands.train:train",
     "evaluate": "portrait_dist.commands.evaluate:evaluate",
     "predict": "portrait_dist.commands.predict:predict",
+    "video": "portrait_dist.commands.video:video",
     "serve": "portrait_dist.commands.serve:serve",
     "export": "portrait_dist.commands.export:export",
     "submit": "portrait_dist.commands.submit:submit",

@@ -335,7 +335,7 @@ def _check_regular(path: Path) -> None:
 def _why_not_a_photo(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix in VIDEOS:
-        return "a video; predict takes photos, so save its frames as JPEG or PNG first"
+        return "a video; portrait-dist video cuts people out of videos"
     if suffix in HEIC:
         if reads_heic():
             return "the HEIC photo is damaged; take another copy of it"

@@ -146,4 +146,11 @@ MUTATIONS = [
         + "a_watched_folder_gives_the_masks_of_photos_as_they_come_and_ends_by_a_signal",
         why="a watched photo that could not be done is no success",
     ),
+    Mutation(
+        file="portrait_dist/inference/video.py",
+        old="    return np.where(near & apart, (before + after) / 2, alpha)\n",
+        new="    return np.where(near | apart, (before + after) / 2, alpha)\n",
+        test="tests/unit/test_video.py::test_flicker_goes_and_what_moves_stays",
+        why="smoothing a video over time leaves what moves alone",
+    ),
 ]
