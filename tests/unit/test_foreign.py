@@ -344,6 +344,20 @@ def test_a_tar_that_changes_while_it_is_open_never_gives_another_sample(tmp_path
         shards.read(1)
 
 
+def test_verify_decodes_every_sample_and_names_what_no_header_shows(tmp_path: Path) -> None:
+    folder = tars(tmp_path / "set", {"train-0.tar": 5, "val-0.tar": 2})
+    done = call("verify", folder, "--json")
+    assert (done.exit_code, done.json["samples"], done.json["shards"]) == (0, 7, 2), done.stderr
+    assert call("doctor", "--shards", folder, "--json").json["checks"]
+    cut = pair(50)
+    cut["00050.jpg"] = cut["00050.jpg"][:-200]
+    write_tar(folder / "val-0.tar", pair(49) | cut)
+    found = call("verify", folder, "--json")
+    assert found.exit_code == 3
+    assert found.json["samples"] == 6
+    assert [line for line in found.json["errors"] if "val-0.tar, sample 1 (00050)" in line]
+
+
 def test_a_run_on_foreign_tars_with_an_own_set_trains_evaluates_and_refuses_other_tars(
     tiny_shards: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ and made again when length or time of the tar change. Every read compares a CRC-
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -40,7 +41,7 @@ from portrait_dist.data.shards.format import (
     keys_sha256,
     padded,
 )
-from portrait_dist.data.shards.reader import DamageError, Encoded, OpenShard, ShardSet
+from portrait_dist.data.shards.reader import DamageError, Encoded, NoSplitError, OpenShard, ShardSet
 from portrait_dist.data.source.assignment import SPLITS, assigned_splits
 from portrait_dist.data.source.masks import NotAMaskError
 from portrait_dist.data.source.pictures import (
@@ -293,6 +294,19 @@ class ForeignShardSet(ShardSet):
     def _open_shard(self, number: int, cancelled: object) -> OpenShard:
         tar, at = self._chosen[self.split][number]
         return _OpenTar(self._tars[tar], self._indexed[tar], at, self.shards[number])
+
+
+def open_splits(location: str, cache: Cache | None = None) -> list[ForeignShardSet]:
+    """Open every split that foreign tars have.
+
+    Raises:
+        InputError, DamagedDataError: see :class:`ForeignShardSet`.
+    """
+    sets = []
+    for split in SPLITS:
+        with contextlib.suppress(NoSplitError):
+            sets.append(ForeignShardSet(location, split, cache=cache))
+    return sets
 
 
 def _record_at(index: TarIndex, position: int) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 from portrait_dist.data.shards import format as shard_format
 from portrait_dist.data.shards.cache import Cache, FetchError
 from portrait_dist.data.shards.decode import decode_stored
+from portrait_dist.data.shards.foreign import is_foreign, open_splits
 from portrait_dist.data.shards.format import BLOCK, SUFFIXES, ShardEntry, keys_sha256
 from portrait_dist.data.shards.reader import DamagedSampleError, ShardSet, read_manifest
 from portrait_dist.errors import DamagedDataError
@@ -50,7 +51,8 @@ def verify(
     size that decode; the keys are those of the manifest.
 
     Args:
-        location: folder or address of the shards.
+        location: folder or address of the shards; of tars that somebody else wrote, every sample is
+            read and decoded.
         workers: threads; by default the CPUs this process may use.
         cache: for an address.
 
@@ -58,6 +60,8 @@ def verify(
         InputError: no shards there.
         DamagedDataError: the manifest cannot be read.
     """
+    if is_foreign(str(location)):
+        return _verify_foreign(str(location), workers or cores(), cache)
     manifest = read_manifest(location, cache.downloads if cache else None)
     sets = {split: ShardSet(location, split, cache=cache) for split in manifest.splits}
     errors = [] if is_address(location) else _wrong_files(Path(location), sets)
@@ -80,6 +84,21 @@ def verify(
     ]
     whole = sum(len(found) for found in keys.values())
     return VerifyResult(whole, len(every_shard), not errors, errors)
+
+
+def _verify_foreign(location: str, workers: int, cache: Cache | None) -> VerifyResult:
+    """Read and decode every sample of foreign tars; opening them has compared their headers."""
+    sets = open_splits(location, cache)
+    every_shard = [(shards, number) for shards in sets for number in range(len(shards.shards))]
+    tars = {shard.name for shards in sets for shard in shards.shards}
+    whole, errors = 0, []
+    with contextlib.closing(
+        map_in_order(lambda at: _check_samples(*at), every_shard, workers)
+    ) as checked:
+        for found, wrong in track(checked, total=len(every_shard), what="tars"):
+            whole += len(found)
+            errors += wrong
+    return VerifyResult(whole, len(tars), not errors, errors)
 
 
 def _wrong_files(folder: Path, sets: dict[str, ShardSet]) -> list[str]:
@@ -186,7 +205,7 @@ def _check_samples(shards: ShardSet, number: int) -> tuple[list[str], list[str]]
     for sample in range(first, first + shards.shard_sizes[number]):
         try:
             encoded = shards.read(sample)
-            image, _ = decode_stored(encoded.image, encoded.alpha, shards.codec)
+            image, _ = decode_stored(encoded.image, encoded.alpha, encoded.codec)
             if shards.size is not None and image.shape[:2] != shards.size:
                 found, wanted = image.shape[:2], shards.size
                 raise ValueError(

@@ -96,12 +96,16 @@ def check_locks(path: Path) -> Check:
 def check_shards(location: str, samples: int = 64) -> Check:
     """Read the manifest, every local shard's size, and some samples of each split."""
     from portrait_dist.data.shards.cache import Cache, DownloadOptions
+    from portrait_dist.data.shards.foreign import is_foreign, open_splits
     from portrait_dist.data.shards.reader import ShardSet, read_manifest
 
     cache = Cache(downloads=DownloadOptions(wait_for_server_seconds=10.0))
     try:
-        manifest = read_manifest(location, cache.downloads)
-        sets = {split: ShardSet(location, split, cache=cache) for split in manifest.splits}
+        if is_foreign(location):
+            sets: dict[str, ShardSet] = {one.split: one for one in open_splits(location)}
+        else:
+            manifest = read_manifest(location, cache.downloads)
+            sets = {split: ShardSet(location, split, cache=cache) for split in manifest.splits}
         missing = [
             text for found in sets.values() if not found.remote for text in _wrong_sizes(found)
         ]
@@ -127,7 +131,7 @@ def check_shards(location: str, samples: int = 64) -> Check:
 def _wrong_sizes(shards: ShardSet) -> Iterator[str]:
     for number, entry in enumerate(shards.shards):
         try:
-            size = os.stat(Path(shards.location) / entry.name).st_size
+            size = os.stat(shards.folder / entry.name).st_size
         except FileNotFoundError:
             yield f"{shards.shard_name(number)} is missing"
             continue
@@ -151,7 +155,7 @@ def _read_samples(sets: dict[str, ShardSet], samples: int) -> float:
             position = number * found.samples // wanted
             stored = found.read(position)
             try:
-                decode_pair(stored.image, stored.alpha, size, image, alpha, codec=found.codec)
+                decode_pair(stored.image, stored.alpha, size, image, alpha, codec=stored.codec)
             except ValueError as error:
                 raise DamagedDataError(
                     f"{found.name(position)}: does not decode ({error})"
