@@ -14,6 +14,14 @@ AUGMENT = "portrait_dist/data/augment.py"
 MUTATIONS = [
     Mutation(
         file=FOREIGN,
+        old="return first is not None and not _is_packed(first)",
+        new="return first is not None",
+        test="tests/unit/test_foreign.py::"
+        "test_packed_shards_that_lost_their_manifest_are_not_taken_for_foreign_ones",
+        why="own shards without a manifest are not complete",
+    ),
+    Mutation(
+        file=FOREIGN,
         old="if first.count(0) != len(first):",
         new="if False:",
         test="tests/unit/test_foreign.py::"

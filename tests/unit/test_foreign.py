@@ -344,6 +344,18 @@ def test_a_tar_that_changes_while_it_is_open_never_gives_another_sample(tmp_path
         shards.read(1)
 
 
+def test_packed_shards_that_lost_their_manifest_are_not_taken_for_foreign_ones(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in tiny_shards.iterdir():
+        if path.name != "manifest.json":
+            os.link(path, copy / path.name)
+    with pytest.raises(InputError, match=r"no manifest\.json in it"):
+        open_shards(copy, "train")
+
+
 def test_verify_decodes_every_sample_and_names_what_no_header_shows(tmp_path: Path) -> None:
     folder = tars(tmp_path / "set", {"train-0.tar": 5, "val-0.tar": 2})
     done = call("verify", folder, "--json")

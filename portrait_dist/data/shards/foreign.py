@@ -38,6 +38,7 @@ from portrait_dist.data.shards.format import (
     Manifest,
     ShardEntry,
     SplitEntry,
+    is_shard_file,
     keys_sha256,
     padded,
 )
@@ -89,9 +90,15 @@ def is_foreign(location: str) -> bool:
             return path.suffix == ".tar"
         if (path / MANIFEST).exists() or (path / ".pack.json").exists():
             return False
-        return path.is_dir() and next(_tars(path), None) is not None
+        first = next(_tars(path), None) if path.is_dir() else None
+        return first is not None and not _is_packed(first)
     except (OSError, ValueError):  # the reader of packed shards says what is wrong with it
         return False
+
+
+def _is_packed(tar: Path) -> bool:
+    """Whether a tar is one of ours, whose manifest is missing or not copied yet."""
+    return is_shard_file(tar.name) and tar.with_suffix(".index").exists()
 
 
 def _tars(folder: Path) -> Iterator[Path]:
