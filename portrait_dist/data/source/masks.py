@@ -87,7 +87,7 @@ def _person(picture: Image.Image) -> Pixels:
 def _levels(levels: NDArray[Any]) -> Pixels:
     """Person of whole grey levels [H, W] of 8 or 16 bits."""
     low, high = int(levels.min()), int(levels.max())
-    if low == 0 < high and np.isin(levels, (0, high)).all():
+    if low == 0 < high and ((levels == 0) | (levels == high)).all():
         return np.where(levels, np.uint8(255), np.uint8(0))
     if low == high and 0 < high < CLASS_NUMBERS:
         return np.full(levels.shape, 255, np.uint8)
