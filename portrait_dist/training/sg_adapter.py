@@ -19,11 +19,13 @@ afterwards it adapts a SuperGradients that is loaded already.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import importlib.util
 import logging
 import os
+import pickle
 import threading
 import time
 import types
@@ -68,6 +70,13 @@ UNUSED_PACKAGES = (
     "scipy",
     "wandb",
 )
+
+OLD_WEIGHTS = "https://sghub.deci.ai/models/"
+"""Address of the pretrained weights in SuperGradients 3.7.1; nobody answers there any more."""
+NEW_WEIGHTS = "https://sg-hub-nv.s3.amazonaws.com/models/"
+"""Where they went (SuperGradients' issues 2057 and 2064)."""
+WEIGHTS_VARIABLE = "PORTRAIT_DIST_SG_WEIGHTS"
+"""Environment variable with the address of a mirror of yours."""
 
 
 class _RunFolderLog:
@@ -219,6 +228,7 @@ from super_gradients.training.params import (  # noqa: E402
     DEFAULT_TRAINING_PARAMS as _DEFAULT_PARAMETERS,
 )
 from super_gradients.training.sg_trainer import sg_trainer as _sg_trainer  # noqa: E402
+from super_gradients.training.utils import checkpoint_utils as _checkpoint_utils  # noqa: E402
 from super_gradients.training.utils import sg_trainer_utils  # noqa: E402
 from super_gradients.training.utils.callbacks import (  # noqa: E402
     Callback,
@@ -230,6 +240,7 @@ from super_gradients.training.utils.checkpoint_utils import (  # noqa: E402
     StrictLoad,
     adaptive_load_state_dict,
 )
+from super_gradients.training.utils.early_stopping import EarlyStop  # noqa: E402
 from super_gradients.training.utils.ema import KDModelEMA, ModelEMA  # noqa: E402
 from super_gradients.training.utils.utils import AverageMeter, unwrap_model  # noqa: E402
 from torchmetrics import MetricCollection  # noqa: E402
@@ -291,6 +302,33 @@ for _loss in (
 _sg_trainer.random_seed = lambda is_ddp, device, seed: distributed.seed_everything(seed)
 # It wraps sys.excepthook at each train(): every error would be printed twice.
 _sg_trainer.sg_trainer_utils.log_uncaught_exceptions = _nothing
+
+
+_fetch = _checkpoint_utils.load_state_dict_from_url
+
+
+def _fetch_from_where_they_went(url: str, *args: Any, **kwargs: Any) -> Any:
+    """Fetch pretrained weights from their new address, without executing anything in the file."""
+    base = os.environ.get(WEIGHTS_VARIABLE) or NEW_WEIGHTS
+    if url.startswith(OLD_WEIGHTS):
+        url = f"{base.rstrip('/')}/{url.removeprefix(OLD_WEIGHTS)}"
+    try:
+        return _fetch(url, *args, **{**kwargs, "weights_only": True})
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{url}: holds more than weights, or is damaged; nothing was run"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{url}: SuperGradients' pretrained weights cannot be fetched ({error}); set "
+            f"{WEIGHTS_VARIABLE} to the address of a mirror, or give model.weights=FILE"
+        ) from error
+
+
+_checkpoint_utils.load_state_dict_from_url = _fetch_from_where_they_went
+# The other ranks would wait for ever where the first one fails; torch renames a whole file, so each
+# may fetch for itself.
+_checkpoint_utils.wait_for_the_master = lambda local_rank: contextlib.nullcontext()
 
 
 class _JoinedSystemMonitor(_monitoring.SystemMonitor):
@@ -586,6 +624,16 @@ class AdaptedTrainer(Trainer):
             return f"best {name} so far, saved as {self.ckpt_best_name}"
         when = f" (epoch {self._best_epoch})" if self._best_epoch else ""
         return f"best {name} {self.best_metric:.4f}{when}"
+
+    @property
+    def finiteness_is_watched(self) -> bool:
+        """Whether a callback of the user's ends the training at a loss that is not finite."""
+        return any(
+            isinstance(one, EarlyStop)
+            and one.check_finite
+            and one.monitor_key in (self.loss_logging_items_names or ())
+            for one in self.phase_callbacks
+        )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -6,9 +6,7 @@ these parts compute are in :mod:`portrait_dist.training.sg_adapter`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,18 +17,14 @@ from portrait_dist.training import sg_adapter
 
 sg_adapter.import_super_gradients()
 
+from omegaconf import OmegaConf  # noqa: E402
+from super_gradients.common.environment.omegaconf_utils import (  # noqa: E402
+    register_hydra_resolvers,
+)
 from super_gradients.common.registry import registry  # noqa: E402
 from super_gradients.training import models  # noqa: E402
 from super_gradients.training.losses.bce_dice_loss import BCEDiceLoss  # noqa: E402
 from super_gradients.training.pretrained_models import PRETRAINED_NUM_CLASSES  # noqa: E402
-from super_gradients.training.utils import checkpoint_utils  # noqa: E402
-
-OLD_WEIGHTS = "https://sghub.deci.ai/models/"
-"""Address of the pretrained weights in SuperGradients 3.7.1; nobody answers there any more."""
-NEW_WEIGHTS = "https://sg-hub-nv.s3.amazonaws.com/models/"
-"""Where they went (SuperGradients' issues 2057 and 2064)."""
-WEIGHTS_VARIABLE = "PORTRAIT_DIST_SG_WEIGHTS"
-"""Environment variable with the address of a mirror of yours."""
 
 
 def find(section: str, name: str) -> Callable[..., Any]:
@@ -73,6 +67,9 @@ def _network(name: str, *, pretrained: str = "", **args: Any) -> nn.Module:
         raise InputError(
             f"model.args.pretrained={pretrained}: there are {', '.join(PRETRAINED_NUM_CLASSES)}"
         )
+    # The arguments of its U-Net refer to each other by these; its own recipes register them.
+    if not OmegaConf.has_resolver("last"):
+        register_hydra_resolvers()
     # The head of the data set is replaced by one for a mask, as SuperGradients does it.
     network: nn.Module = models.get(
         name, arch_params=args, num_classes=1, pretrained_weights=pretrained or None
@@ -89,31 +86,6 @@ def torch_schedule(
     registry.TORCH_LR_SCHEDULERS[name] = factory
     phase = Phase.TRAIN_BATCH_STEP if each_step else Phase.TRAIN_EPOCH_END
     return {name: {**args, "phase": phase}}
-
-
-# Repairs ------------------------------------------------------------------------------------------
-
-_fetch = checkpoint_utils.load_state_dict_from_url
-
-
-def _fetch_from_where_they_went(url: str, *args: Any, **kwargs: Any) -> Any:
-    """Fetch pretrained weights from their new address, without executing anything in the file."""
-    base = os.environ.get(WEIGHTS_VARIABLE) or NEW_WEIGHTS
-    if url.startswith(OLD_WEIGHTS):
-        url = f"{base.rstrip('/')}/{url.removeprefix(OLD_WEIGHTS)}"
-    try:
-        return _fetch(url, *args, **{**kwargs, "weights_only": True})
-    except OSError as error:
-        raise InputError(
-            f"{url}: SuperGradients' pretrained weights cannot be fetched ({error}); set "
-            f"{WEIGHTS_VARIABLE} to the address of a mirror, or give model.weights=FILE"
-        ) from error
-
-
-checkpoint_utils.load_state_dict_from_url = _fetch_from_where_they_went
-# The other ranks would wait for ever where the first one fails; torch renames a whole file, so each
-# may fetch for itself.
-checkpoint_utils.wait_for_the_master = lambda local_rank: contextlib.nullcontext()
 
 
 # What ``loss.input=auto`` asks a loss.

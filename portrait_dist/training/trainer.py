@@ -112,7 +112,7 @@ class PortraitTrainer(AdaptedTrainer):
     It takes SuperGradients' training parameters. ``mixed_precision`` means bf16 autocast,
     ``batch_accumulate`` averages the gradients of its batches, ``sync_bn``, ``ema``,
     ``clip_grad_norm``, ``torch_compile`` are as there. A loss that is not finite ends the training
-    with :class:`portrait_dist.errors.DivergedError`.
+    with :class:`portrait_dist.errors.DivergedError`, unless an ``EarlyStop`` watches the loss.
 
     Args:
         experiment_name: name of the run; its folder is ``<ckpt_root_dir>/<experiment_name>``.
@@ -499,9 +499,13 @@ class PortraitTrainer(AdaptedTrainer):
     def _raise_if_diverged(self, context: PhaseContext) -> None:
         """End the run on all ranks if a loss or the weights are not finite. A collective.
 
+        SuperGradients' ``EarlyStop`` that watches the loss decides in its place.
+
         Raises:
             DivergedError: the same one on every rank, of the earliest step that any rank knows.
         """
+        if self.finiteness_is_watched:
+            return
         bad = self.losses.first_bad()
         broken = bad is None and not loop.weights_are_finite(unwrap_model(self.net))
         # A flag first: objects are gathered only where there is something to tell.

@@ -141,4 +141,19 @@ MUTATIONS = [
         test=LOGGERS,
         why="checkpoints are whole with every logger of SuperGradients",
     ),
+    Mutation(
+        file="portrait_dist/training/trainer.py",
+        old="        if self.finiteness_is_watched:\n            return\n",
+        new="",
+        test=DROP_IN
+        + "test_early_stopping_that_watches_the_loss_ends_a_training_that_diverges[ours]",
+        why="EarlyStop on the loss decides over a loss that is not finite",
+    ),
+    Mutation(
+        file="portrait_dist/training/sg_parts.py",
+        old="        register_hydra_resolvers()\n",
+        new="        pass\n",
+        test="tests/unit/test_components.py::test_supergradients_unet_is_built_by_its_name",
+        why="SuperGradients' U-Net is built by its name",
+    ),
 ]

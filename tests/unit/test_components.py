@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import http.server
-import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from portrait_dist import checkpoints, config
+from portrait_dist import checkpoints, config, models
 from portrait_dist.errors import InputError
 from portrait_dist.metrics import SoftIoU
 from portrait_dist.training import components
@@ -172,10 +171,9 @@ def test_optimisers_and_schedules_by_name_get_their_arguments_and_wrong_ones_are
 def test_pretrained_weights_come_from_where_they_went_and_execute_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from portrait_dist.training import sg_adapter, sg_parts
-
-    assert sg_adapter.Trainer
     from super_gradients.training.utils import checkpoint_utils
+
+    from portrait_dist.training import sg_adapter
 
     served = tmp_path / "served"
     served.mkdir()
@@ -184,22 +182,27 @@ def test_pretrained_weights_come_from_where_they_went_and_execute_nothing(
     torch.save({"net": given}, served / "evil_cityscapes.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     for name in ("tiny_cityscapes", "evil_cityscapes", "gone_cityscapes"):
-        address = f"{sg_parts.OLD_WEIGHTS}{name}.pth"
+        address = f"{sg_adapter.OLD_WEIGHTS}{name}.pth"
         monkeypatch.setitem(checkpoint_utils.MODEL_URLS, name, address)
-    assert checkpoint_utils.MODEL_URLS["ddrnet_23_cityscapes"].startswith(sg_parts.OLD_WEIGHTS)
+    assert checkpoint_utils.MODEL_URLS["ddrnet_23_cityscapes"].startswith(sg_adapter.OLD_WEIGHTS)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(served))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         mirror = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setenv(sg_parts.WEIGHTS_VARIABLE, mirror)
+        monkeypatch.setenv(sg_adapter.WEIGHTS_VARIABLE, mirror)
         model = torch.nn.Linear(2, 1)
         checkpoint_utils.load_pretrained_weights(model, "tiny", "cityscapes")
         assert torch.equal(model.weight, given.weight)
-        with pytest.raises(pickle.UnpicklingError):
+        with pytest.raises(InputError, match=r"evil_cityscapes.pth: holds more than weights"):
             checkpoint_utils.load_pretrained_weights(model, "evil", "cityscapes")
         with pytest.raises(InputError, match=rf"{mirror}/gone_cityscapes.pth: .*404"):
             checkpoint_utils.load_pretrained_weights(model, "gone", "cityscapes")
         server.shutdown()
+
+
+def test_supergradients_unet_is_built_by_its_name() -> None:
+    network = models.build("sg:unet", {"dropout": 0.1})
+    assert models.check(network, (64, 64)) == models.Contract("logits", 16)
 
 
 def test_a_run_of_named_parts_logs_and_watches_them_and_follows_the_schedule(

@@ -575,6 +575,36 @@ def test_supergradients_metrics_train_by_their_names(kind: Any, tmp_path: Path) 
     )
 
 
+class BreaksInTheSecondEpoch(nn.Module):
+    """A loss that is not a number from the fifth call on: two batches to train on, two to score."""
+
+    calls = 0
+
+    def forward(self, preds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        loss = nn.functional.l1_loss(preds, target)
+        return loss * float("nan") if self.calls > 4 else loss
+
+
+@BOTH
+def test_early_stopping_that_watches_the_loss_ends_a_training_that_diverges(
+    kind: Any, tmp_path: Path
+) -> None:
+    from super_gradients.training.utils.callbacks import Phase
+    from super_gradients.training.utils.early_stopping import EarlyStop
+
+    loss = BreaksInTheSecondEpoch()
+    stop = EarlyStop(Phase.VALIDATION_EPOCH_END, monitor="BreaksInTheSecondEpoch", mode="min")
+    fit(
+        kind("run", ckpt_root_dir=str(tmp_path)),
+        loss=loss,
+        phase_callbacks=[stop],
+        max_epochs=5,
+        save_model=False,
+    )
+    assert loss.calls == 8
+
+
 # What is said -------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import pickle
 import random
 from collections.abc import Callable
@@ -57,10 +59,20 @@ class Albumentations:
         return {"image": np.roll(image, shift, 1), "mask": np.roll(mask, shift, 1)}
 
 
+def albumentations() -> Transform:
+    """The library's own where it is installed (extra ``albumentations``), else its protocol."""
+    if not importlib.util.find_spec("albumentations"):
+        return Albumentations()
+    library: Any = importlib.import_module("albumentations")
+    chosen = ("HorizontalFlip", "Affine", "RandomBrightnessContrast", "GaussNoise", "CoarseDropout")
+    made: Transform = library.Compose([getattr(library, name)(p=0.7) for name in chosen])
+    return made
+
+
 KINDS: dict[str, Any] = {
     "torchvision": torchvisions,
     "a function": lambda: plain,
-    "albumentations": Albumentations,
+    "albumentations": albumentations,
 }
 
 
