@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from portrait_dist.data.stream.loader import Batch, StreamLoader
     from portrait_dist.models import MaskNetwork, UNet
 
+ERROR_GROUPS = {
+    "edge": "at the edge",
+    "missed": "person missed",
+    "attached": "background attached",
+    "islands": "islands",
+}
+"""Groups of wrong pixels, see :class:`ErrorGroups`, as people read them."""
 EXAMPLES = 4
 """Samples in each of the two pictures of examples."""
 
@@ -530,6 +537,8 @@ def write_examples(
 ) -> list[str]:
     """Draw the worst and the median samples by IoU: image, matte, prediction, cut-out, errors.
 
+    Where errors were grouped, also those with the most wrong pixels of each group.
+
     Args:
         found: what :func:`evaluate` returned for this checkpoint and these shards.
         checkpoint: as for :func:`evaluate`.
@@ -537,7 +546,8 @@ def write_examples(
         device: likewise.
         size: likewise.
         trust_code: likewise.
-        folder: for ``SPLIT-worst.png`` and ``SPLIT-median.png``; made where it does not exist.
+        folder: for ``SPLIT-worst.png``, ``SPLIT-median.png``, ``SPLIT-edge.png`` and so on; made
+            where it does not exist.
 
     Returns:
         The written files; none without samples.
@@ -554,11 +564,16 @@ def write_examples(
 
 
 def _positions_to_draw(rows: Sequence[SampleRow]) -> dict[str, list[int]]:
-    """Return the positions of the worst and of the median samples; nothing without samples."""
+    """Return the positions to draw by name of the picture; nothing without samples."""
     ranked = [row.position for row in sorted(rows, key=lambda row: row.scores.iou)]
     middle = max(0, (len(ranked) - EXAMPLES) // 2)
-    groups = {"worst": ranked[:EXAMPLES], "median": ranked[middle : middle + EXAMPLES]}
-    return groups if ranked else {}
+    pictures = {"worst": ranked[:EXAMPLES], "median": ranked[middle : middle + EXAMPLES]}
+    for group in ERROR_GROUPS:
+        counts = [(getattr(row.errors, group), row.position) for row in rows if row.errors]
+        most = sorted((one for one in counts if one[0]), key=lambda one: (-one[0], one[1]))
+        if most:
+            pictures[group] = [position for _, position in most[:EXAMPLES]]
+    return pictures if ranked else {}
 
 
 def _draw(samples: Sequence[ScoredSample], path: Path) -> None:

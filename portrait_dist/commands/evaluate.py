@@ -58,15 +58,11 @@ def _errors_line(errors: dict[str, int] | None) -> str:
     """Describe the error groups, where they were asked for."""
     if not errors:
         return ""
+    from portrait_dist import evaluation
+
     wrong = errors["wrong"] or 1
     parts = ", ".join(
-        f"{errors[name] / wrong:.0%} {text}"
-        for name, text in (
-            ("edge", "at the edge"),
-            ("missed", "person missed"),
-            ("attached", "background attached"),
-            ("islands", "islands"),
-        )
+        f"{errors[name] / wrong:.0%} {text}" for name, text in evaluation.ERROR_GROUPS.items()
     )
     return f"\n{errors['wrong']} wrong pixels: {parts}"
 
@@ -114,7 +110,8 @@ def _errors_line(errors: dict[str, int] | None) -> str:
 @click.option(
     "--pictures",
     type=click.Path(path_type=Path),
-    help="Folder for pictures of the worst and the median samples.",
+    help="Folder for pictures of the worst and the median samples, and with --errors of those with "
+    "the most wrong pixels of each group.",
 )
 @shared.trust_code
 def evaluate(

@@ -153,4 +153,11 @@ MUTATIONS = [
         test="tests/unit/test_video.py::test_flicker_goes_and_what_moves_stays",
         why="smoothing a video over time leaves what moves alone",
     ),
+    Mutation(
+        file="portrait_dist/evaluation.py",
+        old="key=lambda one: (-one[0], one[1]))\n",
+        new="key=lambda one: (one[0], one[1]))\n",
+        test=EVALUATE + "pictures_of_a_group_show_the_samples_with_most_of_its_errors_first",
+        why="the picture of a group of errors shows where they are most",
+    ),
 ]

@@ -172,6 +172,18 @@ def test_shards_of_another_size_are_refused_with_the_size_of_training(
     cli.assert_one_line(result, 2, "trained at 64x64", "packed at 32x32", "--size 64x64")
 
 
+def test_pictures_of_a_group_show_the_samples_with_most_of_its_errors_first() -> None:
+    scores = evaluation.SampleScores(0.5, 0, 0, 0, 0)
+    counts = [3, 0, 9, 1, 9, 2, 5]
+    rows = [
+        evaluation.SampleRow(str(i), i, scores, evaluation.ErrorGroups(missed=count))
+        for i, count in enumerate(counts)
+    ]
+    found = evaluation._positions_to_draw(rows)
+    assert list(found) == ["worst", "median", "missed"]
+    assert found["missed"] == [2, 4, 6, 0]
+
+
 def test_wrong_pixels_are_grouped_by_where_they_are_and_every_one_counts_once(
     checkpoint: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
@@ -186,10 +198,15 @@ def test_wrong_pixels_are_grouped_by_where_they_are_and_every_one_counts_once(
     assert groups == evaluation.ErrorGroups(40 + 30, 20, 270, 20, 1)
     assert groups.wrong == int(((alpha > 127) != (prediction > 0.5)).sum())
     rows = tmp_path / "rows.csv"
-    result = evaluate(checkpoint, tiny_shards, "--errors", "--per-sample", rows).json
+    pictures = tmp_path / "pictures"
+    options = ("--errors", "--per-sample", rows, "--pictures", pictures)
+    result = evaluate(checkpoint, tiny_shards, *options).json
+    drawn = {path.name for path in pictures.iterdir()}
+    assert drawn == {"val-worst.png", "val-median.png"} | {
+        f"val-{name}.png" for name in evaluation.ERROR_GROUPS if result["errors"][name]
+    }
+    assert len(drawn) > 2
     assert result["errors"]["wrong"] == sum(
-        int(row[f"{name}_errors"])
-        for row in table(rows)
-        for name in ("edge", "missed", "attached", "islands")
+        int(row[f"{name}_errors"]) for row in table(rows) for name in evaluation.ERROR_GROUPS
     )
     assert evaluate(checkpoint, tiny_shards).json["errors"] is None

@@ -21,6 +21,7 @@ import torch
 
 from portrait_dist import config, metrics
 from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.evaluation import ERROR_GROUPS
 from portrait_dist.runs.folder import RunFolder
 from portrait_dist.runs.report import collect, page, svg, write_report
 from portrait_dist.system import info
@@ -136,6 +137,17 @@ class Addresses(HTMLParser):
         self.tags.append(tag)
         names = ("src", "href", "srcset", "action", "data", "poster", "background", "xlink:href")
         self.found += [value or "" for name, value in attrs if name in names]
+
+
+def test_the_report_says_where_the_wrong_pixels_are(
+    finished: Path, html: Path, tiny_shards: Path
+) -> None:
+    command = ("evaluate", "--checkpoint", finished / "ckpt_best.pth", "--data", tiny_shards)
+    errors = call(*command, "--split", "val", "--errors", "--json").json["errors"]
+    text = html.read_text()
+    assert f"Where the {errors['wrong']:,} wrong pixels are" in text
+    for name, words in ERROR_GROUPS.items():
+        assert f"<tr><td>{words}</td><td>{errors[name] / errors['wrong']:.0%}</td></tr>" in text
 
 
 def test_the_file_refers_to_nothing_outside_itself(html: Path) -> None:

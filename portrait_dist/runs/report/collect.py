@@ -17,7 +17,7 @@ from portrait_dist.system.address import is_address, read_locations, redact, spl
 if TYPE_CHECKING:
     from portrait_dist.data.shards.sets import AnyShards
     from portrait_dist.data.stream.loader import Batch
-    from portrait_dist.evaluation import SampleScores, ScoredSample
+    from portrait_dist.evaluation import ErrorGroups, SampleScores, ScoredSample
     from portrait_dist.models import MaskNetwork, UNet
     from portrait_dist.preprocessing import Fit
 
@@ -74,6 +74,7 @@ class Scores:
         ious: every scored sample's own.
         gallery: samples spread evenly over the split.
         worst: samples with the lowest IoU, the lowest first.
+        errors: wrong pixels of all scored samples by where they are.
     """
 
     split_samples: int
@@ -82,6 +83,7 @@ class Scores:
     ious: list[float]
     gallery: list[ScoredSample]
     worst: list[ScoredSample]
+    errors: ErrorGroups
 
     @property
     def samples(self) -> int:
@@ -249,9 +251,9 @@ def score(
         fit: how images of another shape are brought to that size.
     """
     from portrait_dist.distributed import pick_device
-    from portrait_dist.evaluation import Scorer, mean_scores
+    from portrait_dist.evaluation import ErrorGroups, Scorer, mean_scores
 
-    scorer = Scorer(model, pick_device(device))
+    scorer, errors = Scorer(model, pick_device(device), group_errors=True), ErrorGroups()
     total, batches = _batches(shards, size, at_most, fit)
     scored = min(total, at_most or total)
     shown = {number * scored // images for number in range(images)} if images else set()
@@ -260,6 +262,7 @@ def score(
     gallery: list[ScoredSample] = []
     for number, sample in enumerate(scorer.score(batches)):
         rows.append(sample.scores)
+        errors += sample.errors or ErrorGroups()
         if number in shown:
             gallery.append(sample.copy())
         if len(worst) < images or (images and -sample.scores.iou > worst[0][0]):
@@ -268,7 +271,8 @@ def score(
                 heapq.heappop(worst)
     ranked = [sample for _, _, sample in sorted(worst, key=lambda item: (-item[0], -item[1]))]
     ious = [row.iou for row in rows]
-    return Scores(total, float(scorer.pooled.compute()), mean_scores(rows), ious, gallery, ranked)
+    pooled = float(scorer.pooled.compute())
+    return Scores(total, pooled, mean_scores(rows), ious, gallery, ranked, errors)
 
 
 def _batches(

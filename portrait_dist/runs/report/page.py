@@ -148,6 +148,7 @@ class Contents:
     epochs: list[Event]
     scores: Scores | None
     score_rows: list[tuple[str, float]]
+    error_rows: list[tuple[str, str]]
     spread: Markup
     images: Callable[[ScoredSample], dict[str, NDArray[np.uint8]]]
     happened: list[tuple[str, str, str]]
@@ -175,6 +176,7 @@ def contents(run: Run, location: ShardsLocation, scored: ScoredRun | None) -> Co
         epochs=epochs,
         scores=scored.scores if scored else None,
         score_rows=score_rows(scored.scores) if scored else [],
+        error_rows=error_rows(scored.scores) if scored else [],
         spread=Markup(spread(scored.scores) if scored else ""),
         images=images,
         happened=happened(run.events),
@@ -302,6 +304,16 @@ def score_rows(scores: Scores) -> list[tuple[str, float]]:
     means = dataclasses.asdict(scores.means)
     rows = [(SCORE_NAMES.get(name, name), value) for name, value in means.items()]
     return [("IoU, all pixels pooled", scores.iou), *rows]
+
+
+def error_rows(scores: Scores) -> list[tuple[str, str]]:
+    """Return where the wrong pixels are, as fractions of all wrong pixels."""
+    from portrait_dist.evaluation import ERROR_GROUPS
+
+    wrong = scores.errors.wrong or 1
+    return [
+        (text, f"{getattr(scores.errors, name) / wrong:.0%}") for name, text in ERROR_GROUPS.items()
+    ]
 
 
 def spread(scores: Scores) -> str:
