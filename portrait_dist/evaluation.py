@@ -381,6 +381,8 @@ def evaluate(
     rows: list[SampleRow] = []
     sets: dict[str, SplitScores] = {}
     for part in loader.dataset.shards.parts:
+        if not part.shards.samples:
+            continue
         scorer = Scorer(model, chosen, group_errors=group_errors)
         own = _open_part(loader, part)
         found = [_numbered(sample.row(), part) for sample in scorer.score(own)]

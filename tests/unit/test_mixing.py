@@ -292,6 +292,8 @@ def test_evaluate_reports_each_set_and_all_of_them(
     for name in ("mae", "loss", "mean_iou"):
         mean = (7 * sets["shards"][name] + 5 * sets["other"][name]) / 12
         assert both[name] == pytest.approx(mean, rel=1e-9)
+    only = evaluate(f"{tiny_shards},{other}", "--split", "test")  # the other one has none
+    assert (only["samples"], list(dict(only["sets"]))) == (7, ["shards"])  # type: ignore[call-overload]
     low, high = sorted(scores["iou"] for scores in sets.values())
     assert low <= float(str(both["iou"])) <= high
     keys = [line.split(",")[0] for line in table.read_text().splitlines()[1:]]
