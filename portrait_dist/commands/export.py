@@ -70,7 +70,7 @@ def export(
     """Write the network for other programs and check the file against it.
 
     Input: RGB images from 0 to 1, any batch size, at the size of training; output: alpha. The file
-    says so in its metadata. A model card, NAME.card.md, is written beside it.
+    says so in its metadata. A model card, FILE.card.md, is written beside it.
     """
     from portrait_dist.inference.export import export as write
 

@@ -222,14 +222,14 @@ def _write(out: Path, parts: tuple[bytes, ...]) -> None:
 def _check_options(out: Path, format: str, force: bool) -> None:
     if format not in FORMATS:
         raise InputError(f"--format is one of {', '.join(FORMATS)}, not '{format}'")
-    if out.is_dir():
-        raise InputError(f"{out}: is a folder; give the path of a file")
     written = [out]
     if format == "openvino":
         if out.suffix != ".xml":
             raise InputError(f"{out}: OpenVINO's graph is a file NAME.xml, its weights NAME.bin")
         written.append(out.with_suffix(WEIGHTS_SUFFIX))
     written.append(model_card.card_path(out))
+    if folder := next((path for path in written if path.is_dir()), None):
+        raise InputError(f"{folder}: is a folder; give the path of a file")
     files.check_folder_writable(out.parent)
     if not force and (there := [path for path in written if path.exists()]):
         raise InputError(

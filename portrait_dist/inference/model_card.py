@@ -42,8 +42,8 @@ class Speed:
 
 
 def card_path(out: Path) -> Path:
-    """Name the card of an exported file: portrait.onnx has portrait.card.md."""
-    return out.with_suffix(".card.md")
+    """Name the card of an exported file: portrait.onnx has portrait.onnx.card.md."""
+    return out.with_name(f"{out.name}.card.md")
 
 
 def measure_speed(

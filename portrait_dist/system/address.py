@@ -6,9 +6,11 @@ Whatever is printed, logged or stored shows :func:`redact` of it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from urllib.parse import urlsplit, urlunsplit
 
@@ -99,8 +101,12 @@ class WeightedLocation:
     @property
     def shown(self) -> str:
         """The location without secrets, and its weight where it is not 1."""
-        weight = f":{float(self.weight):.10g}" if self.weight != 1 else ""
-        return f"{redact(self.location)}{weight}"
+        return f"{redact(self.location)}{f':{self.decimal}' if self.weight != 1 else ''}"
+
+    @property
+    def decimal(self) -> str:
+        """The weight as it is written in a list, all digits, without an exponent."""
+        return f"{Decimal(self.weight.numerator) / self.weight.denominator:f}"
 
 
 def read_locations(text: str) -> tuple[WeightedLocation, ...]:
@@ -110,8 +116,8 @@ def read_locations(text: str) -> tuple[WeightedLocation, ...]:
     follows the query of an address up to the next address belongs to the query.
 
     Raises:
-        InputError: a set without a name, named twice, or with a weight that is too large; or all
-            weights are 0.
+        InputError: a set without a name, named twice, or with a weight that is too large or no
+            plain number; or all weights are 0.
     """
     if os.path.isdir(text) or (is_address(text) and "," not in text):
         return (WeightedLocation(text),)
@@ -144,9 +150,23 @@ def _parts(text: str) -> list[str]:
 def _weighted(part: str) -> WeightedLocation:
     found = _WEIGHT.fullmatch(part)
     # The number behind a host is its port.
-    if os.path.isdir(part) or not found or _PORT_ONLY.fullmatch(part):
+    if os.path.isdir(part) or _PORT_ONLY.fullmatch(part):
+        return WeightedLocation(part)
+    if not found:
+        _refuse_odd_weight(part)
         return WeightedLocation(part)
     return WeightedLocation(found["location"], Fraction(found["weight"]))
+
+
+def _refuse_odd_weight(part: str) -> None:
+    """Refuse -1, nan, 1e-3 and other numbers behind the colon that are no weights."""
+    _, colon, end = part.rpartition(":")
+    with contextlib.suppress(ValueError):
+        float(end if colon else "")
+        raise InputError(
+            f"{redact(part)}: a weight is from 0 to {HEAVIEST:,}, such as 0.3, with 9 decimals at "
+            "most and no exponent"
+        )
 
 
 def any_address(text: str) -> bool:

@@ -125,6 +125,13 @@ MUTATIONS = [
     ),
     Mutation(
         file="portrait_dist/inference/model_card.py",
+        old='out.with_name(f"{out.name}.card.md")',
+        new='out.with_suffix(".card.md")',
+        test=EXPORT + "a_model_card_beside_the_file_says_what_the_network_is_and_its_scores",
+        why="a card of one format is not that of another",
+    ),
+    Mutation(
+        file="portrait_dist/inference/model_card.py",
         old="            if key not in NOT_SETTINGS and value != default:\n",
         new="            if value != default:\n",
         test=EXPORT + "a_model_card_beside_the_file_says_what_the_network_is_and_its_scores",

@@ -14,6 +14,22 @@ AUGMENT = "portrait_dist/data/augment.py"
 MUTATIONS = [
     Mutation(
         file=FOREIGN,
+        old='SPLIT_WORDS.findall(f"/{name.lower()}")',
+        new='SPLIT_WORDS.findall(f"/{name}")',
+        test="tests/unit/test_foreign.py::"
+        "test_names_say_their_split_in_capitals_too_and_reach_the_terminal_escaped",
+        why="a set of validation is never trained with",
+    ),
+    Mutation(
+        file="portrait_dist/system/address.py",
+        old='f"{Decimal(self.weight.numerator) / self.weight.denominator:f}"',
+        new='f"{float(self.weight):.10g}"',
+        test="tests/unit/test_mixing.py::"
+        "test_a_weight_is_the_same_when_it_is_read_again_as_it_was_stored[0.00001]",
+        why="a stored configuration holds the weights of its run",
+    ),
+    Mutation(
+        file=FOREIGN,
         old="return first is not None and not _is_packed(first)",
         new="return first is not None",
         test="tests/unit/test_foreign.py::"

@@ -62,8 +62,8 @@ def test_an_onnx_file_computes_the_networks_alpha_and_documents_itself(
     result = json.loads(capfd.readouterr().out)
     assert result["largest_difference"] < 1e-4
     assert sorted(file.name for file in path.parent.iterdir()) == [
-        "portrait.card.md",
         "portrait.onnx",
+        "portrait.onnx.card.md",
     ]  # no temporary one
     pictures, alpha = expected
     session = onnxruntime.InferenceSession(path)
@@ -105,7 +105,7 @@ def test_an_openvino_graph_computes_the_networks_alpha_and_documents_itself(
     assert result.exit_code == 0, result.stderr
     assert result.json["largest_difference"] < 1e-4
     weights = path.with_suffix(".bin")
-    assert sorted(tmp_path.iterdir()) == [weights, tmp_path / "portrait.card.md", path]
+    assert sorted(tmp_path.iterdir()) == [weights, path, tmp_path / "portrait.xml.card.md"]
     assert result.json["bytes"] == path.stat().st_size + weights.stat().st_size
     program = openvino.Core().read_model(path)
     pictures, alpha = expected
@@ -171,12 +171,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert (tmp_path / "left").read_text() == ""
 
 
-@pytest.mark.parametrize("out", ["file/portrait.onnx", "folder"])
+@pytest.mark.parametrize("out", ["file/portrait.onnx", "folder", "x"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_checkpoint_is_read(
     tmp_path: Path, out: str
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "x.card.md").mkdir()
     result = cli.call(
         *("export", "--checkpoint", tmp_path / "none.pth", "--format", "onnx"),
         *("--out", tmp_path / out),
@@ -200,8 +201,8 @@ def test_a_model_card_beside_the_file_says_what_the_network_is_and_its_scores(
     command = ("export", "--checkpoint", checkpoint, "--format", "pt2")
     done = cli.call(*command, "--out", tmp_path / "a.pt2", "--data", tiny_shards, "--json")
     assert done.exit_code == 0, done.stderr
-    card = (tmp_path / "a.card.md").read_text()
-    assert done.json["card"] == str(tmp_path / "a.card.md")
+    card = (tmp_path / "a.pt2.card.md").read_text()
+    assert done.json["card"] == str(tmp_path / "a.pt2.card.md")
     count = sum(weight.numel() for weight in blobs.random_network().parameters())
     for fact in (
         *(f"UNet, {count:,} weights", "`train.lr=0.5`", "1,234", "float32 [batch, 3, 32, 32]"),
@@ -213,9 +214,11 @@ def test_a_model_card_beside_the_file_says_what_the_network_is_and_its_scores(
         assert other not in card  # defaults, and places of the machine that trained
     (tmp_path / "a.pt2").unlink()
     refused = cli.call(*command, "--out", tmp_path / "a.pt2")
-    cli.assert_one_line(refused, 2, "a.card.md: exists; add --force")
-    assert cli.call(*command, "--out", tmp_path / "b.pt2").exit_code == 0
-    assert "`export --data SHARDS` does" in (tmp_path / "b.card.md").read_text()
+    cli.assert_one_line(refused, 2, "a.pt2.card.md: exists; add --force")
+    # Another format of the same name has its own card.
+    assert cli.call(*command, "--out", tmp_path / "a.other").exit_code == 0
+    assert (tmp_path / "a.pt2.card.md").read_text() == card
+    assert "`export --data SHARDS` does" in (tmp_path / "a.other.card.md").read_text()
 
 
 def test_a_file_of_another_network_would_be_noticed(model: UNet) -> None:

@@ -164,6 +164,19 @@ def test_tars_that_name_no_split_are_divided_by_key_the_same_everywhere(tmp_path
         open_shards(moved, "val")
 
 
+def test_names_say_their_split_in_capitals_too_and_reach_the_terminal_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"Train-0.tar": 3, "VALID/0.tar": 2}
+    folder = tars(tmp_path / "set", names)
+    odd = {"a.x\x1b[31m\n.jpg": picture(40), "a.mask.png": picture(40, "PNG", True)}
+    write_tar(folder / "VALID" / "1.tar", odd)
+    assert [open_shards(folder, split).samples for split in ("train", "val")] == [3, 3]
+    printed = capsys.readouterr()
+    assert "x\\x1b[31m\\n.jpg" in printed.out + printed.err
+    assert "\x1b" not in printed.out + printed.err
+
+
 @pytest.mark.parametrize(
     ("suffixes", "image", "mask", "expected"),
     [

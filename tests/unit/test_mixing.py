@@ -208,6 +208,9 @@ def test_two_sets_of_a_billion_samples_are_planned_without_a_list_and_blocks_sta
         ("a:1,a:2", "named twice"),
         ("a:1,a/:2", "named twice"),
         ("a:9999999,b", "a weight is from 0"),
+        ("a:-1,b", "a weight is from 0"),
+        ("a:nan,b", "a weight is from 0"),
+        ("b,a:1e-3", "no exponent"),
         ("a:0,b:0", "all weights are 0"),
     ],
 )
@@ -231,6 +234,14 @@ def test_ports_queries_and_folders_with_odd_names_are_no_weights(tmp_path: Path)
     ]
     assert [float(one.weight) for one in found] == [1, 1, 0.5, 3]
     assert found[3].shown == "s3://b/y:3"
+
+
+@pytest.mark.parametrize(
+    "weight", ["0.00001", "0.000000001", "999999.123456789", "1000000", "2.50"]
+)
+def test_a_weight_is_the_same_when_it_is_read_again_as_it_was_stored(weight: str) -> None:
+    found = read_locations(f"a:{weight},b")
+    assert read_locations(",".join(one.shown for one in found)) == found
 
 
 def test_sets_that_do_not_go_together_are_refused_by_name(

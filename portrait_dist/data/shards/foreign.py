@@ -231,7 +231,7 @@ class ForeignShardSet(ShardSet):
 
     def _by_split(self, base: Path) -> dict[str, list[Any]]:
         """Return for each split (number of the tar, positions in it), where there are any."""
-        words = [SPLIT_WORDS.findall(f"/{name}") for name in self._names]
+        words = [SPLIT_WORDS.findall(f"/{name.lower()}") for name in self._names]
         odd = next((i for i, found in enumerate(words) if bool(found) != bool(words[0])), None)
         if odd is not None:
             named, other = (odd, 0) if words[odd] else (0, odd)
@@ -449,7 +449,7 @@ def _index_open(tar: Path, file: IO[bytes], members: dict[str, str]) -> dict[str
         if chosen is None:
             skipped += 1
             continue
-        suffixes.add(f"image {chosen[0]} mask {chosen[1]}")
+        suffixes.add(shorten(f"image {chosen[0]} mask {chosen[1]}"))
         records.append(_record(tar, key, file, [found[name] for name in chosen], not records))
         keys.append(key)
     if not keys:

@@ -76,7 +76,7 @@ class ShardSets:
     def __init__(
         self, locations: Sequence[WeightedLocation], split: str, *, cache: Cache | None = None
     ) -> None:
-        self.location = ",".join(f"{one.location}:{float(one.weight):.10g}" for one in locations)
+        self.location = ",".join(f"{one.location}:{one.decimal}" for one in locations)
         self.shown = ",".join(one.shown for one in locations)
         self.split = split
         self.remote = any(is_address(one.location) for one in locations)
