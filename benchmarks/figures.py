@@ -77,6 +77,10 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
         **_matrix(_read(results, "2026-11-29-matrix.json")),
         **_installs(_read(results, "2026-11-29-installs.json")),
         **_quickstart(_read(results, "2026-11-29-amd-epyc-2-cores-quickstart.json")),
+        **_engines(
+            *(_read(results, f"2026-11-29-amd-epyc-2-cores-engines-{n}.json") for n in (1, 8))
+        ),
+        **_serve(_read(results, "2026-11-29-amd-epyc-2-cores-serve.json")),
         **_recipes(_read(results, "2026-11-23-recipes.json")),
         **_masks(_read(results, "2026-11-23-predictions.json")),
     }
@@ -137,6 +141,30 @@ def _unet(part: dict[str, Any]) -> dict[str, str]:
         ),
         "unet.int8.iou": f"{integers['iou_with_fp32']:.4f}",
         "unet.train.times-eager": f"{by_name['train-best']['times_eager']:.1f}",
+    }
+
+
+def _engines(*batches: dict[str, Any]) -> dict[str, str]:
+    """CPU time of our bf16 over OpenVINO's, in batches of 1 and 8."""
+    found = {}
+    for part, batch in zip(batches, (1, 8), strict=True):
+        ours, other = (
+            _row(part, name=name)["cpu_seconds_per_image"]
+            for name in ("kept-memory", "openvino-bf16")
+        )
+        found[f"engines.openvino.times-bf16.{batch}"] = f"{ours / other:.1f}"
+    for name in ("int8", "onnxruntime-int8", "openvino-int8"):
+        found[f"engines.{name}.iou"] = f"{_row(batches[1], name=name)['iou_with_fp32']:.4f}"
+    return found
+
+
+def _serve(found: dict[str, Any]) -> dict[str, str]:
+    (memory,) = (value for name, value in found["aims"].items() if name.startswith("MB in use"))
+    (answers,) = (value for name, value in found["aims"].items() if name.startswith("answers"))
+    counts = json.loads(answers)
+    return {
+        "serve.megabytes": f"{min(memory)} to {max(memory)} MB",
+        "serve.overload": f"{counts['200']} with the mask, {counts['503']} with 503",
     }
 
 
