@@ -222,6 +222,8 @@ def _write(out: Path, parts: tuple[bytes, ...]) -> None:
 def _check_options(out: Path, format: str, force: bool) -> None:
     if format not in FORMATS:
         raise InputError(f"--format is one of {', '.join(FORMATS)}, not '{format}'")
+    if out.is_dir():  # "." has no name
+        raise InputError(f"{out}: is a folder; give the path of a file")
     written = [out]
     if format == "openvino":
         if out.suffix != ".xml":

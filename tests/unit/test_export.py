@@ -185,6 +185,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_checkpoint_is_re
     cli.assert_one_line(result, 2, str(tmp_path / out.split("/")[0]), "; give the path of a")
 
 
+@pytest.mark.parametrize("out", [".", "..", "/", ""])
+def test_an_output_without_a_name_is_refused_in_one_line(tmp_path: Path, out: str) -> None:
+    result = cli.call(
+        *("export", "--checkpoint", tmp_path / "none.pth", "--format", "pt2", "--out", out)
+    )
+    cli.assert_one_line(result, 2, "is a folder; give the path of a file")
+
+
 def test_a_model_card_beside_the_file_says_what_the_network_is_and_its_scores(
     tiny_shards: Path, tmp_path: Path
 ) -> None:
