@@ -325,8 +325,8 @@ class PortraitSegmenter:
             segmenter stays as it was.
 
         Raises:
-            InputError: fewer than 2 photos, a GPU, a CPU without 8-bit dot products, another
-                network than the U-Net, or one with group norms.
+            InputError: fewer than 2 photos, another engine than torch, a GPU, a CPU without 8-bit
+                dot products, another network than the U-Net, or one with group norms.
             DamagedDataError: a photo cannot be read.
         """
         self._check_int8()
@@ -357,6 +357,11 @@ class PortraitSegmenter:
         return self._normalised(torch.from_numpy(np.stack(small)))
 
     def _check_int8(self) -> None:
+        if self.engine != "torch":
+            raise InputError(
+                "8-bit integers are computed by PyTorch; leave --engine openvino out, or give "
+                "another precision"
+            )
         if self.device.type != "cpu" or not int8.is_supported():
             raise InputError(
                 "8-bit integers are for CPUs with VNNI or AMX instructions; "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from portrait_dist.errors import InputError
-from portrait_dist.system.address import is_address
+from portrait_dist.system.address import is_address, read_locations, split_members
 
 IMAGE, MOUNT = "--container", "--mount"
 """Arguments of the batch script, before all others."""
@@ -112,15 +112,26 @@ def _is_file_name(image: str) -> bool:
     return image.startswith(("/", "./", "../")) or image.endswith((SIF, ".sqsh"))
 
 
-def _named_folders(arguments: Sequence[str]) -> list[str]:
-    """Return the folders of what arguments name, or those in which it will be made."""
+def _values(arguments: Sequence[str]) -> list[str]:
+    """Return what arguments say, each shard set of a list for itself."""
     found = []
     for argument in arguments:
         value = argument.partition("=")[2] or argument
+        try:
+            found += [split_members(one.location)[0] for one in read_locations(value)]
+        except InputError:  # a list of something else
+            found.append(value)
+    return found
+
+
+def _named_folders(arguments: Sequence[str]) -> list[str]:
+    """Return the folders of what arguments name, or those in which it will be made."""
+    found = []
+    for value in _values(arguments):
         path = Path(value).absolute()
         if is_address(value) or value.startswith("-"):
             continue
-        if not os.path.isabs(value) and not path.exists():
+        if not os.path.isabs(value) and not os.path.exists(path):
             continue  # no path, or one below the working directory
         there = next(one for one in (path, *path.parents) if one.is_dir())
         if there != there.parent:

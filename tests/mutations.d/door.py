@@ -6,6 +6,14 @@ FIGURES, LAUNCHERS = "tests/unit/test_figures.py", "tests/unit/test_launchers.py
 
 MUTATIONS = [
     Mutation(
+        file="portrait_dist/slurm/container.py",
+        old="for one in read_locations(value)]",
+        new="for one in read_locations(value)[:1]]",
+        test="tests/slurm/test_submit.py"
+        "::test_a_container_sees_the_folder_of_each_shard_set_of_a_list",
+        why="a job in a container sees all data that it names",
+    ),
+    Mutation(
         file="README.md",
         old="<!--=loader.times-tutorial-->62<!--/-->",
         new="<!--=loader.times-tutorial-->90<!--/-->",

@@ -141,6 +141,19 @@ def test_a_container_sees_the_folders_that_the_job_names_at_their_own_paths(
     ]
 
 
+def test_a_container_sees_the_folder_of_each_shard_set_of_a_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("work", "one", "two", "three"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    tars = f"{tmp_path}/three#image=jpg+mask=png"
+    sets = f"data.shards={tmp_path}/one:1,{tmp_path}/two:0.3,{tars}:2,s3://b/c"
+    container = container_of("docker://site/x", [], [sets, "train.lr=1,nan:-1", "x" * 5000])
+    assert container is not None
+    assert [Path(path).name for path in container.mounts] == ["one", "three", "two", "work"]
+
+
 def test_a_sif_file_is_for_apptainer_which_looks_for_a_driver_where_there_are_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

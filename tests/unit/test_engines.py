@@ -92,6 +92,8 @@ def test_an_engine_that_is_unknown_or_missing_is_refused_in_one_line(
 ) -> None:
     with pytest.raises(InputError, match="engine is one of torch, openvino"):
         PortraitSegmenter(trained, blobs.SIZE, engine="tensorrt")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="leave --engine openvino out"):
+        PortraitSegmenter(trained, blobs.SIZE, engine="openvino").calibrate(photos(2))
     checkpoint = blobs.save(trained, tmp_path / "ckpt_best.pth")
     (tmp_path / "photo.png").touch()
     hidden = tmp_path / "hidden"
