@@ -94,7 +94,9 @@ def test_a_cut_out_keeps_its_transparency_and_colours(
 def test_flicker_goes_and_what_moves_stays() -> None:
     calm, flash = np.full((2, 2), 0.9, np.float32), np.full((2, 2), 0.1, np.float32)
     np.testing.assert_allclose(without_flicker(calm, flash, calm), calm)
-    for before, alpha, after in ((calm, flash, flash), (flash, flash, calm)):  # an edge passes
+    between = np.full((2, 2), 0.6, np.float32)
+    moving = ((calm, flash, flash), (flash, flash, calm), (calm, between, flash))  # an edge passes
+    for before, alpha, after in moving:
         assert np.array_equal(without_flicker(before, alpha, after), alpha)
     sequence: list[Alpha] = [calm, flash, calm, calm, flash]
     smoothed = [alpha for _, alpha in one_frame_delay((None, alpha) for alpha in sequence)]  # type: ignore[misc]
