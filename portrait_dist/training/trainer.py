@@ -683,7 +683,8 @@ class PortraitTrainer(AdaptedTrainer):
             if saved.is_file() and (value := checkpoints.read_info(saved).acc) is not None:
                 best = (max if params.greater_metric_to_watch_is_better else min)(best, value)
             # Weights taken from another folder bring no snapshots along.
-            if self.average is not None and Path(info.path).parent.samefile(saved.parent):
+            own = saved.parent.is_dir() and saved.parent.samefile(Path(info.path).parent)
+            if self.average is not None and own:
                 self.average.resume(info.averaged)
         self.best_metric = best  # only rank 0 compares with it
 

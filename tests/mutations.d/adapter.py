@@ -156,4 +156,12 @@ MUTATIONS = [
         test="tests/unit/test_components.py::test_supergradients_unet_is_built_by_its_name",
         why="SuperGradients' U-Net is built by its name",
     ),
+    Mutation(
+        file="portrait_dist/training/trainer.py",
+        old="            own = saved.parent.is_dir() and saved",
+        new="            own = saved",
+        test=DROP_IN
+        + "test_a_run_continues_a_checkpoint_of_another_folder_and_averages_its_own_models",
+        why="a new run continues a checkpoint of another folder",
+    ),
 ]

@@ -165,6 +165,19 @@ def test_resume_continues_the_latest_run_and_run_id_the_one_it_names(tmp_path: P
         fit(PortraitTrainer("run", str(tmp_path)), run_id="RUN_9")
 
 
+def test_a_run_continues_a_checkpoint_of_another_folder_and_averages_its_own_models(
+    tmp_path: Path,
+) -> None:
+    fit(PortraitTrainer("first", str(tmp_path)), max_epochs=1)
+    path = str(tmp_path / "first" / "ckpt_latest.pth")
+    trainer = PortraitTrainer("second", str(tmp_path))
+    fit(trainer, resume_path=path, average_best_models=True)
+    latest = checkpoint(tmp_path / "second", "ckpt_latest.pth")
+    average = checkpoint(tmp_path / "second", "average_model.pth")
+    assert latest["epoch"] == 2
+    assert torch.equal(average["net"]["conv.weight"], latest["net"]["conv.weight"])
+
+
 def test_the_root_folder_comes_from_the_environment_where_none_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
