@@ -465,9 +465,10 @@ def _gathered(scorer: Scorer, split: str, rows: list[SampleRow]) -> Evaluation |
     iou = float(scorer.pooled.compute())
     columns = {name: values.tolist() for name, values in scorer.thresholds.compute().items()}
     columns["thresholds"] = [round(value, 6) for value in columns["thresholds"]]  # 0.01, in float32
-    every = [row for part in distributed.gather_objects(rows) for row in part]
-    if distributed.rank() != 0:
+    parts = distributed.gather_to_rank_0(rows)
+    if parts is None:
         return None
+    every = [row for part in parts for row in part]
     every.sort(key=lambda row: row.key)
     curve = [
         CurvePoint(**dict(zip(columns, values, strict=True)))

@@ -39,7 +39,7 @@ from portrait_dist.inference.segmenter import PortraitSegmenter, PreparedPhoto, 
 from portrait_dist.models import fused
 from portrait_dist.system.info import cores
 from portrait_dist.system.progress import track
-from portrait_dist.system.threads import submit_in_order
+from portrait_dist.system.threads import submit_in_order, switch_off_opencv_threads
 
 if TYPE_CHECKING:
     from portrait_dist.preprocessing import Alpha, ImageArray
@@ -500,6 +500,7 @@ class PhotoWork:
         Raises:
             PortraitDistError: the disk is full or failed, or the device's memory is too small.
         """
+        switch_off_opencv_threads()
         # Two pools: in one, reading far ahead would keep finished masks from being written.
         readers, writers = ThreadPoolExecutor(cores()), ThreadPoolExecutor(cores())
         try:

@@ -26,7 +26,7 @@ from portrait_dist.models import MaskNetwork, UNet, fused, int8
 from portrait_dist.preprocessing import DEFAULT_ASPECT, DEFAULT_SIZE, Alpha, normalise_levels
 from portrait_dist.system.info import cores
 from portrait_dist.system.malloc import keep_freed_memory
-from portrait_dist.system.threads import submit_in_order
+from portrait_dist.system.threads import submit_in_order, switch_off_opencv_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -213,6 +213,7 @@ class PortraitSegmenter:
             InputError, DamagedDataError: a photo cannot be read.
         """
         workers = cores()
+        switch_off_opencv_threads()
         with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(workers) as finishers:
             reads = submit_in_order(readers, self._read, photos, limit=2 * batch_size)
             predicted = self.predict_prepared((read.result() for _, read in reads), batch_size)

@@ -34,6 +34,7 @@ from portrait_dist.inference.photos import KINDS, read_photo_bytes
 from portrait_dist.inference.segmenter import PortraitSegmenter, PreparedPhoto
 from portrait_dist.preprocessing import Alpha
 from portrait_dist.system.info import check_extra, cores
+from portrait_dist.system.threads import switch_off_opencv_threads
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -214,6 +215,7 @@ class Service:
         self.limits = limits
         self.metrics = _Metrics()
         self.working = 0
+        switch_off_opencv_threads()
         self._pool = ThreadPoolExecutor(cores(), thread_name_prefix="photos")
         self._batcher = Batcher(segmenter, limits.batch_size, self.metrics.batches.observe)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,18 @@ from typing import TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+
+def switch_off_opencv_threads() -> None:
+    """Keep OpenCV from starting threads of its own in this process, whose threads call it.
+
+    Each call on a large image would else run on all cores, in every one of our threads and in every
+    rank of a node.
+    """
+    with contextlib.suppress(ImportError):
+        import cv2
+
+        cv2.setNumThreads(1)
 
 
 def submit_in_order(

@@ -62,7 +62,7 @@ def atomic_open""",
         "other data never joins a run",
         "resumed runs",
         "portrait_dist/training/resume.py",
-        "if before is not None and before != identity:",
+        "if before is not None and before != identity.now:",
         "if False:",
     ),
 )

@@ -167,4 +167,18 @@ MUTATIONS = [
         test=EVALUATE + "pictures_of_a_group_show_the_samples_with_most_of_its_errors_first",
         why="the picture of a group of errors shows where they are most",
     ),
+    Mutation(
+        file="portrait_dist/inference/batch.py",
+        old="        switch_off_opencv_threads()\n",
+        new="",
+        test=PREDICT + "opencv_starts_no_threads_of_its_own_beside_those_of_predict",
+        why="OpenCV starts no threads beside those of predict",
+    ),
+    Mutation(
+        file="portrait_dist/evaluation.py",
+        old="    parts = distributed.gather_to_rank_0(rows)\n",
+        new="    parts = distributed.gather_objects(rows)\n",
+        test=EVALUATE + "rows_of_samples_go_to_rank_0_alone",
+        why="rows of samples go to rank 0 alone",
+    ),
 ]

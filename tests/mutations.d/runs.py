@@ -4,6 +4,10 @@ from tests.mutation import Mutation
 
 FOLDER = "portrait_dist/runs/folder.py"
 JOB = "portrait_dist/slurm/job.py"
+TIMEOUTS = (
+    "tests/unit/test_distributed.py::"
+    "test_gloo_has_the_timeout_of_the_settings_and_nccl_a_minute_more"
+)
 
 MUTATIONS = [
     Mutation(
@@ -138,5 +142,43 @@ MUTATIONS = [
         test="tests/slurm/test_slurm_elastic.py::"
         "test_a_job_that_lost_a_node_goes_on_with_one_and_the_same_global_batches",
         why="--nodes=MIN-MAX gives as many nodes as there are",
+    ),
+    Mutation(
+        file="portrait_dist/distributed.py",
+        old="timeout=timeout + timedelta(seconds=SECONDS_FOR_PYTHON) if gpu else timeout,",
+        new="timeout=timeout,",
+        test=TIMEOUTS + "[cuda-150]",
+        why="NCCL waits longer than gloo",
+    ),
+    Mutation(
+        file="portrait_dist/training/preemption.py",
+        old='dist.new_group(backend="gloo", timeout=timeout)',
+        new='dist.new_group(backend="gloo")',
+        test=TIMEOUTS + "[cpu-90]",
+        why="the agreement has the timeout of the settings",
+    ),
+    Mutation(
+        file="portrait_dist/training/health.py",
+        old='        "TORCH_FR_BUFFER_SIZE": RECORDED,\n',
+        new="",
+        test="tests/unit/test_health.py::"
+        "test_the_record_of_collectives_is_on_by_default_and_lies_in_the_run",
+        why="collectives are recorded by default",
+    ),
+    Mutation(
+        file="portrait_dist/slurm/node_check.py",
+        old="    if free < LEAST_SCRATCH:\n",
+        new="    if free < 0:\n",
+        test="tests/slurm/test_sick_node.py::"
+        "test_a_driver_that_hangs_and_a_full_scratch_disk_are_found",
+        why="a node without scratch space is sick",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/format.py",
+        old="return _in_use.setdefault(content, _manifest(found))",
+        new="return _manifest(found)",
+        test="tests/unit/test_manifest.py::"
+        "test_splits_that_are_open_at_the_same_time_share_one_manifest",
+        why="the splits of a run share one manifest",
     ),
 ]

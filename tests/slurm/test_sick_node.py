@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from portrait_dist.slurm import node_check
 from portrait_dist.slurm.node_check import check_node, parse_reports
 from tests.jobs import checkpoint
 from tests.slurm.cluster import LAUNCH, Cluster
@@ -120,3 +121,15 @@ def test_a_clock_that_is_wrong_and_a_folder_that_is_missing_are_found(
     monkeypatch.setattr(time, "time", now)
     assert check_node(str(node / "none"), "cpu") == 0
     assert "the run's folder is not usable" in capsys.readouterr().out
+
+
+def test_a_driver_that_hangs_and_a_full_scratch_disk_are_found(
+    node: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_driver(tmp_path / "bin", "exec tail -f /dev/null")
+    monkeypatch.setattr(node_check, "SECONDS_FOR_A_DRIVER", 0.5)
+    monkeypatch.setattr(node_check, "LEAST_SCRATCH", 1 << 60)
+    scratch, driver = problems(node, capsys)
+    assert "has only" in scratch
+    assert "MB free" in scratch
+    assert driver.startswith("the NVIDIA driver does not answer")

@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import TCPStore  # torch.distributed does not ex
 
 from portrait_dist import distributed
 from portrait_dist.errors import InputError
+from portrait_dist.training.preemption import Agreement
 from tests.jobs import TORCHRUN
 
 PREFIX = "portrait_dist/start/0"
@@ -150,6 +151,33 @@ def test_gloo_uses_the_card_that_reaches_the_other_nodes() -> None:
     assert find({**several, "GLOO_SOCKET_IFNAME": "eth9", "MASTER_ADDR": "127.0.0.1"}) is None
     one_node = {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     assert find(one_node) is None
+
+
+@pytest.mark.parametrize(("kind", "seconds"), [("cpu", 90), ("cuda", 150)])
+def test_gloo_has_the_timeout_of_the_settings_and_nccl_a_minute_more(
+    kind: str, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the Python error, which names the rank, comes before NCCL's watchdog."""
+    import torch
+    import torch.distributed as dist
+
+    given: dict[str, timedelta] = {}
+
+    def keep(backend: str, timeout: timedelta, **_: Any) -> None:
+        given[backend] = timeout
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr(distributed, "_store_of_this_start", lambda *_: None)
+    monkeypatch.setattr(dist, "init_process_group", keep)
+    monkeypatch.setattr(dist, "new_group", keep)
+    distributed.start(torch.device(kind, 0), 90)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    assert given == {backend: timedelta(seconds=seconds)}
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    Agreement(90)
+    assert given["gloo"] == timedelta(seconds=90)
 
 
 def test_the_limit_of_open_files_is_raised_to_the_hard_one() -> None:

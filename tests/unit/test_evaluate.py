@@ -164,6 +164,19 @@ def test_scores_are_computed_in_full_float32_and_the_settings_come_back(
     assert seen == [["ieee", "ieee"]]
 
 
+def test_rows_of_samples_go_to_rank_0_alone(
+    checkpoint: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[int] = []
+
+    def as_on_rank_1(rows: list[Any]) -> None:
+        gathered.append(len(rows))
+
+    monkeypatch.setattr(evaluation.distributed, "gather_to_rank_0", as_on_rank_1)
+    assert evaluation.evaluate(checkpoint, str(tiny_shards), "val", device="cpu") is None
+    assert gathered == [7]
+
+
 def test_shards_of_another_size_are_refused_with_the_size_of_training(
     tiny_shards: Path, tmp_path: Path
 ) -> None:

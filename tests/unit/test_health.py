@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 
 from portrait_dist.runs.health import find_stall, operations_of, read_heartbeats, read_operations
-from portrait_dist.training.health import RankTimes, StepTimeout, find_straggler
+from portrait_dist.training.health import (
+    RankTimes,
+    StepTimeout,
+    find_straggler,
+    record_collectives,
+)
 
 NORMAL = RankTimes(step=0.070, data=0.0, compute=0.010, other=0.0)
 
@@ -176,6 +181,20 @@ def test_torchs_own_record_of_collectives_is_understood(tmp_path: Path) -> None:
         (tmp_path / name).rename(only / name)
         assert read_operations(only) == {1: "all_reduce", 2: "all_reduce"}, name
     assert operations_of("nonsense") == {}
+
+
+def test_the_record_of_collectives_is_on_by_default_and_lies_in_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    record_collectives(tmp_path / "run")
+    assert int(os.environ["TORCH_FR_BUFFER_SIZE"]) > 0
+    assert os.environ["TORCH_FR_DUMP_ON_TIMEOUT"] == "1"
+    # torch puts the rank behind it.
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / "run" / "health" / "nccl-")
+    monkeypatch.setattr(os, "environ", {"TORCH_FR_BUFFER_SIZE": "0"})
+    record_collectives(tmp_path / "run")
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "0", "what the user has set stays"
 
 
 def test_a_rank_that_stopped_outside_a_step_is_named_as_soon_as_one_that_stopped_in_it(

@@ -182,6 +182,18 @@ def test_a_manifest_beyond_the_limit_is_refused_before_it_is_parsed(
     assert "longer than" in refused(text)
 
 
+def test_splits_that_are_open_at_the_same_time_share_one_manifest(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_shards, tmp_path / "shards")
+    train, val = ShardSet(folder, "train"), ShardSet(folder, "val")
+    assert train.manifest is val.manifest
+    other = json.loads((folder / "manifest.json").read_text())
+    del other["sha256"]
+    (folder / "manifest.json").write_text(json.dumps(other | {"quality": 7}))
+    assert read_manifest(folder).quality == 7, "the file is read, whatever is in use"
+
+
 def test_a_newer_format_says_to_update(text: str) -> None:
     assert "format 2, this program knows 1" in refused(text.replace('"format": 1', '"format": 2'))
 

@@ -72,6 +72,18 @@ def test_a_folder_gives_mask_cutout_and_side_by_side_of_every_photo_at_its_own_s
     assert Image.open(out / "two.side-by-side.png").size == (240, 60)
 
 
+def test_opencv_starts_no_threads_of_its_own_beside_those_of_predict(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    import cv2
+
+    for arguments in ([], ["--only", "mask"]):
+        cv2.setNumThreads(4)
+        out = tmp_path / f"out{len(arguments)}"
+        assert predict(checkpoint, photos, "--out", out, *arguments).exit_code == 0
+        assert cv2.getNumThreads() == 1
+
+
 def test_patterns_find_photos_to_any_depth_and_a_photo_given_twice_is_done_once(
     checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ import itertools
 import json
 import re
 import struct
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn, NotRequired, TypedDict, cast
@@ -178,8 +179,12 @@ def _digest(found: Mapping[str, Any]) -> str:
     ).hexdigest()
 
 
+_in_use: weakref.WeakValueDictionary[bytes, Manifest] = weakref.WeakValueDictionary()
+"""Manifests by the sha256 of their text: the splits of a run share one, 1 GB of 10^6 shards."""
+
+
 def parse_manifest(text: str | bytes, where: str) -> Manifest:
-    """Read and check a manifest.
+    """Read and check a manifest; one with the same text that is still in use is returned again.
 
     Args:
         text: content of ``manifest.json``.
@@ -193,10 +198,14 @@ def parse_manifest(text: str | bytes, where: str) -> Manifest:
     try:
         if len(text) > MANIFEST_LIMIT:
             raise ValueError(f"longer than {MANIFEST_LIMIT:,} bytes")
+        data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+        content = hashlib.sha256(data).digest()
+        if (manifest := _in_use.get(content)) is not None:
+            return manifest
         found = _object(json.loads(text, parse_constant=_no_number), "it")
         version = _whole(found, "format", 0, 1 << 31)
         if version == FORMAT:
-            return _manifest(found)
+            return _in_use.setdefault(content, _manifest(found))
     except (ValueError, RecursionError) as error:
         raise DamagedDataError(
             f"{where}: damaged ({_short(error)}); copy it again, or pack the shards again"

@@ -26,6 +26,7 @@ from portrait_dist.data.shards.prefetch import Prefetcher
 from portrait_dist.data.stream.dataset import AISegmentIterableDataset
 from portrait_dist.data.stream.order import Ints
 from portrait_dist.errors import DamagedDataError
+from portrait_dist.system.threads import switch_off_opencv_threads
 
 MAX_SAMPLES_PER_TASK = 8
 """Samples that a thread decodes before it asks for more; 2, 8 and 16 are equally fast."""
@@ -343,7 +344,7 @@ class DecodePipeline:
     def _start_threads(self) -> None:
         if self._threads:
             return
-        _switch_off_opencv_threads()
+        switch_off_opencv_threads()
         # New ones: a late thread of the time before must not take a task of this one.
         self._tasks, self._stop = queue.SimpleQueue(), threading.Event()
         for number in range(self._threads_wanted):
@@ -419,13 +420,6 @@ def _close_all() -> None:
     for pipeline in list(_OPEN):
         if pipeline.usable:
             pipeline.close()
-
-
-def _switch_off_opencv_threads() -> None:
-    with contextlib.suppress(ImportError):
-        import cv2
-
-        cv2.setNumThreads(1)
 
 
 def _work(
