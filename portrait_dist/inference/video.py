@@ -28,7 +28,7 @@ from portrait_dist.inference.segmenter import PortraitSegmenter, PreparedPhoto
 from portrait_dist.preprocessing import Alpha, ImageArray
 from portrait_dist.system.info import check_extra, cores
 from portrait_dist.system.progress import track
-from portrait_dist.system.threads import submit_in_order
+from portrait_dist.system.threads import submit_in_order, switch_off_opencv_threads
 
 FLICKER = 0.1
 """Difference of alpha between frames from which on they disagree; the paper's."""
@@ -208,6 +208,7 @@ def without_flicker(before: Alpha, alpha: Alpha, after: Alpha) -> Alpha:
 
 
 def _on_threads(function: Any, items: Iterable[Any]) -> Iterator[ImageArray]:
+    switch_off_opencv_threads()
     pool = ThreadPoolExecutor(cores())
     try:
         for _, done in submit_in_order(pool, function, items, limit=cores()):
