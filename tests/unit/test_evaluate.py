@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from portrait_dist import evaluation
+from portrait_dist import distributed, evaluation
 from portrait_dist.checkpoints import load_model
 from portrait_dist.data import Batch
 from portrait_dist.data.stream.dataset import AISegmentIterableDataset
@@ -172,7 +172,7 @@ def test_rows_of_samples_go_to_rank_0_alone(
     def as_on_rank_1(rows: list[Any]) -> None:
         gathered.append(len(rows))
 
-    monkeypatch.setattr(evaluation.distributed, "gather_to_rank_0", as_on_rank_1)
+    monkeypatch.setattr(distributed, "gather_to_rank_0", as_on_rank_1)
     assert evaluation.evaluate(checkpoint, str(tiny_shards), "val", device="cpu") is None
     assert gathered == [7]
 
