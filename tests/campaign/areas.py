@@ -32,6 +32,8 @@ def areas(world: World) -> list[Area]:
 
     return [
         area("shards", data.shards),
+        area("shard sets", data.shard_sets),
+        area("foreign tars", data.foreign_tars),
         area("manifest", data.manifest),
         area("raw trees", data.raw_trees),
         area("splits", data.splits),

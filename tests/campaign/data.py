@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
 import shutil
 import sys
+import tarfile
 from collections.abc import Callable, Generator
 from pathlib import Path
 from random import Random
@@ -50,6 +52,84 @@ def shards(world: World, random: Random, folder: Path) -> Generator[Case, None, 
         else:
             yield Case(f"verify: {what}", command("verify", copy))
         shutil.rmtree(copy)
+
+
+WEIGHTS = (
+    "0",
+    "-1",
+    "nan",
+    "inf",
+    "1e3",
+    "0.0000000001",
+    "0.3",
+    "9" * 40,
+    ".",
+    "",
+    ":1",
+    "x",
+    "٣",
+    "1",
+)
+
+
+def shard_sets(world: World, random: Random, folder: Path) -> Generator[Case, None, None]:
+    """Lists of shard sets with odd weights, names and commas: refused, or every sample once."""
+    for number in itertools.count():
+        weight, end = (
+            random.choice(WEIGHTS),
+            random.choice(["", ",", ",s3://", f",{folder}/none:1"]),
+        )
+        sets = f"{world.shards}:{weight}{end}"
+        yield Case(f"sets :{weight[:12]}{end[:8]}", read_all(world, sets), checks=(one_line,))
+        copy = odd.copy_tree(world.shards, folder / f"set{number}")
+        twice = f"{world.shards}:{weight},{copy}"
+        yield Case("the same set twice", read_all(world, twice), allowed=(INPUT,))
+        shutil.rmtree(copy)
+
+
+def _as_foreign(shards: Path, tar: Path, odd_name: Callable[[str], str]) -> None:
+    """Write the members of packed shards into one tar, its last one under an odd name."""
+    tar.parent.mkdir()
+    with tarfile.open(tar, "w") as out:
+        for stored in sorted(shards.glob("*.tar")):
+            with tarfile.open(stored) as packed:
+                for member in packed:
+                    data = packed.extractfile(member)
+                    member.name = member.name.rpartition("/")[2]
+                    out.addfile(member, data)
+        member.name = odd_name(member.name)
+        out.addfile(member, io.BytesIO(bytes(member.size)))
+
+
+ODD_NAMES: tuple[Callable[[str], str], ...] = (
+    lambda name: name,
+    str.upper,
+    "../{}".format,
+    "/{}".format,
+    "a\n{}".format,
+    lambda name: name + "/",
+    lambda name: "readme",
+    lambda name: "notes.txt",
+)
+
+
+def foreign_tars(world: World, random: Random, folder: Path) -> Generator[Case, None, None]:
+    """Tars of others that are damaged or have an odd member: named, or harmless."""
+    for number in itertools.count():
+        tar = folder / f"tars{number}" / "train-0.tar"
+        what = "an odd member"
+        if random.random() < 0.3:
+            _as_foreign(world.shards, tar, random.choice(ODD_NAMES))
+        else:
+            _as_foreign(world.shards, tar, lambda name: "notes.txt")
+            what = odd.damage_file(random, tar)
+
+        def action(tars: Path = tar.parent) -> int:
+            os.environ["XDG_CACHE_HOME"] = str(tars.parent / "cache")
+            return command("verify", tars)()
+
+        yield Case(f"a foreign tar: {what}", action, checks=(one_line,), folders=(tar.parent,))
+        shutil.rmtree(tar.parent, ignore_errors=True)
 
 
 def manifest(world: World, random: Random, folder: Path) -> Generator[Case, None, None]:
