@@ -240,6 +240,10 @@ class Scorer:
         self.samples = 0
         self._criterion = SoftIoULoss(0.5, 0.5)
 
+    def fresh(self) -> Scorer:
+        """Make one of the same network that has seen nothing."""
+        return Scorer(self.model, self.device, group_errors=self.group_errors)
+
     def add(self, other: Scorer) -> None:
         """Add what another one of the same network has seen on this rank."""
         for mine, its in ((self.pooled, other.pooled), (self.thresholds, other.thresholds)):
@@ -376,14 +380,21 @@ def evaluate(
         lambda: _open_split(shards, split, batch_size, workers, chosen, checkpoint, info, size)
     )
     every = Scorer(model, chosen, group_errors=group_errors)
-    if not isinstance(loader.dataset.shards, ShardSets):
-        return _gathered(every, split, [sample.row() for sample in every.score(loader)])
+    if isinstance(loader.dataset.shards, ShardSets):
+        return _score_sets(every, loader, loader.dataset.shards.parts, split)
+    return _gathered(every, split, [sample.row() for sample in every.score(loader)])
+
+
+def _score_sets(
+    every: Scorer, loader: StreamLoader, parts: Sequence[Part], split: str
+) -> Evaluation | None:
+    """Score several sets one after the other, each on its own and all together."""
     rows: list[SampleRow] = []
     sets: dict[str, SplitScores] = {}
-    for part in loader.dataset.shards.parts:
+    for part in parts:
         if not part.shards.samples:
             continue
-        scorer = Scorer(model, chosen, group_errors=group_errors)
+        scorer = every.fresh()
         own = _open_part(loader, part)
         found = [_numbered(sample.row(), part) for sample in scorer.score(own)]
         if scores := _gathered(scorer, split, found):

@@ -27,6 +27,12 @@ class Turns(NamedTuple):
     image: int
     mask_too: bool
 
+    @classmethod
+    def of(cls, codec: str) -> Turns:
+        """Read the end of a codec ``files-T-B``."""
+        image, mask_too = map(int, codec.split("-")[1:])
+        return cls(image, bool(mask_too))
+
 
 def decode_pair(
     image: bytes | memoryview,
@@ -41,9 +47,8 @@ def decode_pair(
 ) -> None:
     """Decode one sample, at the size it is stored in or resized, into given arrays.
 
-    Stored at that size, the JPEG is decoded in place. Stored larger, the image is resized
-    bilinearly with antialiasing and the alpha to the nearest pixel, as the tutorial's SegResize
-    does with PIL.
+    Stored at that size, the JPEG is decoded in place. Stored larger, it is resized bilinearly with
+    antialiasing, and the alpha to the nearest pixel, as the tutorial's SegResize does with PIL.
 
     Args:
         image: member of a sample, a JPEG, or a .npy for the raw codec.
@@ -51,11 +56,10 @@ def decode_pair(
         size: (H, W) in pixels; None for that of ``out_alpha``.
         out_image: uint8 [H, W, 3], contiguous.
         out_alpha: uint8 [H, W].
-        exact: False decodes a larger JPEG that is squashed at 1/2, 1/4 or another scale that the
-            codec can do, as long as it is not below ``size``, and resizes the rest bilinearly
-            without antialiasing: faster, and slightly different.
-        codec: ``jpeg`` or ``raw``, or ``files-T-B`` for members of any picture type, whose image
-            is turned as EXIF's T says, and its mask with it if B is 1.
+        exact: False decodes a larger JPEG that is squashed at the smallest scale of the codec that
+            is not below ``size``, and resizes the rest without antialiasing: faster, not the same.
+        codec: ``jpeg`` or ``raw``, or ``files-T-B`` for members of any image type, whose image is
+            turned as EXIF's T says, and its mask with it if B is 1.
         fit: how a sample of another size is brought to ``size``.
 
     Raises:
@@ -63,18 +67,16 @@ def decode_pair(
     """
     size = size or (out_alpha.shape[0], out_alpha.shape[1])
     if codec.startswith("files"):
-        turned, both = map(int, codec.split("-")[1:])
-        way = Turns(turned, bool(both))
-        decode_files(image, alpha, size, out_image, out_alpha, exact=exact, turns=way, fit=fit)
-        return
-    if codec == "raw":
+        turns = Turns.of(codec)
+        decode_files(image, alpha, size, out_image, out_alpha, exact=exact, turns=turns, fit=fit)
+    elif codec == "raw":
         out_image[:] = _pixels(image, (*size, 3))
         out_alpha[:] = _pixels(alpha, size)
-        return
-    stored = _decode_image(image, size, out_image, exact, fit)
-    grey = decode_grey(alpha)
-    _check_same_size(stored, grey.shape)
-    out_alpha[:] = fitted(grey, size, fit, resize_alpha)
+    else:
+        stored = _decode_image(image, size, out_image, exact, fit)
+        grey = decode_grey(alpha)
+        _check_same_size(stored, grey.shape)
+        out_alpha[:] = fitted(grey, size, fit, resize_alpha)
 
 
 def decode_files(

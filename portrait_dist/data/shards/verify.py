@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from portrait_dist.data.shards import format as shard_format
 from portrait_dist.data.shards.cache import Cache, FetchError
 from portrait_dist.data.shards.decode import decode_stored
 from portrait_dist.data.shards.foreign import is_foreign, open_splits
-from portrait_dist.data.shards.format import BLOCK, SUFFIXES, ShardEntry, keys_sha256
+from portrait_dist.data.shards.format import BLOCK, SUFFIXES, Manifest, ShardEntry, keys_sha256
 from portrait_dist.data.shards.reader import DamagedSampleError, ShardSet, read_manifest
 from portrait_dist.errors import DamagedDataError
 from portrait_dist.files import open_regular, read_regular
@@ -76,14 +76,19 @@ def verify(
         for (split, _), (found, wrong) in zip(every_shard, results, strict=True):
             keys[split] += found
             errors += wrong
-    wrong_keys = "the keys are not those of the manifest, or in another order"
-    errors += [
-        f"{redact(str(location))}, {split}: {wrong_keys}"
+    errors += _wrong_keys(redact(str(location)), manifest, keys)
+    whole = sum(len(found) for found in keys.values())
+    return VerifyResult(whole, len(every_shard), not errors, errors)
+
+
+def _wrong_keys(shown: str, manifest: Manifest, keys: Mapping[str, list[str]]) -> list[str]:
+    """Name the splits that have as many keys as the manifest says, but not those."""
+    wrong = "the keys are not those of the manifest, or in another order"
+    return [
+        f"{shown}, {split}: {wrong}"
         for split, entry in manifest.splits.items()
         if len(keys[split]) == entry.samples and keys_sha256(keys[split]) != entry.keys_sha256
     ]
-    whole = sum(len(found) for found in keys.values())
-    return VerifyResult(whole, len(every_shard), not errors, errors)
 
 
 def _verify_foreign(location: str, workers: int, cache: Cache | None) -> VerifyResult:

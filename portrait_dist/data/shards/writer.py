@@ -158,9 +158,7 @@ def pack(
     packing = _Packing(folder, workers or cores(), check)
     keep_freed_memory()
     with explained(folder.out):
-        if finish:
-            return packing.finish()
-        return packing.pack_part(Part(*part)) if part else packing.pack_all()
+        return packing.finish() if finish else packing.pack(Part(*part) if part else None)
 
 
 @dataclass(frozen=True)
@@ -229,6 +227,10 @@ class _Packing:
         self.plans = plan_shards(folder.split, folder.settings.samples_per_shard)
         self.packed = 0
         self.started = time.perf_counter()
+
+    def pack(self, part: Part | None) -> PackResult:
+        """Pack a part, or all shards."""
+        return self.pack_part(part) if part else self.pack_all()
 
     def pack_all(self) -> PackResult:
         """Pack what is missing of all shards; on an error leave no folder without a whole one."""

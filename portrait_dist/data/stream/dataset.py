@@ -314,11 +314,10 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
                 fit=self.fit,
             )
         except Exception as error:  # the codecs raise kinds of their own
-            reason = " ".join(str(error).split())
             raise DamagedDataError(
-                f"{self.shards.name(sample)} ({encoded.key}): does not decode ({reason}); find all "
-                "such samples with 'portrait-dist verify', pack them again, or skip them with "
-                "data.on_damage=skip"
+                f"{self.shards.name(sample)} ({encoded.key}): does not decode "
+                f"({' '.join(str(error).split())}); find all such samples with 'portrait-dist "
+                "verify', pack them again, or skip them with data.on_damage=skip"
             ) from error
         return encoded.key
 

@@ -57,8 +57,7 @@ def build_loader(
     """Build the loader of one split of packed shards for this rank.
 
     Args:
-        shards: folder or address that ``portrait-dist pack`` wrote, or several with weights,
-            ``a:1,b:0.3``.
+        shards: folder or address of packed shards, or several with weights, ``a:1,b:0.3``.
         split: ``train``, ``val`` or ``test``.
         batch_size: samples per rank and batch.
         seed: of the shuffle.

@@ -258,21 +258,41 @@ def score(
     scored = min(total, at_most or total)
     shown = {number * scored // images for number in range(images)} if images else set()
     rows: list[SampleScores] = []
-    worst: list[tuple[float, int, ScoredSample]] = []  # a heap: the best of the worst is on top
+    worst = _Worst(images)
     gallery: list[ScoredSample] = []
     for number, sample in enumerate(scorer.score(batches)):
         rows.append(sample.scores)
         errors += sample.errors or ErrorGroups()
         if number in shown:
             gallery.append(sample.copy())
-        if len(worst) < images or (images and -sample.scores.iou > worst[0][0]):
-            heapq.heappush(worst, (-sample.scores.iou, -number, sample.copy()))
-            if len(worst) > images:
-                heapq.heappop(worst)
-    ranked = [sample for _, _, sample in sorted(worst, key=lambda item: (-item[0], -item[1]))]
+        worst.add(number, sample)
     ious = [row.iou for row in rows]
     pooled = float(scorer.pooled.compute())
-    return Scores(total, pooled, mean_scores(rows), ious, gallery, ranked, errors)
+    return Scores(total, pooled, mean_scores(rows), ious, gallery, worst.ranked(), errors)
+
+
+class _Worst:
+    """The samples of smallest IoU.
+
+    Args:
+        at_most: how many to keep.
+    """
+
+    def __init__(self, at_most: int) -> None:
+        self.at_most = at_most
+        # The best of the worst is on top.
+        self.heap: list[tuple[float, int, ScoredSample]] = []
+
+    def add(self, number: int, sample: ScoredSample) -> None:
+        """Keep a copy of a sample that is worse than one of those kept."""
+        if len(self.heap) < self.at_most or (self.at_most and -sample.scores.iou > self.heap[0][0]):
+            heapq.heappush(self.heap, (-sample.scores.iou, -number, sample.copy()))
+            if len(self.heap) > self.at_most:
+                heapq.heappop(self.heap)
+
+    def ranked(self) -> list[ScoredSample]:
+        """List them, the worst first, of equal ones the earlier."""
+        return [sample for *_, sample in sorted(self.heap, key=lambda one: (-one[0], -one[1]))]
 
 
 def _batches(
