@@ -16,7 +16,13 @@ import torch
 
 from portrait_dist.cli import run
 from portrait_dist.errors import InputError, PortraitDistError
-from portrait_dist.inference.export import ExportFormat, Normalised, export, largest_difference
+from portrait_dist.inference.export import (
+    ExportFormat,
+    Normalised,
+    _write,
+    export,
+    largest_difference,
+)
 from portrait_dist.models import UNet
 from portrait_dist.preprocessing import MEAN, STD
 from tests import blobs, cli
@@ -130,9 +136,12 @@ def test_an_old_openvino_graph_is_gone_where_its_weights_were_overwritten(
         export(checkpoint, path, "openvino")
     path.write_text("old")
     path.with_suffix(".bin").unlink()
-    path.with_suffix(".bin").mkdir()  # the weights cannot be written
-    with pytest.raises(PortraitDistError):
+    path.with_suffix(".bin").mkdir()
+    with pytest.raises(InputError, match=r"portrait\.bin: is a folder"):
         export(checkpoint, path, "openvino", force=True)
+    assert path.read_text() == "old"
+    with pytest.raises(PortraitDistError):  # a folder that comes after the check
+        _write(path, (b"graph", b"weights"))
     assert not path.exists()
     with pytest.raises(InputError, match=r"NAME\.xml, its weights NAME\.bin"):
         export(checkpoint, tmp_path / "portrait.onnx", "openvino")
