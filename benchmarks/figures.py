@@ -81,6 +81,7 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
             *(_read(results, f"2026-11-29-amd-epyc-2-cores-engines-{n}.json") for n in (1, 8))
         ),
         **_serve(_read(results, "2026-11-29-amd-epyc-2-cores-serve.json")),
+        **_h200(_read(results, "2026-11-29-nvidia-h200.json")),
         **_recipes(_read(results, "2026-11-23-recipes.json")),
         **_masks(_read(results, "2026-11-23-predictions.json")),
     }
@@ -156,6 +157,30 @@ def _engines(*batches: dict[str, Any]) -> dict[str, str]:
     for name in ("int8", "onnxruntime-int8", "openvino-int8"):
         found[f"engines.{name}.iou"] = f"{_row(batches[1], name=name)['iou_with_fp32']:.4f}"
     return found
+
+
+def _h200(found: dict[str, Any]) -> dict[str, str]:
+    benchmarks, portraits = found["benchmarks"], found["portraits"]
+    train, small = benchmarks["train"], benchmarks["train_batch_16"]
+    parts, step = _row(benchmarks["step_parts"]), benchmarks["train_step"]
+    scores = portraits["test"]["cuda"]
+    return {
+        "h200.tests": str(found["tests"]["passed"]),
+        "h200.rate": f"{_rate(train, name='train'):,.0f}",
+        "h200.of-resident": f"{_rate(train, name='train') / _rate(train, name='resident'):.2f}",
+        "h200.waiting": f"{_row(train, name='train')['data_wait_share']:.0%}".replace("%", " %"),
+        "h200.small.rate": f"{_rate(small, name='train'):,.0f}",
+        "h200.small.of-resident": (
+            f"{_rate(small, name='train') / _rate(small, name='resident'):.2f}"
+        ),
+        "h200.overhead": f"{step['rows'][1]['overhead_ms']:.2f}",
+        "h200.step": f"{parts['lowest_ms']:.1f}",
+        "h200.portraits.iou": f"{scores['iou']:.3f}",
+        "h200.portraits.boundary-iou": f"{scores['boundary_iou']:.3f}",
+        "h200.portraits.seconds": f"{portraits['seconds_of_epochs']:.0f}",
+        "h200.portraits.rate": f"{portraits['images_per_second']:,.0f}",
+        "h200.portraits.gigabytes": f"{portraits['gpu_memory_bytes'] / 1e9:.1f}",
+    }
 
 
 def _serve(found: dict[str, Any]) -> dict[str, str]:
