@@ -379,7 +379,11 @@ def evaluate(
     loader = distributed.on_every_rank(
         lambda: _open_split(shards, split, batch_size, workers, chosen, checkpoint, info, size)
     )
-    every = Scorer(model, chosen, group_errors=group_errors)
+    return _score_split(Scorer(model, chosen, group_errors=group_errors), loader, split)
+
+
+def _score_split(every: Scorer, loader: StreamLoader, split: str) -> Evaluation | None:
+    """Score all samples, of several sets each on its own too."""
     if isinstance(loader.dataset.shards, ShardSets):
         return _score_sets(every, loader, loader.dataset.shards.parts, split)
     return _gathered(every, split, [sample.row() for sample in every.score(loader)])

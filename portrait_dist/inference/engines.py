@@ -10,6 +10,7 @@ Batch size, and the U-Net's height and width, are free: one compiled network tak
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from typing import TYPE_CHECKING, Literal
 
@@ -127,6 +128,19 @@ def to_openvino(model: nn.Module, example: Shape, shape: Shape) -> openvino.Mode
         )
 
 
+@functools.cache
+def core() -> openvino.Core:
+    """Return the one Core of this process, which is never unloaded.
+
+    OpenVINO's CPU plugin gives the thread that loads it another stack for signals, and frees that
+    stack when it is unloaded: the next signal that Python handles (SIGTERM, or SIGCHLD with
+    PyTorch's DataLoader) would end the process with SIGSEGV. Seen with 2026.4.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def compiled(program: openvino.Model, dtype: torch.dtype = torch.float32) -> fused.Network:
     """Compile a program for this CPU.
 
@@ -137,14 +151,12 @@ def compiled(program: openvino.Model, dtype: torch.dtype = torch.float32) -> fus
     Returns:
         A function from float32 to float32 on the CPU, not for several threads at a time.
     """
-    import openvino
-
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,  # one batch at a time, by all threads
     }
-    request = openvino.Core().compile_model(program, "CPU", settings).create_infer_request()
+    request = core().compile_model(program, "CPU", settings).create_infer_request()
 
     def run(x: Tensor) -> Tensor:
         found = request.infer({0: x.contiguous().numpy()}, share_inputs=True)

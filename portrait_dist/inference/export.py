@@ -155,12 +155,7 @@ def export(
     metadata = describe(trained.size, trained.fit)
     model = Normalised(network).eval()
     parts, exported = _make(model, trained.size, format, metadata)
-    difference = largest_difference(model, exported, trained.size)
-    # Not "difference > TOLERANCE": every comparison with NaN is false, and NaN must fail too.
-    if not difference <= TOLERANCE:
-        raise PortraitDistError(
-            f"{out}: not written, the {format} file differs from the network by {difference:.2g}"
-        )
+    difference = _check_difference(out, format, model, exported, trained.size)
     speed = model_card.measure_speed(exported, trained.size, ENGINE_OF[format])
     scores = _scores(checkpoint, data, size, trust_code) if data else None
     if web:
@@ -168,14 +163,25 @@ def export(
     card = model_card.write_card(out.name, metadata, network, info, speed, scores)
     _write(out, parts)
     files.write_text(model_card.card_path(out), card)
-    return ExportResult(
-        file=str(out),
-        format=format,
-        bytes=sum(map(len, parts)),
-        largest_difference=difference,
-        card=str(model_card.card_path(out)),
-        **metadata,
-    )
+    count, card_file = sum(map(len, parts)), str(model_card.card_path(out))
+    return ExportResult(str(out), format, count, difference, card=card_file, **metadata)
+
+
+def _check_difference(
+    out: Path,
+    format: str,
+    model: Normalised,
+    exported: Callable[[Tensor], Tensor],
+    size: tuple[int, int],
+) -> float:
+    """Compare what is to be written with the network; return the largest difference of alpha."""
+    difference = largest_difference(model, exported, size)
+    # Not "difference > TOLERANCE": every comparison with NaN is false, and NaN must fail too.
+    if not difference <= TOLERANCE:
+        raise PortraitDistError(
+            f"{out}: not written, the {format} file differs from the network by {difference:.2g}"
+        )
+    return difference
 
 
 def _scores(
@@ -330,6 +336,4 @@ def _make_openvino(
 
 
 def _read_openvino(graph: bytes, weights: bytes) -> Callable[[Tensor], Tensor]:
-    import openvino
-
-    return engines.compiled(openvino.Core().read_model(graph, weights))
+    return engines.compiled(engines.core().read_model(graph, weights))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +111,30 @@ def segment_video(
 
     source, out = Path(source), Path(out)
     check_options(source, out, options, force)
+    render = _renderer(segmenter, options)
+    began = time.perf_counter()
+    try:
+        with av.open(str(source)) as reading:
+            times: deque[int] = deque()
+            frames = _Frames(reading, source, times)
+            images = _on_threads(render, segment_frames(segmenter, frames, options))
+            tracked = track(images, total=frames.total, what="frames")
+            with files.atomic_path(out, suffix=out.suffix) as temporary:
+                count, size = _write(tracked, times, temporary, frames)
+    except av.error.FFmpegError as error:
+        raise DamagedDataError(
+            f"{source}: no video that can be read ({' '.join(str(error).split())})"
+        ) from error
+    return VideoResult(str(out), count, size[1], size[0], count / (time.perf_counter() - began))
+
+
+def _renderer(
+    segmenter: PortraitSegmenter, options: VideoOptions
+) -> Callable[[tuple[PreparedPhoto, Alpha]], ImageArray]:
+    """Return what makes the written frame of a frame and the network's alpha."""
     scene = compositing.parse_background(options.background)
 
-    def rendered(item: tuple[PreparedPhoto, Alpha]) -> ImageArray:
+    def render(item: tuple[PreparedPhoto, Alpha]) -> ImageArray:
         photo, alpha = item[0].photo, segmenter.finish(*item)
         if options.kind == "mask":
             return compositing.to_bytes(alpha)
@@ -122,20 +143,7 @@ def segment_video(
             return cutout
         return compositing.side_by_side(photo, alpha, cutout)
 
-    began = time.perf_counter()
-    try:
-        with av.open(str(source)) as reading:
-            times: deque[int] = deque()
-            frames = _Frames(reading, source, times)
-            images = _on_threads(rendered, segment_frames(segmenter, frames, options))
-            tracked = track(images, total=frames.total, what="frames")
-            with files.atomic_path(out, suffix=out.suffix) as temporary:
-                count, size = _write(tracked, times, temporary, frames)
-    except av.error.FFmpegError as error:
-        reason = " ".join(str(error).split())
-        raise DamagedDataError(f"{source}: no video that can be read ({reason})") from error
-    rate = count / (time.perf_counter() - began)
-    return VideoResult(str(out), count, size[1], size[0], rate)
+    return render
 
 
 def check_options(source: Path, out: Path, options: VideoOptions, force: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +112,33 @@ def test_an_engine_that_is_unknown_or_missing_is_refused_in_one_line(
     )
     cli.assert_one_line(result, 2, "needs openvino: pip install 'portrait-dist[openvino]'")
     assert not (tmp_path / "out").exists()
+
+
+SIGNALLED = """
+import faulthandler, gc, os, signal
+
+faulthandler.enable()
+received = []
+signal.signal(signal.SIGUSR1, lambda *_: received.append("handled"))
+from portrait_dist.inference import PortraitSegmenter
+from portrait_dist.models import UNet
+
+segmenters = []
+for _ in range(3):
+    segmenters.append(
+        PortraitSegmenter(UNet(init_features=2), (32, 32), engine="openvino", precision="fp32")
+    )
+while segmenters:
+    del segmenters[0]
+    gc.collect()
+    os.kill(os.getpid(), signal.SIGUSR1)
+print(*received)
+"""
+
+
+def test_signals_are_handled_after_a_network_of_openvino_is_gone() -> None:
+    """A signal that comes then must not end serve, predict or a training with SIGSEGV."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=240
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["handled"] * 3), done.stderr

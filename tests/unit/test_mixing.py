@@ -272,7 +272,8 @@ def test_a_run_of_several_sets_trains_and_refuses_other_weights_by_name(
     before = state_of(tmp_path / "run")
     for wrong in (f"{tiny_shards}:1,{other}:0.6", str(tiny_shards), f"{other}:0.5,{tiny_shards}"):
         refused = train_into(tmp_path, wrong, "train.max_epochs=2", "train.batch_size=23")
-        assert_one_line(refused, 2, "train split", "other:0.5", wrong.partition(",")[0])
+        # Of long lists the line has the beginning and the end.
+        assert_one_line(refused, 2, "train split", "other:0.5", wrong.rpartition("/")[2])
     assert state_of(tmp_path / "run") == before
     report = call("report", tmp_path / "run", "--out", tmp_path / "r.html", "--json")
     assert report.exit_code == 0, report.stderr

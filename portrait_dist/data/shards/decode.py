@@ -74,9 +74,20 @@ def decode_pair(
         out_alpha[:] = _pixels(alpha, size)
     else:
         stored = _decode_image(image, size, out_image, exact, fit)
-        grey = decode_grey(alpha)
-        _check_same_size(stored, grey.shape)
-        out_alpha[:] = fitted(grey, size, fit, resize_alpha)
+        _decode_alpha(alpha, size, out_alpha, stored, fit)
+
+
+def _decode_alpha(
+    alpha: bytes | memoryview,
+    size: tuple[int, int],
+    out_alpha: Pixels,
+    stored: tuple[int, int],
+    fit: Fit,
+) -> None:
+    """Decode an alpha, which must have the size its image is stored in."""
+    grey = decode_grey(alpha)
+    _check_same_size(stored, grey.shape)
+    out_alpha[:] = fitted(grey, size, fit, resize_alpha)
 
 
 def decode_files(
