@@ -356,9 +356,10 @@ class ExclusiveLock:
         held: makes the error for the user out of who holds the lock.
         note: stands in the lock file behind the process and its host.
         wait: seconds to try before giving up, from who holds the lock.
+        folder: the path must be a folder; no lock file is made where it has just gone.
 
     Raises:
-        InputError: somebody else holds it.
+        InputError: somebody else holds it, or there is no such folder.
         PortraitDistError: the lock file cannot be made.
     """
 
@@ -369,9 +370,10 @@ class ExclusiveLock:
         *,
         note: str = "",
         wait: Callable[[str], float] = lambda holder: 0.0,
+        folder: bool = False,
     ) -> None:
         self.path = path
-        self._folder = path.is_dir()
+        self._folder = folder or path.is_dir()
         # lockf wants a descriptor that may write; O_NOFOLLOW keeps a link from leading it
         # elsewhere.
         flags = os.O_RDONLY if self._folder else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
@@ -470,6 +472,7 @@ def lock_output(folder: Path, command: str, out: Path) -> ExclusiveLock:
             f"{out}: another 'portrait-dist {command}' is writing there; "
             "wait for it, or give another --out"
         ),
+        folder=True,
     )
 
 

@@ -161,4 +161,12 @@ MUTATIONS = [
         test=f"{SOURCES}::test_a_damaged_list_of_a_prepared_folder_is_named",
         why="a pairs.csv out of order is damage",
     ),
+    Mutation(
+        file="portrait_dist/data/source/split.py",
+        old="        if _is_there(split):\n",
+        new="        if False:\n",
+        test="tests/unit/test_prepare.py::"
+        "test_a_folder_that_another_process_has_just_made_is_accepted",
+        why="two prepares at once both end well",
+    ),
 ]

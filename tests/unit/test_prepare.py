@@ -19,6 +19,7 @@ from PIL import Image
 
 from portrait_dist.data.source import assignment, layouts, split
 from portrait_dist.data.source.assignment import SPLITS
+from portrait_dist.data.source.pairs import PairTable, check_pairs
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.files import lock_output
 from tests.cli import Result, assert_one_line, call
@@ -200,6 +201,22 @@ def test_two_prepares_do_not_write_into_one_folder(raw: Path, tmp_path: Path) ->
         assert_one_line(refused, 2, "another 'portrait-dist prepare' is writing there")
         assert (part / "train" / "theirs.jpg").exists()
     assert prepare(raw, tmp_path / "data").exit_code == 0
+
+
+def test_a_folder_that_another_process_has_just_made_is_accepted(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was not there at the first look; now it is, whole, and of the same command."""
+
+    def meanwhile(pairs: PairTable) -> None:
+        monkeypatch.setattr(split, "check_pairs", check_pairs)
+        assert prepare(raw, tmp_path / "data").exit_code == 0
+        check_pairs(pairs)
+
+    monkeypatch.setattr(split, "check_pairs", meanwhile)
+    done = prepare(raw, tmp_path / "data")
+    assert done.exit_code == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "raw"]
 
 
 def change_settings(raw: Path, out: Path) -> list[str]:

@@ -12,6 +12,7 @@ files were found in. A source that says it for itself, or a user's own file, has
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -471,6 +472,13 @@ def _build(pairs: PairTable, split: Split, mode: str) -> None:
     part = _hidden_folder(out)
     part.mkdir(parents=True, exist_ok=True)
     with lock_output(part, "prepare", out):
+        # Another process may have ended meanwhile: what is locked here is then its renamed folder,
+        # or a new one of its old name.
+        if _is_there(split):
+            with contextlib.suppress(OSError):
+                part.rmdir()
+            _arrange(pairs, split, out, mode)
+            return
         try:
             for leftover in part.iterdir():  # of a run that was killed
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -481,8 +489,9 @@ def _build(pairs: PairTable, split: Split, mode: str) -> None:
                         file.write(text.encode())
             write_text(part / MANIFEST, _to_json(split))
             part.rename(out)
-        finally:
+        except BaseException:  # not after the rename: the name may be another process's by then
             shutil.rmtree(part, ignore_errors=True)
+            raise
 
 
 def _hidden_folder(out: Path) -> Path:
