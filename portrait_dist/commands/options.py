@@ -19,6 +19,12 @@ checkpoint = click.option("--checkpoint", required=True, help="A .pth file of a 
 device = click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])
 )
+background = click.option(
+    "--background",
+    default="transparent",
+    show_default=True,
+    help="transparent, a colour (white, #1e90ff), blur, or an image.",
+)
 trained_size = click.option(
     "--size",
     type=Size(),

@@ -139,12 +139,7 @@ def _labels(function: Callable[..., object]) -> Callable[..., object]:
 @click.option(
     "--out", required=True, help="Folder for the images; - writes one image to standard output."
 )
-@click.option(
-    "--background",
-    default="transparent",
-    show_default=True,
-    help="transparent, a colour (white, #1e90ff), blur, or an image.",
-)
+@options.background
 @click.option(
     "--only",
     "kinds",

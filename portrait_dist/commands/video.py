@@ -45,12 +45,7 @@ def _summary(result: VideoResult) -> str:
     type=click.Choice(["mask", "cutout", "side-by-side"]),
     help="What the video shows.",
 )
-@click.option(
-    "--background",
-    default="transparent",
-    show_default=True,
-    help="transparent, a colour (white, #1e90ff), blur, or an image.",
-)
+@options.background
 @click.option(
     "--smooth/--no-smooth",
     default=True,
