@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from portrait_dist.commands import command, to_json
 from portrait_dist.commands import options as shared
+from portrait_dist.runs.scores import sets_lines
 
 if TYPE_CHECKING:
     from portrait_dist.evaluation import (
@@ -41,16 +42,7 @@ def _summary(result: EvaluateResult) -> str:
         f"IoU is largest above {result.best_threshold:g}\n"
         f"boundary IoU {result.boundary_iou:.4f}, gradient error {result.gradient_error:.3f}\n"
         f"MAE {result.mae:.5f}, MSE {result.mse:.5f}, loss {result.loss:.4f}"
-        f"{_errors_line(result.errors)}{_sets_lines(result.sets)}"
-    )
-
-
-def _sets_lines(sets: dict[str, dict[str, Any]] | None) -> str:
-    """Describe each of several shard sets."""
-    return "".join(
-        f"\n{name}: {one['samples']} samples, IoU {one['iou']:.4f}, "
-        f"mean {one['mean_iou']:.4f}, MAE {one['mae']:.5f}"
-        for name, one in (sets or {}).items()
+        f"{_errors_line(result.errors)}{sets_lines(result.sets)}"
     )
 
 

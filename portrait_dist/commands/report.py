@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from portrait_dist.commands import command, options
+from portrait_dist.runs.scores import sets_lines
 
 if TYPE_CHECKING:
     from portrait_dist.runs.report import Report
@@ -24,6 +25,7 @@ def _summary(result: Report) -> str:
         text = f"{result.file}, without images: {result.no_pictures}"
     else:
         text = f"{result.file}: validation IoU {result.val_iou:.4f} on {result.samples} samples"
+        text += sets_lines(result.sets)
     return f"{text}\nwithout settings: {result.no_settings}" if result.no_settings else text
 
 

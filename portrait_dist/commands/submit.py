@@ -274,12 +274,13 @@ def submit_evaluate(
     """
     from portrait_dist import evaluation
     from portrait_dist.commands.evaluate import evaluate
+    from portrait_dist.runs.scores import scores_file
     from portrait_dist.slurm import steps
 
     given = _parsed(evaluate, "evaluate", arguments, ())
     run = Path(given["checkpoint"]).absolute().parent
     evaluation.check_inputs(given["checkpoint"], given["shards"], given["split"])
-    out = () if given["out"] else (f"--out={steps.scores_file(run, given['split'])}",)
+    out = () if given["out"] else (f"--out={scores_file(run, given['split'])}",)
     jobs = [steps.StepJob("evaluate", _request(slurm), ["evaluate", *arguments, *out])]
     return steps.submit_steps(jobs, run.parent, [run], dry_run)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from portrait_dist.errors import InputError
 from portrait_dist.runs.folder import Event, Events, RunFolder
 from portrait_dist.runs.health import find_stall
+from portrait_dist.runs.scores import SplitScore, read_scores
 from portrait_dist.runs.steps import StepStatus, steps_of
 
 SILENT_SECONDS = 900.0
@@ -63,6 +64,7 @@ class RunStatus:
         straggler: the last report of a slow rank in this attempt.
         straggler_age_seconds: since that report.
         steps: jobs that ``submit`` queued for this run, beside or instead of a training.
+        scores: that ``submit evaluate`` kept in the folder, by split, each shard set's too.
     """
 
     run_dir: str
@@ -89,6 +91,7 @@ class RunStatus:
     straggler: str | None = None
     straggler_age_seconds: float | None = None
     steps: list[StepStatus] = field(default_factory=list)
+    scores: dict[str, SplitScore] = field(default_factory=dict)
 
     def table(self) -> str:
         """Return the lines that a person reads."""
@@ -107,6 +110,9 @@ class RunStatus:
             "time left": duration(self.seconds_left),
             "last checkpoint": f"{duration(self.checkpoint_age_seconds)} ago",
         }
+        for split, score in self.scores.items():
+            rows[f"{split} scores"] = score.describe()
+            rows |= {f"  {name}": one.describe() for name, one in score.sets.items()}
         if self.stall:
             rows["ranks wait"] = self.stall
         if self.straggler:
@@ -182,6 +188,7 @@ def run_status(run_dir: Path, now: float | None = None) -> RunStatus:
             "give <run.root>/<run.name>"
         )
     status = history.status(run_dir, newest)
+    status = dataclasses.replace(status, scores=read_scores(folder.path))
     if status.state not in (State.RUNNING, State.SILENT):
         return status
     stall = find_stall(folder.health, now)

@@ -15,6 +15,7 @@ from pathlib import Path
 from portrait_dist import config
 from portrait_dist.errors import InputError
 from portrait_dist.runs.folder import BEST
+from portrait_dist.runs.scores import scores_file
 from portrait_dist.runs.steps import QueuedStep, write_record
 from portrait_dist.slurm.submit import (
     Request,
@@ -135,11 +136,6 @@ def pipeline(
         StepJob("evaluate", one, ["evaluate", *scored, f"--out={scores_file(run, split)}"]),
         StepJob("report", one, ["report", str(run)]),
     ], settings
-
-
-def scores_file(run: Path, split: str) -> Path:
-    """Return the file for a run's scores on a split."""
-    return run / f"scores-{split}.json"
 
 
 def submit_steps(

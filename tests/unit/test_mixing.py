@@ -277,7 +277,23 @@ def test_a_run_of_several_sets_trains_and_refuses_other_weights_by_name(
     assert state_of(tmp_path / "run") == before
     report = call("report", tmp_path / "run", "--out", tmp_path / "r.html", "--json")
     assert report.exit_code == 0, report.stderr
-    assert "7 val" in (tmp_path / "r.html").read_text()
+    html = (tmp_path / "r.html").read_text()
+    assert "7 val" in html
+    assert "shards: 7 samples, IoU" in call("report", tmp_path / "run").stdout
+    best = tmp_path / "run" / "ckpt_best.pth"
+    kept = tmp_path / "run" / "scores-val.json"  # where ``submit evaluate`` keeps them
+    scored = ("--checkpoint", best, "--split", "val", "--device", "cpu", "--out", kept, "--json")
+    scores = call("evaluate", "--data", sets, *scored).json["sets"]
+    status = call("status", tmp_path / "run", "--json").json["scores"]["val"]
+    assert status["samples"] == 12
+    assert list(report.json["sets"]) == list(status["sets"]) == ["shards", "other"]
+    table = call("status", tmp_path / "run").stdout
+    for name, one in report.json["sets"].items():
+        assert one == {field: pytest.approx(scores[name][field], rel=1e-6) for field in one}
+        assert status["sets"][name] == {field: scores[name][field] for field in one}
+        assert f"<td>{name}</td>" in html
+        assert f"{one['iou']:.5g}" in html
+        assert f"  {name:14s} {scores[name]['samples']} samples, IoU" in table
 
 
 def test_evaluate_reports_each_set_and_all_of_them(

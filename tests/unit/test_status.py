@@ -200,3 +200,24 @@ def test_damaged_records_of_jobs_are_passed_over(tmp_path: Path) -> None:
     write_text(logs / "7_0" / "step.jsonl", text + "[" * 100_000)
     (step,) = steps_of(tmp_path / "shards")
     assert step.tasks == {"finished": 1, "waiting": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[" * 100_000,
+        '{"samples": 7}',
+        '{"samples": 7, "iou": NaN, "mean_iou": 1, "mae": 0, "sets": null}',
+        '{"samples": 7, "iou": 1, "mean_iou": 1, "mae": 0, "sets": [1]}',
+    ],
+)
+def test_a_file_of_scores_that_is_none_is_passed_by(text: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "scores-val.json").write_text(text)
+    (run / "scores-test.json").write_text(
+        '{"samples": 7, "iou": 0.5, "mean_iou": 0.25, "mae": 0.125, "sets": null, "more": 1}'
+    )
+    scores = call("status", run, "--json").json["scores"]
+    numbers = {"samples": 7, "iou": 0.5, "mean_iou": 0.25, "mae": 0.125, "sets": {}}
+    assert scores == {"test": numbers}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from portrait_dist import files
 from portrait_dist.errors import InputError
@@ -30,6 +30,7 @@ class Report:
         val_iou: their IoU with all pixels pooled; None when nothing was scored.
         no_pictures: why nothing was scored, or an empty string.
         no_settings: why the settings are missing, or an empty string.
+        sets: scores of each of several shard sets, by name; None for a single one.
     """
 
     file: str
@@ -37,6 +38,7 @@ class Report:
     val_iou: float | None
     no_pictures: str
     no_settings: str
+    sets: dict[str, dict[str, Any]] | None = None
 
 
 def write_report(
@@ -75,7 +77,29 @@ def write_report(
     )
     files.write_text(out, page.render(run, location, scored, reason), durable=True)
     count, iou = (scored.scores.samples, scored.scores.iou) if scored else (0, None)
-    return Report(str(out), count, iou, no_pictures=reason, no_settings=run.settings.problem)
+    return Report(
+        str(out),
+        count,
+        iou,
+        no_pictures=reason,
+        no_settings=run.settings.problem,
+        sets=_sets_of(scored),
+    )
+
+
+def _sets_of(scored: ScoredRun | None) -> dict[str, dict[str, Any]] | None:
+    """Return the scores of each shard set under the names that ``evaluate`` gives them."""
+    if not scored or not scored.scores.sets:
+        return None
+    return {
+        name: {
+            "samples": one.samples,
+            "iou": one.iou,
+            "mean_iou": one.means.iou,
+            "mae": one.means.mae,
+        }
+        for name, one in scored.scores.sets.items()
+    }
 
 
 def _score(

@@ -16,6 +16,7 @@ from portrait_dist.system.address import is_address, read_locations, redact, spl
 
 if TYPE_CHECKING:
     from portrait_dist.data.shards.sets import AnyShards
+    from portrait_dist.data.stream.dataset import AISegmentIterableDataset
     from portrait_dist.data.stream.loader import Batch
     from portrait_dist.evaluation import ErrorGroups, SampleScores, ScoredSample
     from portrait_dist.models import MaskNetwork, UNet
@@ -64,6 +65,23 @@ class ShardsLocation:
 
 
 @dataclass(frozen=True)
+class SetScores:
+    """What a checkpoint does on the validation samples of one of several shard sets.
+
+    Args:
+        samples: scored ones.
+        split_samples: samples of the set in the split.
+        iou: all pixels pooled.
+        means: means over the scored samples.
+    """
+
+    samples: int
+    split_samples: int
+    iou: float
+    means: SampleScores
+
+
+@dataclass(frozen=True)
 class Scores:
     """What a checkpoint does on the validation split.
 
@@ -75,6 +93,7 @@ class Scores:
         gallery: samples spread evenly over the split.
         worst: samples with the lowest IoU, the lowest first.
         errors: wrong pixels of all scored samples by where they are.
+        sets: of each of several shard sets, by name; empty for a single one.
     """
 
     split_samples: int
@@ -84,6 +103,7 @@ class Scores:
     gallery: list[ScoredSample]
     worst: list[ScoredSample]
     errors: ErrorGroups
+    sets: dict[str, SetScores]
 
     @property
     def samples(self) -> int:
@@ -254,7 +274,8 @@ def score(
     from portrait_dist.evaluation import ErrorGroups, Scorer, mean_scores
 
     scorer, errors = Scorer(model, pick_device(device), group_errors=True), ErrorGroups()
-    total, batches = _batches(shards, size, at_most, fit)
+    dataset, batches = _batches(shards, size, at_most, fit)
+    total, each_set = dataset.samples, _EachSet(dataset.shards)
     scored = min(total, at_most or total)
     shown = {number * scored // images for number in range(images)} if images else set()
     rows: list[SampleScores] = []
@@ -263,12 +284,58 @@ def score(
     for number, sample in enumerate(scorer.score(batches)):
         rows.append(sample.scores)
         errors += sample.errors or ErrorGroups()
+        each_set.add(sample)
         if number in shown:
             gallery.append(sample.copy())
         worst.add(number, sample)
     ious = [row.iou for row in rows]
     pooled = float(scorer.pooled.compute())
-    return Scores(total, pooled, mean_scores(rows), ious, gallery, worst.ranked(), errors)
+    return Scores(
+        total, pooled, mean_scores(rows), ious, gallery, worst.ranked(), errors, each_set.scores()
+    )
+
+
+class _EachSet:
+    """Add up scores for each of several shard sets; nothing for a single one.
+
+    Args:
+        shards: the split.
+    """
+
+    def __init__(self, shards: AnyShards) -> None:
+        from portrait_dist.data.shards.sets import ShardSets
+        from portrait_dist.metrics import SoftIoU
+
+        self._sets = shards if isinstance(shards, ShardSets) else None
+        parts = self._sets.parts if self._sets else []
+        self._pooled = [SoftIoU() for _ in parts]
+        self._rows: list[list[SampleScores]] = [[] for _ in parts]
+
+    def add(self, sample: ScoredSample) -> None:
+        """Add a sample to the scores of its set."""
+        import torch
+
+        if self._sets is None:
+            return
+        number = self._sets.number_of(sample.position)
+        self._rows[number].append(sample.scores)
+        self._pooled[number].update(
+            torch.from_numpy(sample.prediction)[None, None],
+            torch.from_numpy(sample.alpha)[None, None] / 255,
+        )
+
+    def scores(self) -> dict[str, SetScores]:
+        """Return the scores of the sets that a sample was scored of, by name."""
+        from portrait_dist.evaluation import mean_scores
+
+        parts = self._sets.parts if self._sets else []
+        return {
+            part.name: SetScores(
+                len(rows), part.shards.samples, float(pooled.compute()), mean_scores(rows)
+            )
+            for part, rows, pooled in zip(parts, self._rows, self._pooled, strict=True)
+            if rows
+        }
 
 
 class _Worst:
@@ -297,8 +364,8 @@ class _Worst:
 
 def _batches(
     shards: str, size: tuple[int, int], at_most: int, fit: Fit | None
-) -> tuple[int, Iterator[Batch]]:
-    """Return how many samples the validation split has, and its batches in order.
+) -> tuple[AISegmentIterableDataset, Iterator[Batch]]:
+    """Return the validation split and its batches in order.
 
     These are all, or ``at_most`` samples spread evenly over the split.
     """
@@ -311,6 +378,6 @@ def _batches(
     )
     total = loader.dataset.samples
     if not at_most or at_most >= total:
-        return total, iter(track(loader, len(loader), "batches"))
+        return loader.dataset, iter(track(loader, len(loader), "batches"))
     wanted = [number * total // at_most for number in range(at_most)]
-    return total, read_positions(loader.dataset, wanted)
+    return loader.dataset, read_positions(loader.dataset, wanted)

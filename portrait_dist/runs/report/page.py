@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from portrait_dist.evaluation import ScoredSample
-    from portrait_dist.runs.report.collect import Run, ScoredRun, Scores, ShardsLocation
+    from portrait_dist.runs.report.collect import (
+        Run,
+        ScoredRun,
+        Scores,
+        SetScores,
+        ShardsLocation,
+    )
     from portrait_dist.runs.report.settings import Row
 
 LARGEST_IMAGE = 320
@@ -148,6 +154,7 @@ class Contents:
     epochs: list[Event]
     scores: Scores | None
     score_rows: list[tuple[str, float]]
+    score_rows_of: Callable[[SetScores], list[tuple[str, float]]]
     error_rows: list[tuple[str, str]]
     spread: Markup
     images: Callable[[ScoredSample], dict[str, NDArray[np.uint8]]]
@@ -176,6 +183,7 @@ def contents(run: Run, location: ShardsLocation, scored: ScoredRun | None) -> Co
         epochs=epochs,
         scores=scored.scores if scored else None,
         score_rows=score_rows(scored.scores) if scored else [],
+        score_rows_of=score_rows,
         error_rows=error_rows(scored.scores) if scored else [],
         spread=Markup(spread(scored.scores) if scored else ""),
         images=images,
@@ -299,7 +307,7 @@ def notes(progress: Sequence[Event], events: Events) -> list[str]:
     return found
 
 
-def score_rows(scores: Scores) -> list[tuple[str, float]]:
+def score_rows(scores: Scores | SetScores) -> list[tuple[str, float]]:
     """Return names and values of the table of scores."""
     means = dataclasses.asdict(scores.means)
     rows = [(SCORE_NAMES.get(name, name), value) for name, value in means.items()]
