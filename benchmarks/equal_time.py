@@ -1,0 +1,117 @@
+"""Compare networks that train for the same time on the same images.
+
+    python benchmarks/equal_time.py --raw RAW --minutes 5 --json equal_time.json
+    python benchmarks/equal_time.py --pairs 109 --minutes 1      # generated portraits
+
+Time is CPU time of the training alone, ``minutes`` on each core, for on shared machines the clock
+also counts what neighbours do. A short and a longer training give the seconds of an epoch, imports
+left out; as many epochs as fit are the length of the schedule, so that every network ends with the
+smallest learning rate. ``ckpt_best.pth`` (best on validation) is scored on the test images.
+Weights are random at first, and all settings but the network's are the recipe's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import measure
+from recipes import SCORES, call, raw_tree, shards_of
+
+from portrait_dist.inference import PortraitSegmenter
+from portrait_dist.system.info import cores
+
+NETWORKS: dict[str, list[str]] = {
+    "unet, 8 features": ["model.name=unet", "model.args.init_features=8"],
+    "unet, 16 features": ["model.name=unet", "model.args.init_features=16"],
+    "sg:pp_lite_t_seg": ["model.name=sg:pp_lite_t_seg"],
+    "segmentation_models_pytorch.Unet, mobilenet_v2": [
+        "model.name=segmentation_models_pytorch.Unet",
+        "model.args.encoder_name=mobilenet_v2",
+        "model.args.encoder_weights=null",
+    ],
+}
+CALIBRATION = 1, 3
+"""Epochs of the two trainings that give the seconds of one."""
+
+
+def train(name: str, epochs: int, run: str, options: argparse.Namespace, work: Path) -> Any:
+    """Train a network for so many epochs; return its result and its CPU seconds."""
+    own = [f"data.shards={work / f'shards{options.seed}'}", f"run.root={work}", f"run.name={run}"]
+    return call(
+        *("train", "--recipe", options.recipe, *NETWORKS[name], *own),
+        *(f"train.seed={options.seed}", f"train.max_epochs={epochs}", "train.pictures=0"),
+        f"train.precision={options.precision}",
+    )
+
+
+def compare(name: str, options: argparse.Namespace, work: Path) -> measure.Row:
+    """Find the epochs that fit, train, and score the best checkpoint."""
+    number = list(NETWORKS).index(name)
+    few, more = (
+        train(name, epochs, f"{number}-calibration-{epochs}", options, work)[1]
+        for epochs in CALIBRATION
+    )
+    epoch = (more - few) / (CALIBRATION[1] - CALIBRATION[0])
+    epochs = max(1, int(options.minutes * 60 * cores() / epoch))
+    trained, cpu = train(name, epochs, f"{number}", options, work)
+    shards = str(work / f"shards{options.seed}")
+    scored, _ = call("evaluate", "--checkpoint", trained["checkpoint"], "--data", shards)
+    segmenter = PortraitSegmenter.from_checkpoint(trained["checkpoint"], device="cpu")
+    spent = cpu - (few - epoch * CALIBRATION[0])
+    row = {
+        "name": name,
+        **{f"test_{score}": round(scored[score], 4) for score in SCORES},
+        "parameters": sum(one.numel() for one in segmenter.model.parameters()),
+        "epochs": epochs,
+        "cpu_minutes": round(spent / 60, 2),
+        "cpu_seconds_per_image": float(f"{spent / trained['samples_seen']:.4g}"),
+    }
+    print(f"  {name}: test IoU {row['test_iou']:.4f}, {epochs} epochs", flush=True)
+    return row
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Train all networks, one after the other, and write the table."""
+    options = _options(arguments)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        work = options.work or Path(temporary)
+        shards_of(options.seed, raw_tree(options, work), options, work)
+        rows = [compare(name, options, work) for name in options.only]
+    images = options.raw.name if options.raw else f"{options.pairs} generated pairs"
+    about = {
+        "images": f"{images}, {options.side}x{options.side}",
+        "minutes": options.minutes,
+        "precision": options.precision,
+        "recipe": options.recipe,
+        "seed": options.seed,
+    }
+    found = measure.result("equal_time", rows, **about)
+    measure.publish(found, options.json)
+    return found
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = measure.arguments(__doc__, rounds=False)
+    parser.add_argument(
+        "--raw", type=Path, help="raw AISegment tree; portraits are generated when left out"
+    )
+    parser.add_argument("--pairs", type=int, default=109, help="pairs to generate")
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS), help="some of them"
+    )
+    parser.add_argument("--minutes", type=float, default=5, help="CPU minutes on each core")
+    parser.add_argument("--recipe", default="unet_small", help="everything but the network")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--seed", type=int, default=1, help="of split, weights and order")
+    parser.add_argument("--side", type=int, default=128, help="of the images, in pixels")
+    parser.add_argument(
+        "--work", type=Path, help="folder for shards and runs, kept; a temporary one when left out"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
