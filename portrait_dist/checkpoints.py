@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 import torch
 
 from portrait_dist import distributed, files
-from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.errors import DamagedDataError, InputError, one_line
 from portrait_dist.preprocessing import DEFAULT_ASPECT, DEFAULT_SIZE, FITS, Fit
 from portrait_dist.runs.folder import BEST, LATEST
 
@@ -646,7 +646,7 @@ def _other_of(
     except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(
             f"{path}: its weights do not fit the network that {build.name} builds now "
-            f"({' '.join(str(error).split())[:200]})"
+            f"({one_line(error)})"
         ) from error
     contract = Contract("logits" if build.output == "logits" else "probabilities", build.stride)
     return MaskNetwork(network, contract).eval()

@@ -21,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
-from portrait_dist.errors import InputError, PortraitDistError
+from portrait_dist.errors import InputError, PortraitDistError, one_line
 from portrait_dist.system import parent
 from portrait_dist.system.info import environment_number
 
@@ -81,7 +81,7 @@ def job_part(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise InputError(
             "--part auto: neither a SLURM array, nor srun, nor torchrun says which part this is "
-            f"({' '.join(str(error).split())}); give --part I/N"
+            f"({one_line(error)}); give --part I/N"
         ) from error
     if not 0 <= found[0] < found[1]:
         raise InputError(f"--part auto: the environment says {found[0]} of {found[1]}; give --part")

@@ -127,6 +127,12 @@ def shorten(value: object) -> str:
     )
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """Return an error's message in one line of at most ``most`` characters, or else its type."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def printable(text: str) -> str:
     """Return a text that every stream takes: halves of surrogate pairs are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from portrait_dist.data.stream.order import MAX_INT, Ints, hash64, hash64_each, mix, whole_number
-from portrait_dist.errors import InputError
+from portrait_dist.errors import InputError, one_line
 from portrait_dist.preprocessing import OFFSET, SCALE, normalise_levels
 
 if TYPE_CHECKING:
@@ -327,8 +327,9 @@ def _compiled() -> Any:
             # Found out by trying: a compiler may be there, and its headers not.
             except torch._dynamo.exc.TorchDynamoException as error:
                 usable = False
-                reason = " ".join(str(error).split())[:200]
-                log.warning("augmentation cannot be compiled here (%s); it runs uncompiled", reason)
+                log.warning(
+                    "augmentation cannot be compiled here (%s); it runs uncompiled", one_line(error)
+                )
         return batched(*arguments)
 
     return run

@@ -21,7 +21,7 @@ import torch
 
 from portrait_dist import distributed, files
 from portrait_dist.checkpoints import read_info
-from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
+from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError, one_line
 from portrait_dist.inference.journal import Journal, fingerprint
 from portrait_dist.inference.labels import Labels, find_samples, pack_labels
 from portrait_dist.inference.outputs import ImageFormat, OutputPlan, plan_outputs
@@ -522,7 +522,7 @@ class PhotoWork:
         except PortraitDistError:  # the disk
             raise
         except Exception as error:  # whatever a codec or a filter raises on one photo
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = one_line(error)
         where = "" if str(photo.path) in message else f"{photo.path}: "
         self.failed.append(FailedPhoto(str(photo.path), where + message))
         return None

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from portrait_dist.errors import InputError
+from portrait_dist.errors import InputError, one_line
 from portrait_dist.models import MaskNetwork, UNet, fused
-from portrait_dist.recipes.parts import one_line
 from portrait_dist.system.info import check_extra
 
 if TYPE_CHECKING:

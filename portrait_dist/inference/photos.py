@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
+from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError, one_line
 from portrait_dist.preprocessing import ImageArray
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -303,9 +303,8 @@ def _decode(file: Path | io.BytesIO, path: Path, max_pixels: int | None = None) 
     except MemoryError as error:
         raise InputError(f"{path}: too large for this machine's memory; make it smaller") from error
     except Exception as error:  # Pillow's decoders meet damage with errors of many kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise DamagedDataError(
-            f"{path}: the photo is damaged ({reason}); take another copy of it"
+            f"{path}: the photo is damaged ({one_line(error)}); take another copy of it"
         ) from error
 
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 import numpy as np
 
 from portrait_dist import files
-from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.errors import DamagedDataError, InputError, one_line
 from portrait_dist.inference import compositing
 from portrait_dist.inference.photos import KINDS
 from portrait_dist.inference.segmenter import PortraitSegmenter, PreparedPhoto
@@ -123,7 +123,7 @@ def segment_video(
                 count, size = _write(tracked, times, temporary, frames)
     except av.error.FFmpegError as error:
         raise DamagedDataError(
-            f"{source}: no video that can be read ({' '.join(str(error).split())})"
+            f"{source}: no video that can be read ({one_line(error)})"
         ) from error
     return VideoResult(str(out), count, size[1], size[0], count / (time.perf_counter() - began))
 

@@ -30,8 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from portrait_dist.errors import InputError
-from portrait_dist.recipes.parts import one_line
+from portrait_dist.errors import InputError, one_line
 
 Output = Literal["logits", "probabilities"]
 MAIN_NAMES = ("out", "logits", "mask", "pred")

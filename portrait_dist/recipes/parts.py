@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from portrait_dist.errors import InputError, nearest, shorten
+from portrait_dist.errors import InputError, nearest, one_line, shorten
 
 Factory = Callable[..., Any]
 
@@ -97,12 +97,6 @@ def build(factory: Factory, args: Mapping[str, Any], setting: str, name: str) ->
             f"{setting}={shorten(name)}: cannot be built with {shorten(given)} "
             f"({type(error).__name__}: {one_line(error)}); arguments are {section}.args.NAME=VALUE"
         ) from error
-
-
-def one_line(error: BaseException, most: int = 200) -> str:
-    """Return an error's message in one line of at most ``most`` characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _attribute(

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from portrait_dist import files
-from portrait_dist.errors import InputError, shorten
+from portrait_dist.errors import InputError, one_line, shorten
 
 _EXPONENT = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{0,20})?[eE][+-]?[0-9]{1,3}")
 MOST_BYTES = 1_000_000
@@ -126,7 +126,7 @@ def _value(path: Path, node: yaml.Node, line: int) -> Any:
     try:
         return _plain(yaml.constructor.SafeConstructor().construct_object(node, deep=True))
     except (yaml.YAMLError, ValueError, TypeError) as error:  # such as a date of month 13
-        raise _refuse(path, line, f"no value ({' '.join(str(error).split())[:80]})") from error
+        raise _refuse(path, line, f"no value ({one_line(error, 80)})") from error
 
 
 def parse(text: str) -> Any:

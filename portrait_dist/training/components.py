@@ -25,7 +25,7 @@ from torchmetrics import Metric
 
 from portrait_dist import checkpoints, distributed
 from portrait_dist.config import Config, MetricsConfig
-from portrait_dist.errors import InputError
+from portrait_dist.errors import InputError, one_line
 from portrait_dist.losses import CustomSegLoss, SoftIoULoss
 from portrait_dist.metrics import SoftIoU
 from portrait_dist.models import Contract, UNet, build, check
@@ -307,7 +307,7 @@ def _try_loss(loss: MaskLoss, name: str) -> None:
         except Exception as error:  # anybody's code
             raise InputError(
                 f"loss.name={name}: fails for masks and targets [2, 1, 8, 8] "
-                f"({type(error).__name__}: {parts.one_line(error)}); see docs/networks.md"
+                f"({type(error).__name__}: {one_line(error)}); see docs/networks.md"
             ) from error
     if value.numel() != 1 or mask.grad is None:
         raise InputError(f"loss.name={name}: gives no scalar that depends on the mask")

@@ -130,6 +130,11 @@ def check_files(config: Config, network: nn.Module) -> None:
     checkpoints.check_resumable(state, folder.latest)
     if misfit := components.fitting(state["net"], network)[1]:
         raise InputError(f"{folder.latest}: holds another model ({misfit}); {_advice(config)}")
+    if state.get("ema_net") and (misfit := components.fitting(state["ema_net"], network)[1]):
+        raise DamagedDataError(
+            f"{folder.latest}: the moving average in it does not fit its network ({misfit}); start "
+            "again from its weights, with model.weights= and another run.name"
+        )
     members = checkpoints.info_of(state, folder.latest).averaged or ()
     AverageOfBest(folder.path, greater_is_better=True).check_files(members)
     if not folder.best.exists() or folder.best.samefile(folder.latest):

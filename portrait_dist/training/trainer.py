@@ -23,7 +23,7 @@ from torch import nn
 
 from portrait_dist import checkpoints, distributed
 from portrait_dist.checkpoints import CheckpointInfo
-from portrait_dist.errors import DivergedError, InputError, Stopped
+from portrait_dist.errors import DivergedError, InputError, Stopped, one_line
 from portrait_dist.models import Contract, UNet
 from portrait_dist.runs.folder import LATEST, RunFolder
 from portrait_dist.runs.health import Activity
@@ -659,7 +659,7 @@ class PortraitTrainer(AdaptedTrainer):
             self.load_weights(found)
         except RuntimeError as error:
             raise InputError(
-                f"{checkpoint}: holds another model ({' '.join(str(error).split())[:160]}); choose "
+                f"{checkpoint}: holds another model ({one_line(error, 160)}); choose "
                 "another run.name"
             ) from error
         info = checkpoints.info_of(found, checkpoint)

@@ -97,4 +97,12 @@ MUTATIONS = [
         test="tests/unit/test_pack.py::test_two_packs_do_not_write_into_one_folder",
         why="a refused pack leaves the folder to the one at work",
     ),
+    Mutation(
+        file="portrait_dist/training/resume.py",
+        old='    if state.get("ema_net") and (',
+        new="    if False and (",
+        test="tests/unit/test_resume.py::"
+        "test_a_damaged_checkpoint_is_refused_before_anything_is_written",
+        why="a moving average that does not fit is refused before anything is written",
+    ),
 ]

@@ -169,4 +169,18 @@ MUTATIONS = [
         "test_a_folder_that_another_process_has_just_made_is_accepted",
         why="two prepares at once both end well",
     ),
+    Mutation(
+        file="portrait_dist/data/source/lists.py",
+        old='    if any("\\n" in value or "\\r" in value for value in values.values()):',
+        new="    if False:",
+        test=f"{SOURCES}::test_a_list_that_cannot_be_used_names_the_line",
+        why="a quotation mark that is open is named",
+    ),
+    Mutation(
+        file="portrait_dist/data/source/locations.py",
+        old="    return text if len(text) <= LONGEST_SHOWN else shorten(text)",
+        new="    return text",
+        test=f"{SOURCES}::test_a_long_path_of_a_list_does_not_fill_the_line",
+        why="a message stays a line of bounded length",
+    ),
 ]

@@ -10,13 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from portrait_dist.cli import portrait_dist
 from portrait_dist.commands.completion import SHELLS, script
-from portrait_dist.system.doctor import Check, gpu, machine, run_checks, storage
+from portrait_dist.system.doctor import Check, gpu, machine, run_checks, software, storage
 from tests.cli import call_process
 
 
@@ -141,6 +142,17 @@ def test_a_file_system_without_locks_is_a_warning(
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     found = storage.check_locks(tmp_path)
     assert (found.status, "no locks" in found.found) == ("warn", True)
+
+
+def test_a_package_that_is_only_importable_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without network has the packages in a folder on PYTHONPATH, and still trains."""
+
+    def requires(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", requires)
+    found = software.check_packages()
+    assert (found.status, "importable, not installed" in found.found) == ("warn", True)
 
 
 def test_a_check_that_breaks_is_a_finding_and_the_others_still_run() -> None:

@@ -121,6 +121,14 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(
         refused = train_into(tmp_path, tiny_shards, *keys)
         assert_one_line(refused, 2, name, "another model", f"1 of another shape: {weight}")
         assert state_of(tmp_path / "run") == before
+        path.write_bytes(whole)
+        state = checkpoint(tmp_path / "run", name)
+        state["ema_net"] = {one: value for one, value in state["net"].items() if one != weight}
+        torch.save(state, path)
+        before = state_of(tmp_path / "run")
+        refused = train_into(tmp_path, tiny_shards, *keys)
+        assert_one_line(refused, 3, name, "moving average", weight)
+        assert state_of(tmp_path / "run") == before
     else:
         path.unlink()
         assert train_into(tmp_path, tiny_shards, *keys).exit_code == 0

@@ -335,6 +335,7 @@ def test_stems_that_are_equal_in_a_list_become_whole_paths(tmp_path: Path) -> No
         ("image,mask\na.jpg,\n", "holds no pair"),
         ("image,mask\na\0.jpg,a.png\n", "line 2: holds a NUL character"),
         (f"image,mask\n{'a' * 5000}.jpg,a.png\n", "line 2: holds a path of 5,004 characters"),
+        ('image,mask\n"a.jpg,a.png\nb.jpg,b.png\n', "line 3: a quotation mark is not closed"),
     ],
 )
 def test_a_list_that_cannot_be_used_names_the_line(tmp_path: Path, text: str, message: str) -> None:
@@ -343,6 +344,13 @@ def test_a_list_that_cannot_be_used_names_the_line(tmp_path: Path, text: str, me
     result = call("prepare", "--raw", path, "--out", tmp_path / "data")
     assert_one_line(result, 2, message)
     assert not (tmp_path / "data").exists()
+
+
+def test_a_long_path_of_a_list_does_not_fill_the_line(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(f"{'n' * 2000}.jpg,a.png\n")
+    result = call("prepare", "--raw", tmp_path / "list.csv", "--out", tmp_path / "data")
+    assert_one_line(result, 3, "characters): cannot be read")
+    assert len(result.stderr) < 400 + 2 * len(str(tmp_path))
 
 
 def test_a_list_names_the_files_of_a_tree_in_place_of_a_walk(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn, NotRequired, TypedDict, cast
 
-from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.errors import DamagedDataError, InputError, one_line
 from portrait_dist.preprocessing import FITS, Fit
 
 FORMAT = 1
@@ -337,7 +337,7 @@ def _short(error: Exception) -> str:
     """One line of bounded length, whatever the file holds."""
     if isinstance(error, RecursionError):
         return "nested too deep"
-    return " ".join(str(error).split())[:200]
+    return one_line(error)
 
 
 def is_sha256(text: str) -> bool:

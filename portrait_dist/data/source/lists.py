@@ -174,6 +174,8 @@ def _row(line: int, values: Mapping[str, str], location: Location) -> Row:
         raise InputError(f"{where}: names no image; give columns image, mask and split")
     if any("\0" in value for value in values.values()):
         raise InputError(f"{where}: holds a NUL character, which no path can have; correct it")
+    if any("\n" in value or "\r" in value for value in values.values()):
+        raise InputError(f"{where}: a quotation mark is not closed; close or remove it")
     if (longest := max(map(len, values.values()))) > LONGEST_PATH:
         raise InputError(
             f"{where}: holds a path of {longest:,} characters; it has at most {LONGEST_PATH:,}"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from portrait_dist.errors import DamagedDataError, InputError, UnreachableError
+from portrait_dist.errors import DamagedDataError, InputError, UnreachableError, shorten
 from portrait_dist.files import open_regular, read_regular
 from portrait_dist.system.address import is_address, redact
 
@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 Location = Path | str
 """A path, or an address."""
+LONGEST_SHOWN = 500
+"""Characters of a location that a message repeats."""
 ATTEMPTS = 4
 FIRST_PAUSE = 0.5
 """Seconds before the second attempt at an address; each further pause is four times as long."""
@@ -33,8 +35,9 @@ def suffix_of(location: Location) -> str:
 
 
 def shown(location: Location) -> str:
-    """Return a location for messages, without secrets."""
-    return redact(location) if isinstance(location, str) else str(location)
+    """Return a location for messages, without secrets and not too long for a line."""
+    text = redact(location) if isinstance(location, str) else str(location)
+    return text if len(text) <= LONGEST_SHOWN else shorten(text)
 
 
 def read_bytes(location: Location, limit: int) -> bytes:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portrait_dist.data.source.locations import Location, open_binary, read_bytes, shown, size_of
-from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.errors import DamagedDataError, InputError, one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -110,7 +110,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
     try:
         return Image.open(io.BytesIO(data)).size
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(one_line(error)) from error
 
 
 def picture_orientation(data: bytes) -> int:
@@ -137,7 +137,7 @@ def decode_picture(data: bytes) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(data)) as picture:
             return np.array(picture.convert("RGB"))  # a copy: torch warns of read-only arrays
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(one_line(error)) from error
 
 
 def check_pixels(path: Location, height: int, width: int) -> None:

@@ -24,7 +24,7 @@ from portrait_dist.data.shards.sets import AnyShards, ShardSets, open_shards
 from portrait_dist.data.stream.mixing import MixedOrder, Source
 from portrait_dist.data.stream.order import BatchPlan, Ints, Order, whole_number
 from portrait_dist.data.stream.transforms import SampleTransforms, Transform
-from portrait_dist.errors import DamagedDataError, InputError
+from portrait_dist.errors import DamagedDataError, InputError, one_line
 from portrait_dist.preprocessing import DEFAULT_SIZE, FITS, Fit
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
         except Exception as error:  # the codecs raise kinds of their own
             raise DamagedDataError(
                 f"{self.shards.name(sample)} ({encoded.key}): does not decode "
-                f"({' '.join(str(error).split())}); find all such samples with 'portrait-dist "
+                f"({one_line(error)}); find all such samples with 'portrait-dist "
                 "verify', pack them again, or skip them with data.on_damage=skip"
             ) from error
         return encoded.key

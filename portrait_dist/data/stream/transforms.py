@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
-from portrait_dist.errors import InputError, shorten
+from portrait_dist.errors import InputError, one_line
 
 Transform = Callable[..., Any]
 """A transform of torchvision.transforms.v2, one of albumentations, or any
@@ -97,8 +97,7 @@ class SampleTransforms:
             new_image, new_mask = (np.asarray(one) for one in found)
         except Exception as error:  # anybody's code
             raise InputError(
-                f"{self._name}: {key}: {type(error).__name__}: "
-                f"{shorten(' '.join(str(error).split()))}"
+                f"{self._name}: {key}: {type(error).__name__}: {one_line(error)}"
             ) from error
         for new, old, what in ((new_image, image, "image"), (new_mask, mask, "mask")):
             if new.shape != old.shape or new.dtype != np.uint8:
