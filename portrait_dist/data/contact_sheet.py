@@ -122,7 +122,7 @@ def _open(data: str, split: str, count: int) -> tuple[tuple[int, int] | None, It
 
     folder = Path(data)
     packed = (folder / shard_format.MANIFEST).is_file() or is_foreign(data)
-    if packed or is_address(data) or len(read_locations(data)) > 1:
+    if packed or is_address(data) or read_locations(data)[0].location != data:
         return _open_shards(data, split, count)
     if (folder / MANIFEST).is_file() or is_source(folder):
         return None, _open_folder(data, split, count)

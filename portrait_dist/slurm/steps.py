@@ -96,7 +96,7 @@ def shards_folder(recipe: str, overrides: Sequence[str]) -> str:
         InputError: it is not given, or an address.
     """
     shards = config.load(recipe, overrides).data.shards
-    if not shards or is_address(shards) or len(read_locations(shards)) > 1:
+    if not shards or is_address(shards) or read_locations(shards)[0].location != shards:
         raise InputError(
             f"data.shards='{shards}': pack writes a folder; give one that all nodes see, such as "
             "data.shards=/shared/shards"

@@ -119,7 +119,8 @@ def read_locations(text: str) -> tuple[WeightedLocation, ...]:
         InputError: a set without a name, named twice, or with a weight that is too large or no
             plain number; or all weights are 0.
     """
-    if os.path.isdir(text) or (is_address(text) and "," not in text):
+    # The end of a single address with a query may be a time: ``?until=12:30``.
+    if os.path.isdir(text) or (is_address(text) and "," not in text and "?" in text):
         return (WeightedLocation(text),)
     found = [_weighted(part) for part in _parts(text)]
     for number, one in enumerate(found):

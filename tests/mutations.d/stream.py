@@ -13,6 +13,29 @@ AUGMENT = "portrait_dist/data/augment.py"
 
 MUTATIONS = [
     Mutation(
+        file="portrait_dist/data/source/pictures.py",
+        old="if isinstance(error, UnidentifiedImageError):",
+        new="if False:",
+        test="tests/unit/test_foreign.py::test_wrong_members_are_refused_at_the_door_by_name",
+        why="an error of a member says what is wrong with it, not where it was in memory",
+    ),
+    Mutation(
+        file="portrait_dist/data/shards/cache.py",
+        old="if _NAMES_TARS.search(location):",
+        new="if False:",
+        test="tests/unit/test_foreign.py::"
+        "test_tars_of_others_at_an_address_are_refused_by_one_line_that_says_what_to_do",
+        why="tars of others at an address are refused before a request",
+    ),
+    Mutation(
+        file="portrait_dist/system/address.py",
+        old='(is_address(text) and "," not in text and "?" in text)',
+        new='(is_address(text) and "," not in text)',
+        test="tests/unit/test_mixing.py::"
+        "test_a_single_set_takes_a_weight_too_on_a_disk_or_at_an_address",
+        why="a weight of a single set at an address is no part of its name",
+    ),
+    Mutation(
         file=FOREIGN,
         old='SPLIT_WORDS.findall(f"/{name.lower()}")',
         new='SPLIT_WORDS.findall(f"/{name}")',

@@ -26,6 +26,7 @@ from portrait_dist.system.address import split_members
 from tests import blobs
 from tests.cli import assert_one_line, call
 from tests.jobs import state_of, train_into
+from tests.shard_server import serving
 from tests.trees import write_tree
 
 SIZE = (24, 16)
@@ -329,7 +330,16 @@ def test_a_hostile_tar_is_one_clear_line_and_leaves_no_index(
     [
         (pair(0) | {"00001.jpg": picture(1)}, 2, "no mask among jpg"),
         (pair(0) | {"a.jpg": picture(1), "a.png": picture(1, "PNG", True, (9, 9))}, 2, "one size"),
-        (pair(0) | {"a.jpg": b"no picture", "a.png": picture(1, "PNG", True)}, 3, "not decode"),
+        (
+            pair(0) | {"a.jpg": b"no picture", "a.png": picture(1, "PNG", True)},
+            3,
+            "a.jpg: does not decode (it is no picture of a known kind); pack the tar again",
+        ),
+        (
+            pair(0) | {"a.jpg": picture(1), "a.mask.png": b"no picture"},
+            3,
+            "a.mask.png: does not decode (it is no picture of a known kind); pack the tar again",
+        ),
         ({"a.jpg": picture(1), "a.png": picture(1, "PNG")}, 2, "colour picture"),
         ({"a.jpg": picture(1)[:200], "a.png": picture(1, "PNG", True)}, 3, "does not decode"),
         ({"a.txt": b"no pictures"}, 2, "no image with a mask"),
@@ -342,6 +352,8 @@ def test_wrong_members_are_refused_at_the_door_by_name(
     tar = write_tar(tmp_path / "train-0.tar", members)
     result = call("show", "--data", tar, "--split", "train", "--out", tmp_path / "s.png")
     assert_one_line(result, code, str(tar), part)
+    assert "object at" not in result.stderr
+    assert "object at" not in result.stderr
 
 
 def test_a_tar_that_changes_while_it_is_open_never_gives_another_sample(tmp_path: Path) -> None:
@@ -404,3 +416,26 @@ def test_a_run_on_foreign_tars_with_an_own_set_trains_evaluates_and_refuses_othe
     assert_one_line(refused, 2, "train split", "/set:0.5")
     assert state_of(tmp_path / "run") == before
     assert Counter(open_shards(sets, "train").shard_sizes)[1] == 1
+
+
+def test_tars_of_others_at_an_address_are_refused_by_one_line_that_says_what_to_do(
+    tmp_path: Path,
+) -> None:
+    folder = tars(tmp_path / "set", {"train-0.tar": 2, "val-0.tar": 1})
+    with serving(folder) as server:
+        for end, asked in (
+            ("", ["manifest.json"]),
+            ("/train-0.tar", []),
+            ("/train-{0..9}.tar", []),
+            ("/train-0.tar?sig=secret", []),
+            ("#image=jpg+mask=png", []),
+        ):
+            server.asked.clear()
+            done = train_into(tmp_path, f"{server.address}{end}", "train.max_epochs=1")
+            assert_one_line(done, 2, server.address, "download them, and give that folder")
+            assert "secret" not in done.stderr
+            assert server.asked == asked
+        addressed = f"{folder},{server.address}/train-0.tar:0.5"
+        done = train_into(tmp_path, addressed, "train.max_epochs=1")
+        assert_one_line(done, 2, f"{server.address}/train-0.tar", "and give that folder")
+    assert not (tmp_path / "run").exists()

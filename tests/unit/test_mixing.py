@@ -21,6 +21,7 @@ from portrait_dist.system.address import read_locations
 from tests import blobs
 from tests.cli import assert_one_line, call
 from tests.jobs import state_of, train_into
+from tests.shard_server import serving
 from tests.trees import write_tree
 
 OTHER = 23
@@ -234,6 +235,30 @@ def test_ports_queries_and_folders_with_odd_names_are_no_weights(tmp_path: Path)
     ]
     assert [float(one.weight) for one in found] == [1, 1, 0.5, 3]
     assert found[3].shown == "s3://b/y:3"
+
+
+def test_a_single_set_takes_a_weight_too_on_a_disk_or_at_an_address(
+    other: Path, tmp_path: Path
+) -> None:
+    for text, location, weight in (
+        ("s3://b/a:0.5", "s3://b/a", 0.5),
+        ("https://h:80/a:2", "https://h:80/a", 2),
+        ("https://h:80", "https://h:80", 1),
+        ("https://h/a?until=12:30", "https://h/a?until=12:30", 1),
+        ("a:1", "a", 1),
+    ):
+        (found,) = read_locations(text)
+        assert (found.location, float(found.weight)) == (location, weight)
+    with pytest.raises(InputError, match="a weight is from 0"):
+        read_locations("s3://b/a:nan")
+    with serving(other.parent) as server:
+        half = build_loader(f"{server.address}/other:0.5", "train", 4, 3, -1)
+    assert len(half) == 3
+    assert keys_of(f"{other}:1", 1) == keys_of(str(other), 1)
+    assert len(keys_of(f"{other}:0.5", 1)) == 12
+    picture = tmp_path / "s.png"
+    shown = call("show", "--data", f"{other}:1", "--split", "val", "--out", picture)
+    assert shown.exit_code == 0, shown.stderr
 
 
 @pytest.mark.parametrize(

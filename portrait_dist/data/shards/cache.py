@@ -414,6 +414,13 @@ def default_folder() -> Path:
     return home / "portrait-dist" / "shards"
 
 
+TARS_ARE_LOCAL = (
+    "WebDataset tars of others are read from a disk: download them, and give that folder"
+)
+_NAMES_TARS = re.compile(r"\.tar(?:$|[?#])|#(?:image|mask)=")
+"""An address of one tar or of a pattern of them, or with names of members."""
+
+
 def fetch_manifest(location: str, options: DownloadOptions | None = None) -> bytes:
     """Download ``manifest.json`` from a folder that is an address; it is not kept.
 
@@ -422,10 +429,12 @@ def fetch_manifest(location: str, options: DownloadOptions | None = None) -> byt
         UnreachableError: the server was away for longer than it is waited for.
     """
     address = join(location, MANIFEST)
+    if _NAMES_TARS.search(location):
+        raise InputError(f"{redact(location)}: names no packed shards; {TARS_ARE_LOCAL}")
     try:
         return read_bytes(address, MANIFEST_LIMIT, options or DownloadOptions())
     except FetchError as error:
         raise InputError(
             f"{redact(address)}: {error}; "
-            "give the address of a folder that 'portrait-dist pack' wrote"
+            f"give the address of a folder that 'portrait-dist pack' wrote ({TARS_ARE_LOCAL})"
         ) from error

@@ -51,6 +51,7 @@ from portrait_dist.data.source.pictures import (
     exif_orientation,
     picture_orientation,
     picture_size,
+    reason,
 )
 from portrait_dist.errors import DamagedDataError, InputError, shorten
 from portrait_dist.system.address import is_address, split_members
@@ -450,7 +451,8 @@ def _index_open(tar: Path, file: IO[bytes], members: dict[str, str]) -> dict[str
             skipped += 1
             continue
         suffixes.add(shorten(f"image {chosen[0]} mask {chosen[1]}"))
-        records.append(_record(tar, key, file, [found[name] for name in chosen], not records))
+        pair = {name: found[name] for name in chosen}
+        records.append(_record(tar, key, file, pair, decode=not records))
         keys.append(key)
     if not keys:
         raise InputError(
@@ -570,10 +572,8 @@ def _members(tar: Path, file: IO[bytes]) -> Iterator[tuple[str, Member]]:
                 if info.isreg():
                     yield info.name, Member(info.offset_data, info.size)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise DamagedDataError(
-            f"{tar}: is no whole tar ({reason}); copy or pack it again"
-        ) from error
+        what = " ".join(str(error).split())[:100] or type(error).__name__
+        raise DamagedDataError(f"{tar}: is no whole tar ({what}); copy or pack it again") from error
     _check_end(tar, file, end)
 
 
@@ -592,16 +592,26 @@ def _check_end(tar: Path, file: IO[bytes], end: int) -> None:
         first = file.read(1 << 20)
 
 
-def _record(tar: Path, key: str, file: IO[bytes], pair: list[Member], decode: bool) -> bytes:
+def _record(
+    tar: Path, key: str, file: IO[bytes], pair: dict[str, Member], *, decode: bool
+) -> bytes:
     """Check image and mask of a sample, and return its record.
+
+    Args:
+        tar: for messages.
+        key: of the sample.
+        file: the open tar.
+        pair: image and mask, by suffix.
+        decode: whether to decode both, too.
 
     Raises:
         InputError: their sizes differ, or the mask is none.
         DamagedDataError: one is no picture.
     """
-    image, mask = (os.pread(file.fileno(), one.bytes, one.offset) for one in pair)
+    image, mask = (os.pread(file.fileno(), one.bytes, one.offset) for one in pair.values())
+    names = [f"{tar}: {shorten(f'{key}.{suffix}')}" for suffix in pair]
+    (size, turned), (shape, own) = map(_facts_of, names, (image, mask))
     try:
-        (size, turned), (shape, own) = _facts(image), _facts(mask)
         if max(size[0] * size[1], shape[0] * shape[1]) > MAX_PIXELS:
             raise ValueError(f"more than {MAX_PIXELS:,} pixels")
         shown, mask_shown = _upright(size, turned), _upright(shape, own)
@@ -618,13 +628,24 @@ def _record(tar: Path, key: str, file: IO[bytes], pair: list[Member], decode: bo
     except NotAMaskError as error:
         raise InputError(f"{tar}: {shorten(key)}: {error}") from error
     except (*DAMAGED, RuntimeError) as error:
-        raise DamagedDataError(
-            f"{tar}: {shorten(key)}: does not decode ({' '.join(str(error).split())[:100]}); "
-            "pack the tar again without it"
-        ) from error
+        raise _damaged(f"{tar}: {shorten(key)}", error) from error
     crc = isal_zlib.crc32(mask, isal_zlib.crc32(image))
-    places = (pair[0].offset, pair[0].bytes, pair[1].offset, pair[1].bytes)
+    places = [place for one in pair.values() for place in (one.offset, one.bytes)]
     return RECORD.pack(*places, crc, turned, both)
+
+
+def _facts_of(name: str, data: bytes) -> tuple[tuple[int, int], int]:
+    """Return :func:`_facts` of a member; DamagedDataError, which names it, where it has none."""
+    try:
+        return _facts(data)
+    except (*DAMAGED, RuntimeError) as error:
+        raise _damaged(name, error) from error
+
+
+def _damaged(name: str, error: Exception) -> DamagedDataError:
+    return DamagedDataError(
+        f"{name}: does not decode ({reason(error)[:100]}); pack the tar again without it"
+    )
 
 
 def _facts(data: bytes) -> tuple[tuple[int, int], int]:

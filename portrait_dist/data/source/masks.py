@@ -24,7 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from portrait_dist.data.source.pictures import DAMAGED, MAX_PIXELS, orientation_of, upright
+from portrait_dist.data.source.pictures import (
+    DAMAGED,
+    MAX_PIXELS,
+    orientation_of,
+    reason,
+    upright,
+)
 
 Pixels = NDArray[np.uint8]
 
@@ -62,7 +68,7 @@ def decode_mask(data: bytes, suffix: str = "") -> Pixels:
     except NotAMaskError:
         raise
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(reason(error)) from error
 
 
 def _person(picture: Image.Image) -> Pixels:
@@ -180,7 +186,7 @@ def _annotation(data: bytes) -> Pixels:
             if str(item.get("classTitle", "")).lower() not in NO_PERSON:
                 _draw(mask, item)
         except (*DAMAGED, AttributeError) as error:
-            raise ValueError(f"one of its objects cannot be read ({error})") from error
+            raise ValueError(f"one of its objects cannot be read ({reason(error)})") from error
     return np.asarray(mask)
 
 

@@ -110,7 +110,16 @@ def picture_size(data: bytes) -> tuple[int, int]:
     try:
         return Image.open(io.BytesIO(data)).size
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(one_line(error)) from error
+        raise ValueError(reason(error)) from error
+
+
+def reason(error: Exception) -> str:
+    """Return in one line what is wrong with a picture that Pillow refused."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):  # its own text shows a Python object
+        return "it is no picture of a known kind"
+    return one_line(error)
 
 
 def picture_orientation(data: bytes) -> int:
@@ -137,7 +146,7 @@ def decode_picture(data: bytes) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(data)) as picture:
             return np.array(picture.convert("RGB"))  # a copy: torch warns of read-only arrays
     except (*DAMAGED, Image.DecompressionBombError) as error:
-        raise ValueError(one_line(error)) from error
+        raise ValueError(reason(error)) from error
 
 
 def check_pixels(path: Location, height: int, width: int) -> None:
