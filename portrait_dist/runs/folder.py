@@ -69,6 +69,7 @@ class Event:
         machine: the fields of :class:`portrait_dist.system.info.Machine`.
         shards: absolute path or address of the shards.
         shards_version: of their manifest; ``pack --append`` makes a new one.
+        shards_versions: of the manifests of several sets, by name.
         rank: the rank that the line is about.
         host: its node.
         relative_speed: of a slow rank, as a fraction of the median.
@@ -101,6 +102,7 @@ class Event:
     machine: dict[str, Any] | None = None
     shards: str | None = None
     shards_version: int | None = None
+    shards_versions: dict[str, Any] | None = None
     rank: int | None = None
     host: str | None = None
     relative_speed: float | None = None

@@ -211,7 +211,7 @@ def _identity(loaders: Loaders) -> dict[str, resume.DataIdentity]:
     """Return the hashes of each split's shards, by split."""
     splits = {loader.dataset.split: loader.dataset.shards for loader in loaders}
     return {
-        split: resume.DataIdentity(shards.identity, shards.earlier_identities)
+        split: resume.DataIdentity(shards.identity, shards.earlier_identities, shards.grown_since)
         for split, shards in splits.items()
     }
 

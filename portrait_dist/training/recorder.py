@@ -60,9 +60,7 @@ class RunRecorder(Callback):
             self.folder = RunFolder(self.trainer.checkpoints_dir_path)
             progress = asdict(self._progress(self.trainer.start_epoch, 0))
             location = {"shards": self.shards} if self.shards else {}
-            dataset = getattr(self.trainer.train_loader, "dataset", None)
-            manifest = getattr(getattr(dataset, "shards", None), "manifest", None)
-            version = {"shards_version": manifest.version} if manifest else {}
+            version = _versions(self.trainer.train_loader)
             self.folder.append(
                 "start", machine=asdict(machine()), **location, **version, **progress
             )
@@ -179,3 +177,13 @@ class RunRecorder(Callback):
 
     def _lr(self) -> float:
         return float(self.trainer.optimizer.param_groups[0]["lr"])
+
+
+def _versions(loader: Any) -> dict[str, Any]:
+    """Return the versions of packed shards that training reads, as fields of an event."""
+    shards = getattr(getattr(loader, "dataset", None), "shards", None)
+    if (manifest := getattr(shards, "manifest", None)) is not None:
+        return {"shards_version": manifest.version}
+    parts = getattr(shards, "parts", None)
+    versions = {part.name: part.shards.manifest.version for part in parts or ()}
+    return {"shards_versions": versions} if versions else {}

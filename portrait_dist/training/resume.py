@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +55,12 @@ class DataIdentity:
         now: hash of it.
         earlier: its hashes in the versions before, the first version's first; ``pack --append``
             makes versions.
+        grown_since: says which of several sets have grown since they had another hash.
     """
 
     now: str
     earlier: Sequence[str] = ()
+    grown_since: Callable[[str], str] = lambda identity: ""
 
     @property
     def version(self) -> int:
@@ -170,6 +172,11 @@ def _refuse_other_data(
     for split, identity in data.items():
         before = info.data.get(split)
         if before is not None and before != identity.now:
+            if grown := identity.grown_since(before):
+                raise InputError(
+                    f"{config.run_dir}: this run saw {grown}; a run of several sets takes no set "
+                    f"that has grown: {_advice(config)}"
+                )
             shards = _of(info.config, "data.shards") or "other shards"
             raise InputError(
                 f"{config.run_dir}: this run's {split} split is that of {_shown(shards)} "

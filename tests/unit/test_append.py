@@ -201,3 +201,30 @@ def test_a_run_says_which_version_it_saw_and_takes_another_only_on_purpose_betwe
     assert result.exit_code == 0, result.stderr
     assert result.json["samples_seen"] == 57 + 76
     assert [line["shards_version"] for line in lines(run, "start")] == [1, 2]
+
+
+def test_a_run_of_several_sets_says_their_versions_and_names_the_one_that_has_grown(
+    tiny_shards: Path, grown: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    pack(write_tree(tmp_path / "data", OLD), other, size=(32, 32), samples_per_shard=3)
+    sets = f"{tiny_shards},{other}:0.5"
+    assert train_into(tmp_path, sets, "train.max_epochs=1").exit_code == 0
+    run = tmp_path / "run"
+    append(grown, other, size=(32, 32), samples_per_shard=3)
+    before = state_of(run)
+    # Also on purpose: the order of several sets has no place for a later version.
+    for keys in ((), ("run.accept_changes=true",)):
+        refused = train_into(tmp_path, sets, "train.max_epochs=2", *keys)
+        assert_one_line(
+            refused,
+            2,
+            f"this run saw version 1 of {other}, now it is version 2; a run of several sets",
+            "choose another run.name",
+        )
+        assert str(tiny_shards) not in refused.lines[-1]
+    assert state_of(run) == before
+    fresh = train_into(tmp_path / "fresh", sets, "train.max_epochs=1")
+    assert fresh.exit_code == 0, fresh.stderr
+    found = [lines(one, "start")[0]["shards_versions"] for one in (run, tmp_path / "fresh" / "run")]
+    assert found == [{"shards": 1, "other": 1}, {"shards": 1, "other": 2}]

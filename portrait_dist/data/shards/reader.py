@@ -223,6 +223,10 @@ class ShardSet:
         """Identities that the split had in earlier versions, the first version's first."""
         return [self._identity(one[self.split]) for one in self.manifest.versions[:-1]]
 
+    def grown_since(self, identity: str) -> str:
+        """Return nothing: :attr:`earlier_identities` tells it; see ``ShardSets.grown_since``."""
+        return ""
+
     def _identity(self, shards: int) -> str:
         text = "\n".join(
             [

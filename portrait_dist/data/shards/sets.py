@@ -32,6 +32,10 @@ from portrait_dist.system.address import (
 __all__ = ["AnyShards", "Part", "ShardSets", "open_shards"]
 
 
+MOST_VERSIONS = 10_000
+"""Combinations of versions of several sets that are tried, the newest first: 0.1 s."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One set of several.
@@ -112,11 +116,34 @@ class ShardSets:
     @property
     def identity(self) -> str:
         """Hash of all content, its order, and the weights where they matter: in training."""
+        return self._identity([part.shards.identity for part in self.parts])
+
+    def _identity(self, identities: Sequence[str]) -> str:
         lines = [
-            f"{part.shards.identity} {part.weight if self.split == 'train' else 1}"
-            for part in self.parts
+            f"{identity} {part.weight if self.split == 'train' else 1}"
+            for identity, part in zip(identities, self.parts, strict=True)
         ]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def grown_since(self, identity: str) -> str:
+        """Say which sets had an earlier version where all of them had another identity.
+
+        Returns:
+            A clause for a message; empty where no earlier versions give that identity.
+        """
+        versions = [
+            list(enumerate([*part.shards.earlier_identities, part.shards.identity], 1))
+            for part in self.parts
+        ]
+        newest_first = itertools.product(*(reversed(one) for one in versions))
+        for chosen in itertools.islice(newest_first, MOST_VERSIONS):
+            if self._identity([known for _, known in chosen]) == identity:
+                return " and ".join(
+                    f"version {before} of {part.shards.shown}, now it is version {len(known)}"
+                    for part, known, (before, _) in zip(self.parts, versions, chosen, strict=True)
+                    if before != len(known)
+                )
+        return ""
 
     @property
     def earlier_identities(self) -> list[str]:
