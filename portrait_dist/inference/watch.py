@@ -129,6 +129,9 @@ class _Watcher:
         return new
 
     def _do(self, new: Sequence[Photo], stop: threading.Event) -> None:
+        again = {str(photo.path) for photo in new}
+        self.named -= sum(one.photo in again for one in self.work.failed[: self.named])
+        self.work.failed = [one for one in self.work.failed if one.photo not in again]
         todo = [photo for photo in new if self._is_to_do(photo)]
         before = self.photos
         for names in self.work.run(takewhile(lambda _: not stop.is_set(), todo)):

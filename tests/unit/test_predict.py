@@ -502,26 +502,32 @@ def test_a_watched_folder_gives_the_masks_of_photos_as_they_come_and_ends_by_a_s
         late = blobs.photo(70, 70, seed=9)[0]
         copy = photos / "late.part"
         Image.fromarray(late).save(copy, format="png")
+        copy_of_late = copy.read_bytes()
         copy.rename(photos / "late.png")
         wait_for(lambda: (out / "late.mask.png").exists(), what="the late photo")
         first = (out / "late.mask.png").read_bytes()
         Image.fromarray(late[:60]).save(photos / "late.png")  # another photo of that name
         wait_for(lambda: (out / "late.mask.png").read_bytes() != first, what="the changed photo")
         wait_for(lambda: "broken.jpg: not a photo" in errors.read_text(), what="the broken one")
+        (photos / "slow.png").write_bytes(copy_of_late[:200])
+        wait_for(lambda: "slow.png" in errors.read_text(), what="the photo that is still copied")
+        (photos / "slow.png").write_bytes(copy_of_late)
+        wait_for(lambda: (out / "slow.mask.png").exists(), what="the photo, copied at last")
     finally:
         process.send_signal(signal.SIGTERM)
         stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 3  # a photo could not be done
     result = json.loads(stdout)
     assert "broken.jpg" in result["error"]
+    assert [Path(failure["photo"]).name for failure in result["failed"]] == ["broken.jpg"]
     assert files(out) == [
         ".predict.jsonl",
-        *("late.mask.png", "more/three.mask.png", "one.mask.png", "two.mask.png"),
+        *("late.mask.png", "more/three.mask.png", "one.mask.png", "slow.mask.png", "two.mask.png"),
     ]
     # The masks are those of a plain run, which finds everything done.
     (photos / "broken.jpg").unlink()
     again = predict(checkpoint, photos, "--out", out, "--only", "mask", "--device", "auto")
-    assert again.json["done_before"] == 4, again
+    assert again.json["done_before"] == 5, again
 
 
 @pytest.mark.parametrize(
