@@ -11,6 +11,14 @@ TIMEOUTS = (
 
 MUTATIONS = [
     Mutation(
+        file="portrait_dist/training/main.py",
+        old="    if distributed.rank() != 0:\n        return None\n    return open_tracker(",
+        new="    return open_tracker(",
+        test="tests/ranks/test_training_ranks.py::"
+        "test_of_two_ranks_rank_0_alone_sends_a_run_to_the_tracker_and_each_value_once",
+        why="a tracker gets one run from all ranks",
+    ),
+    Mutation(
         file="portrait_dist/runs/report/collect.py",
         old="number = self._sets.number_of(sample.position)",
         new="number = 0",

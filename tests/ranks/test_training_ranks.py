@@ -44,18 +44,43 @@ def assert_same_run(run: Path, reference: Path) -> None:
     assert largest_difference(checkpoint(run)["net"], checkpoint(reference)["net"]) < WEIGHTS
 
 
-def test_fine_tuning_begins_where_the_given_checkpoint_ended(
-    one_process: Path, tiny_shards: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def tuned(one_process: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run that two ranks fine-tune for an epoch, with curves in ``mlruns`` too."""
+    folder = tmp_path_factory.mktemp("tuned")
     keys = (
+        "run.logger=mlflow",
         f"model.weights={one_process / 'ckpt_latest.pth'}",
         "train.lr=1e-12",
         "train.max_epochs=1",
         "train.batch_size=6",
     )
-    train(tmp_path, tiny_shards, *keys, ranks=2).result()
-    given, tuned = checkpoint(one_process)["net"], checkpoint(tmp_path / "run")["net"]
-    assert largest_difference(tuned, given) < 1e-6
+    store = (f"MLFLOW_TRACKING_URI=file://{folder}/mlruns", "MLFLOW_ALLOW_FILE_STORE=true")
+    job = train(folder, tiny_shards, *keys, ranks=2, prefix=("env", *store))
+    assert job.result()["world_size"] == 2
+    assert "continues without it" not in job.text()
+    return folder
+
+
+def test_fine_tuning_begins_where_the_given_checkpoint_ended(
+    one_process: Path, tuned: Path
+) -> None:
+    before, after = checkpoint(one_process)["net"], checkpoint(tuned / "run")["net"]
+    assert largest_difference(after, before) < 1e-6
+
+
+def test_of_two_ranks_rank_0_alone_sends_a_run_to_the_tracker_and_each_value_once(
+    tuned: Path,
+) -> None:
+    (found,) = (tuned / "mlruns").glob("*/*/meta.yaml")
+    known = json.loads((tuned / "run" / "tracker.json").read_text())
+    assert found.parent.name == known["id"]
+    (epoch,) = lines(tuned / "run", "epoch")
+    for tag, value in (("iou/val", epoch["val_iou"]), ("loss/train", epoch["loss"])):
+        ((_, sent, step),) = (
+            line.split() for line in (found.parent / "metrics" / tag).read_text().splitlines()
+        )
+        assert (float(sent), step) == (pytest.approx(value), "1")
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
