@@ -80,6 +80,7 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
         **_engines(
             *(_read(results, f"2026-11-29-amd-epyc-2-cores-engines-{n}.json") for n in (1, 8))
         ),
+        **_equal_time(_read(results, "2026-11-30-amd-epyc-2-cores-equal-time.json")),
         **_serve(_read(results, "2026-11-29-amd-epyc-2-cores-serve.json")),
         **_h200(_read(results, "2026-11-29-nvidia-h200.json")),
         **_recipes(_read(results, "2026-11-23-recipes.json")),
@@ -304,6 +305,22 @@ def _recipes(parts: list[dict[str, Any]]) -> dict[str, str]:
         "recipes.table": "\n\n" + "\n".join([*RECIPE_HEAD, *lines]) + "\n\n",
         "recipes.best-val": f"{best['val_iou']:.3f}",
         "recipes.best-test": f"{best['test_iou']:.3f}",
+    }
+
+
+def _equal_time(part: dict[str, Any]) -> dict[str, str]:
+    lines = [
+        "| network | parameters | epochs | test IoU | test boundary IoU | CPU ms an image |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(part["rows"], key=lambda row: -row["test_iou"]):
+        scores = f"{row['test_iou']:.3f} | {row['test_boundary_iou']:.3f}"
+        millions = f"{row['parameters'] / 1e6:.2f} million"
+        cpu = f"{row['cpu_seconds_per_image'] * 1000:.1f}"
+        lines.append(f"| `{row['name']}` | {millions} | {row['epochs']} | {scores} | {cpu} |")
+    return {
+        "equal-time.table": "\n\n" + "\n".join(lines) + "\n\n",
+        "equal-time.minutes": f"{part['minutes']:.0f}",
     }
 
 

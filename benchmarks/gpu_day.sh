@@ -80,25 +80,26 @@ if [ -z "$SHARDS" ]; then
 fi
 step doctor 120 "$PYTHON" -m portrait_dist doctor --shards "$SHARDS"
 step tests 600 "$PYTHON" -m pytest -p no:cacheprovider tests/gpu --device "$DEVICE"
-step unet 500 "$PYTHON" $B/unet.py --device "$DEVICE" "${SMALL[@]}" --json "$OUT/unet.json" \
-  $([ "$DEVICE" = cpu ] && echo --size 32 --no-compile)
+# The short ones first: a session may be too short for all.
+step step_parts 300 "$PYTHON" $B/step_parts.py --device "$DEVICE" --json "$OUT/step_parts.json" \
+  $([ "$DEVICE" = cpu ] && echo --quick)
+step epoch_ends 200 "$PYTHON" $B/epoch_ends.py --json "$OUT/epoch_ends.json" \
+  $([ "$DEVICE" = cpu ] && echo --quick --repeats 1 --features 2)
+step scaling 300 "$PYTHON" $B/scaling.py --device "$DEVICE" --shards "$SHARDS" "${SMALL[@]}" \
+  $BATCHES --ranks 1 --steps "$STEPS" --json "$OUT/scaling.json"
+step loader 300 "$PYTHON" $B/loader.py --data "$SHARDS" --json "$OUT/loader.json" \
+  $([ "$DEVICE" = cpu ] && echo --quick --repeats 1)
 step train 300 "$PYTHON" $B/train.py --device "$DEVICE" --shards "$SHARDS" "${SMALL[@]}" $BATCHES \
   --steps "$([ "$DEVICE" = cpu ] && echo 2 || echo 20)" --json "$OUT/train.json"
 step train_batch_16 200 "$PYTHON" $B/train.py --device "$DEVICE" --shards "$SHARDS" "${SMALL[@]}" \
   --batch "$([ "$DEVICE" = cpu ] && echo 2 || echo 16)" --steps "$STEPS" \
   --json "$OUT/train_batch_16.json"
+step train_step 300 "$PYTHON" $B/train_step.py --device "$DEVICE" "${SMALL[@]}" --steps "$STEPS" \
+  --json "$OUT/train_step.json" $([ "$DEVICE" = cpu ] && echo --size 32)
 step train_compiled 300 "$PYTHON" $B/train.py --device "$DEVICE" --shards "$SHARDS" "${SMALL[@]}" \
   $BATCHES --steps "$([ "$DEVICE" = cpu ] && echo 2 || echo 20)" --json "$OUT/train_compiled.json" \
   $([ "$DEVICE" = cuda ] && echo --compile)
-step train_step 300 "$PYTHON" $B/train_step.py --device "$DEVICE" "${SMALL[@]}" --steps "$STEPS" \
-  --json "$OUT/train_step.json" $([ "$DEVICE" = cpu ] && echo --size 32)
-step scaling 300 "$PYTHON" $B/scaling.py --device "$DEVICE" --shards "$SHARDS" "${SMALL[@]}" \
-  $BATCHES --ranks 1 --steps "$STEPS" --json "$OUT/scaling.json"
-step loader 300 "$PYTHON" $B/loader.py --data "$SHARDS" --json "$OUT/loader.json" \
-  $([ "$DEVICE" = cpu ] && echo --quick --repeats 1)
-step epoch_ends 200 "$PYTHON" $B/epoch_ends.py --json "$OUT/epoch_ends.json" \
-  $([ "$DEVICE" = cpu ] && echo --quick --repeats 1 --features 2)
-step step_parts 300 "$PYTHON" $B/step_parts.py --device "$DEVICE" --json "$OUT/step_parts.json" \
-  $([ "$DEVICE" = cpu ] && echo --quick)
+step unet 500 "$PYTHON" $B/unet.py --device "$DEVICE" "${SMALL[@]}" --json "$OUT/unet.json" \
+  $([ "$DEVICE" = cpu ] && echo --size 32 --no-compile)
 rm -rf "$OUT/data/raw" "$OUT/data/tree"
 exit $FAILED

@@ -335,6 +335,34 @@ def test_recipes_are_trained_by_their_printed_command_and_scored_on_both_held_ou
     assert (tmp_path / "work" / "runs").is_dir()
 
 
+def test_networks_train_for_as_many_epochs_as_fit_into_the_time(
+    trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Imports and the like, 9 s here, do not count; an epoch takes 2 s."""
+    script = importlib.import_module("equal_time")
+    asked = []
+
+    def call(command: str, *words: str) -> tuple[dict[str, Any], float]:
+        if command != "train":
+            return dict.fromkeys(script.SCORES, 0.5), 1.0
+        epochs = int(next(word for word in words if "max_epochs" in word).partition("=")[2])
+        asked.append(epochs)
+        return {
+            "checkpoint": str(trained_checkpoint),
+            "samples_seen": 10 * epochs,
+        }, 9 + 2.0 * epochs
+
+    monkeypatch.setattr(script, "call", call)
+    monkeypatch.setattr(script, "cores", lambda: 2)
+    monkeypatch.setattr(script, "shards_of", lambda *_: tmp_path)
+    out = tmp_path / "found.json"
+    (row,) = measured(
+        "equal_time", out, "--raw", str(tmp_path), "--only", "sg:pp_lite_t_seg", "--minutes", "0.5"
+    )["rows"]
+    assert asked == [*script.CALIBRATION, 30]
+    assert (row["epochs"], row["cpu_minutes"], row["cpu_seconds_per_image"]) == (30, 1.0, 0.2)
+
+
 def test_the_agreement_costs_less_than_a_step_at_any_number_of_ranks(tmp_path: Path) -> None:
     found = measured("agreement", tmp_path / "agreement.json", "--quick")
     by = {row["name"]: row for row in found["rows"]}
@@ -361,10 +389,10 @@ def test_the_hosts_time_of_a_step_is_measured_by_part(tmp_path: Path) -> None:
 
 def test_a_gpu_day_names_every_step_and_ends_those_that_hang(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\ncase "$*" in *doctor*) exit 3;; *unet*) sleep 60;; esac\n')
+    python.write_text('#!/bin/sh\ncase "$*" in *doctor*) exit 3;; *train.py*) sleep 60;; esac\n')
     python.chmod(0o755)
     out = tmp_path / "out"
-    steps = ("doctor", "tests", "unet", "train")
+    steps = ("doctor", "tests", "train", "unet")
     options = ("--device", "cpu", "--shards", str(tmp_path), "--seconds", "6", "--only", *steps)
     done = subprocess.run(
         [str(BENCHMARKS / "gpu_day.sh"), str(out), *options],
@@ -377,7 +405,7 @@ def test_a_gpu_day_names_every_step_and_ends_those_that_hang(tmp_path: Path) -> 
     assert [line.partition(",")[0] for line in summary] == [
         "doctor: exit code 3",
         "tests: done",
-        "unet: ended after its 6 s",
-        "train: not begun",
+        "train: ended after its 6 s",
+        "unet: not begun",
     ]
     assert all((out / f"{name}.log").exists() for name in steps[:3])
