@@ -36,7 +36,7 @@ FIRST_WEIGHT = "encoder1.enc1conv1.weight"
 LAST_WEIGHT = "conv.weight"
 OPTIMIZER_SWITCHES = frozenset(
     {
-        *("amsgrad", "maximize", "foreign", "capturable", "differentiable", "fused"),
+        *("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"),
         *("decoupled_weight_decay", "nesterov", "centered"),
     }
 )

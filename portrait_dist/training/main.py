@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from torch import nn
 
 from portrait_dist import checkpoints, distributed, files
 from portrait_dist.config import AugmentConfig, Config
@@ -129,7 +128,7 @@ def _train(
             distributed.on_every_rank(lambda: _complete(config))
         else:
             if start.info is not None:
-                distributed.on_every_rank(lambda: _check_files(config, made.network.module))
+                distributed.on_every_rank(lambda: _check_files(config, made))
             _begin(config, report)
             trainer.tracker = _open_tracker(config)
             _print_plan(config, plan, loaders, device, start, made.network)
@@ -174,7 +173,9 @@ def _begin(config: Config, report: FailureReport) -> None:
 
     def write() -> None:
         if distributed.rank() == 0:
-            files.write_text(RunFolder(config.run_dir).config, config.to_yaml())
+            folder = RunFolder(config.run_dir)
+            folder.events()  # a file that cannot be continued is refused before one is written
+            files.write_text(folder.config, config.to_yaml())
 
     distributed.on_every_rank(write)
     report.folder = config.run_dir
@@ -201,10 +202,10 @@ def _decide(config: Config, plan: Plan, loaders: Loaders) -> resume.Start:
     return start
 
 
-def _check_files(config: Config, network: nn.Module) -> None:
+def _check_files(config: Config, made: components.Components) -> None:
     """Let rank 0 check what the run resumes from."""
     if distributed.rank() == 0:
-        resume.check_files(config, network)
+        resume.check_files(config, made.network.module, made.params)
 
 
 def _identity(loaders: Loaders) -> dict[str, resume.DataIdentity]:

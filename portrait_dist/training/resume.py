@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from portrait_dist import checkpoints, distributed
 from portrait_dist.checkpoints import CheckpointInfo
 from portrait_dist.config import ASK, FIXED, Config, settings
-from portrait_dist.errors import DamagedDataError, InputError, shorten
+from portrait_dist.errors import DamagedDataError, InputError, one_line, shorten
 from portrait_dist.runs.folder import LATEST, RunFolder
 from portrait_dist.system.address import redact
 from portrait_dist.training import components
@@ -116,12 +119,13 @@ def _refuse_other_batch(folder: RunFolder, plan: Plan, info: CheckpointInfo) -> 
         )
 
 
-def check_files(config: Config, network: nn.Module) -> None:
+def check_files(config: Config, network: nn.Module, params: Mapping[str, Any]) -> None:
     """Read to the last byte what training will read, before anything in the folder changes.
 
     Args:
         config: of a run that is resumed.
         network: what its weights must fit.
+        params: SuperGradients' training parameters of the optimiser.
 
     Raises:
         InputError: the weights are of another network.
@@ -137,6 +141,7 @@ def check_files(config: Config, network: nn.Module) -> None:
             f"{folder.latest}: the moving average in it does not fit its network ({misfit}); start "
             "again from its weights, with model.weights= and another run.name"
         )
+    _check_optimizer(state["optimizer_state_dict"], config, network, params, folder.latest)
     members = checkpoints.info_of(state, folder.latest).averaged or ()
     AverageOfBest(folder.path, greater_is_better=True).check_files(members)
     if not folder.best.exists() or folder.best.samefile(folder.latest):
@@ -148,6 +153,36 @@ def check_files(config: Config, network: nn.Module) -> None:
             f"{folder.best}: is damaged; remove it and resume: the run continues from {LATEST}, "
             "and the next epoch that is better writes it again"
         ) from error
+
+
+def _check_optimizer(
+    state: dict[str, Any], config: Config, network: nn.Module, params: Mapping[str, Any], path: Path
+) -> None:
+    """Take a step with the state of the optimiser, on a copy of the weights.
+
+    With one learning rate SuperGradients names all groups ``default``. A step of somebody's own
+    optimiser may do more than change weights, so none is taken.
+    """
+    problem = ""
+    if any(group.get("name") != "default" for group in state["param_groups"]):
+        problem = "name"
+    elif params["optimizer"] in components.OPTIMIZERS.values():
+        from portrait_dist.training.sg_adapter import make_optimizer
+
+        copied = copy.deepcopy(network).cpu()
+        for weight in copied.parameters():
+            weight.grad = torch.zeros_like(weight)
+        try:
+            tried = make_optimizer(copied, params, decay_norms=config.train.decay_norms)
+            tried.load_state_dict(state)
+            tried.step()
+        except Exception as error:  # torch meets a state that it did not write with any of them
+            problem = one_line(error)
+    if problem:
+        raise DamagedDataError(
+            f"{path}: damaged ({problem} of the optimizer); start again from its weights, with "
+            "model.weights= and another run.name"
+        )
 
 
 def _print_start(config: Config, info: CheckpointInfo) -> None:

@@ -242,6 +242,7 @@ from super_gradients.training.utils.checkpoint_utils import (  # noqa: E402
 )
 from super_gradients.training.utils.early_stopping import EarlyStop  # noqa: E402
 from super_gradients.training.utils.ema import KDModelEMA, ModelEMA  # noqa: E402
+from super_gradients.training.utils.optimizer_utils import build_optimizer  # noqa: E402
 from super_gradients.training.utils.utils import AverageMeter, unwrap_model  # noqa: E402
 from torchmetrics import MetricCollection  # noqa: E402
 
@@ -258,6 +259,7 @@ __all__ = [
     "Trainer",
     "device_config",
     "import_super_gradients",
+    "make_optimizer",
     "unwrap_model",
     "use_device",
 ]
@@ -997,6 +999,27 @@ class AdaptedTrainer(Trainer):
         flat = _sg_trainer_flatten(found)
         named = dict(zip(self.loss_logging_items_names or (), losses, strict=False))
         return self.in_field_names({**named, **flat})
+
+
+def make_optimizer(
+    network: nn.Module, params: Mapping[str, Any], *, decay_norms: bool
+) -> torch.optim.Optimizer:
+    """Build the optimiser with the groups of parameters that SuperGradients gives it.
+
+    Args:
+        network: without wrappers.
+        params: ``optimizer`` and ``optimizer_params``.
+        decay_norms: whether biases and norms are in the group that decays.
+    """
+    given = {
+        "optimizer": params["optimizer"],
+        "optimizer_params": dict(params["optimizer_params"]),
+        "zero_weight_decay_on_bias_and_bn": not decay_norms,
+        "finetune": False,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said again when the training builds its own
+        return build_optimizer(network, 1e-3, types.SimpleNamespace(**given))
 
 
 def _sg_trainer_flatten(values: Mapping[str, Any]) -> dict[str, float]:

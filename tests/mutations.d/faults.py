@@ -105,4 +105,20 @@ MUTATIONS = [
         "test_a_damaged_checkpoint_is_refused_before_anything_is_written",
         why="a moving average that does not fit is refused before anything is written",
     ),
+    Mutation(
+        file="portrait_dist/training/resume.py",
+        old="    if problem:\n        raise DamagedDataError(",
+        new="    if False:\n        raise DamagedDataError(",
+        test="tests/unit/test_resume.py::"
+        "test_a_damaged_checkpoint_is_refused_before_anything_is_written",
+        why="a state of the optimiser that cannot continue is refused before anything is written",
+    ),
+    Mutation(
+        file="portrait_dist/training/main.py",
+        old="            folder.events()  # a file that",
+        new="            folder  # a file that",
+        test="tests/unit/test_resume.py::test_a_file_of_events_that_cannot_be_continued_is_"
+        "refused_before_anything_is_written",
+        why="a file of events that cannot be continued is refused before anything is written",
+    ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -129,9 +130,31 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(
         refused = train_into(tmp_path, tiny_shards, *keys)
         assert_one_line(refused, 3, name, "moving average", weight)
         assert state_of(tmp_path / "run") == before
+        for place, option in (("group", "name"), ("group", "betas"), ("state", "exp_avg")):
+            path.write_bytes(whole)
+            state = checkpoint(tmp_path / "run", name)
+            optimizer = state["optimizer_state_dict"]
+            del (optimizer["param_groups"] if place == "group" else optimizer["state"])[0][option]
+            torch.save(state, path)
+            before = state_of(tmp_path / "run")
+            refused = train_into(tmp_path, tiny_shards, *keys)
+            assert_one_line(refused, 3, name, "damaged (", option, "of the optimizer)")
+            assert state_of(tmp_path / "run") == before
     else:
         path.unlink()
         assert train_into(tmp_path, tiny_shards, *keys).exit_code == 0
+
+
+def test_a_file_of_events_that_cannot_be_continued_is_refused_before_anything_is_written(
+    finished: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "run" / "metrics.jsonl")
+    before = state_of(tmp_path / "run")
+    refused = train_into(tmp_path, tiny_shards, "train.max_epochs=2", "train.lr=0.002")
+    assert_one_line(refused, 2, "metrics.jsonl")
+    assert state_of(tmp_path / "run") == before
 
 
 def test_a_damaged_model_of_the_average_is_refused_and_one_that_is_missing_done_without(
