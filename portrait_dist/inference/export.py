@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from portrait_dist import files
-from portrait_dist.errors import InputError, PortraitDistError
+from portrait_dist.errors import InputError, PortraitDistError, printable
 from portrait_dist.evaluation import SplitScores, evaluate
 from portrait_dist.inference import browser, engines, model_card
 from portrait_dist.models import MaskNetwork, UNet
@@ -162,7 +162,8 @@ def export(
         parts = (browser.make_page(parts[0], trained.size, web),)
     card = model_card.write_card(out.name, metadata, network, info, speed, scores)
     _write(out, parts)
-    files.write_text(model_card.card_path(out), card)
+    # The name of the checkpoint may hold bytes that are no UTF-8.
+    files.write_text(model_card.card_path(out), printable(card))
     count, card_file = sum(map(len, parts)), str(model_card.card_path(out))
     return ExportResult(str(out), format, count, difference, card=card_file, **metadata)
 

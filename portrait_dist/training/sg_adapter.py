@@ -244,6 +244,7 @@ from super_gradients.training.utils.early_stopping import EarlyStop  # noqa: E40
 from super_gradients.training.utils.ema import KDModelEMA, ModelEMA  # noqa: E402
 from super_gradients.training.utils.optimizer_utils import build_optimizer  # noqa: E402
 from super_gradients.training.utils.utils import AverageMeter, unwrap_model  # noqa: E402
+from tensorboard.summary.writer import event_file_writer as _event_file_writer  # noqa: E402
 from torchmetrics import MetricCollection  # noqa: E402
 
 from super_gradients.common import MultiGPUMode  # noqa: E402  isort:skip
@@ -1089,6 +1090,20 @@ class FusedEMA(ModelEMA):
 
 class FusedKDEMA(FusedEMA, KDModelEMA):
     """The same of a student; the teacher is the network's own one, not a copy."""
+
+
+class _QuietWriterThread(_event_file_writer._AsyncWriterThread):
+    """TensorBoard's thread that writes, without a traceback of its own.
+
+    It keeps an error of the disk, which the next write or flush raises in the training thread.
+    """
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            super().run()
+
+
+_event_file_writer._AsyncWriterThread = _QuietWriterThread
 
 
 class AtomicSGLogger(BaseSGLogger):

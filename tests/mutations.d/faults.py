@@ -121,4 +121,20 @@ MUTATIONS = [
         "refused_before_anything_is_written",
         why="a file of events that cannot be continued is refused before anything is written",
     ),
+    Mutation(
+        file="portrait_dist/training/sg_adapter.py",
+        old="        with contextlib.suppress(OSError):\n            super().run()",
+        new="        super().run()",
+        test="tests/unit/test_drop_in.py::"
+        "test_a_full_disk_under_tensorboard_is_the_trainings_error_and_shows_no_traceback",
+        why="a full disk under TensorBoard shows no traceback of a thread",
+    ),
+    Mutation(
+        file="portrait_dist/inference/export.py",
+        old="printable(card))",
+        new="card)",
+        test="tests/unit/test_export.py::"
+        "test_a_model_card_beside_the_file_says_what_the_network_is_and_its_scores",
+        why="a model card names a file of any name",
+    ),
 ]

@@ -5,6 +5,7 @@ One process imports SuperGradients once for all of them.
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -22,6 +23,7 @@ import torch
 import torchmetrics
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 
 from portrait_dist.errors import InputError
 from portrait_dist.metrics import SoftIoU
@@ -744,6 +746,25 @@ PortraitTrainer("run", sys.argv[1]).train(
 )
 assert issubclass(PortraitTrainer, Trainer)
 """
+
+
+def test_a_full_disk_under_tensorboard_is_the_trainings_error_and_shows_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    writer = SummaryWriter(str(tmp_path))
+    worker: Any = writer._get_file_writer().event_writer._async_writer._worker
+
+    def write(data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(worker._record_writer, "write", write)
+    writer.add_scalar("loss", 1.0, 1)
+    worker.join()
+    with pytest.raises(OSError, match="No space left"):
+        writer.flush()
+    assert not shown
 
 
 def test_a_supergradients_that_was_imported_first_is_adapted_too(tmp_path: Path) -> None:

@@ -236,6 +236,9 @@ def test_a_model_card_beside_the_file_says_what_the_network_is_and_its_scores(
     assert cli.call(*command, "--out", tmp_path / "a.other").exit_code == 0
     assert (tmp_path / "a.pt2.card.md").read_text() == card
     assert "`export --data SHARDS` does" in (tmp_path / "a.other.card.md").read_text()
+    # A name of bytes that are no UTF-8.
+    assert cli.call(*command, "--out", tmp_path / "b\udcff", "--json").exit_code == 0
+    assert "b\\udcff" in (tmp_path / "b\udcff.card.md").read_text()
 
 
 def test_a_file_of_another_network_would_be_noticed(model: UNet) -> None:
