@@ -74,7 +74,7 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
         **_order(_read(results, "2026-11-29-amd-epyc-2-cores-order.json")),
         **_prepare(_read(results, "2026-11-29-amd-epyc-2-cores-prepare.json")),
         **_packing(_read(results, "2026-11-29-amd-epyc-2-cores-pack.json")),
-        **_matrix(_read(results, "2026-11-29-matrix.json")),
+        **_matrix(_read(results, "2026-11-30-matrix.json")),
         **_installs(_read(results, "2026-11-29-installs.json")),
         **_quickstart(_read(results, "2026-11-29-amd-epyc-2-cores-quickstart.json")),
         **_engines(
