@@ -115,7 +115,10 @@ def write(path: str | Path, state: dict[str, Any]) -> None:
     """Write a state that is on the host already; see :func:`save_atomically`."""
     buffer = io.BytesIO()  # first in memory: torch.save hides the reason when a disk refuses
     torch.save(state, buffer)
-    files.write_bytes(path, buffer.getbuffer(), durable=True)
+    # Released at once: Python 3.12.1 crashes when it collects such a view in a cycle, such as that
+    # of a full disk's exception and its traceback.
+    with buffer.getbuffer() as view:
+        files.write_bytes(path, view, durable=True)
 
 
 # What a checkpoint says of itself -----------------------------------------------------------------
