@@ -72,7 +72,7 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
         **_training(speed),
         **_remote(_read(results, "2026-11-23-amd-epyc-2-cores-remote.json")),
         **_order(_read(results, "2026-11-29-amd-epyc-2-cores-order.json")),
-        **_prepare(_read(results, "2026-11-29-amd-epyc-2-cores-prepare.json")),
+        **_prepare(_read(results, "2026-11-30-amd-epyc-2-cores-prepare.json")),
         **_packing(_read(results, "2026-11-29-amd-epyc-2-cores-pack.json")),
         **_matrix(_read(results, "2026-11-30-matrix.json")),
         **_installs(_read(results, "2026-11-29-installs.json")),
