@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import recipes
 from recipes import SCORES, call, raw_tree, shards_of
 
 from portrait_dist.inference import PortraitSegmenter
@@ -94,22 +95,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = measure.arguments(__doc__, rounds=False)
-    parser.add_argument(
-        "--raw", type=Path, help="raw AISegment tree; portraits are generated when left out"
-    )
-    parser.add_argument("--pairs", type=int, default=109, help="pairs to generate")
-    parser.add_argument(
-        "--only", nargs="+", choices=tuple(NETWORKS), default=list(NETWORKS), help="some of them"
-    )
+    parser = recipes.arguments(__doc__, NETWORKS)
     parser.add_argument("--minutes", type=float, default=5, help="CPU minutes on each core")
     parser.add_argument("--recipe", default="unet_small", help="everything but the network")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--seed", type=int, default=1, help="of split, weights and order")
-    parser.add_argument("--side", type=int, default=128, help="of the images, in pixels")
-    parser.add_argument(
-        "--work", type=Path, help="folder for shards and runs, kept; a temporary one when left out"
-    )
     return parser.parse_args(arguments)
 
 

@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -203,27 +204,34 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return found
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = measure.arguments(__doc__, rounds=False)
+def arguments(description: str | None, rows: Iterable[str]) -> argparse.ArgumentParser:
+    """Make a parser with what benchmarks that train on one set of images have in common."""
+    names = tuple(rows)
+    parser = measure.arguments(description, rounds=False)
     parser.add_argument(
         "--raw", type=Path, help="raw AISegment tree; portraits are generated when left out"
     )
     parser.add_argument("--pairs", type=int, default=109, help="pairs to generate")
     parser.add_argument(
-        "--only", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="some of the rows"
+        "--only", nargs="+", choices=names, default=list(names), help="some of the rows"
     )
+    parser.add_argument("--side", type=int, default=128, help="of the images, in pixels")
+    parser.add_argument(
+        "--work", type=Path, help="folder for shards and runs, kept; a temporary one when left out"
+    )
+    return parser
+
+
+def _options(given: list[str] | None) -> argparse.Namespace:
+    parser = arguments(__doc__, ROWS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument(
         "--features", type=int, default=8, help="channels of the network's first level"
     )
-    parser.add_argument("--side", type=int, default=128, help="of the images, in pixels")
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument(
         "--jobs", type=int, default=cores(), help="runs at a time, which share the cores"
-    )
-    parser.add_argument(
-        "--work", type=Path, help="folder for shards and runs, kept; a temporary one when left out"
     )
     parser.add_argument(
         "--page",
@@ -232,7 +240,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         metavar="JSON",
         help="only print the tables of these results",
     )
-    return parser.parse_args(arguments)
+    return parser.parse_args(given)
 
 
 if __name__ == "__main__":
