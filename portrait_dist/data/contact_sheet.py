@@ -14,7 +14,7 @@ from PIL import Image
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.files import atomic_path, check_folder_writable, explained
 from portrait_dist.preprocessing import DEFAULT_SIZE, MEAN, STD
-from portrait_dist.system.address import is_address, read_locations, redact
+from portrait_dist.system.address import is_one_folder, redact
 
 if TYPE_CHECKING:
     from portrait_dist.config import AugmentConfig
@@ -122,7 +122,7 @@ def _open(data: str, split: str, count: int) -> tuple[tuple[int, int] | None, It
 
     folder = Path(data)
     packed = (folder / shard_format.MANIFEST).is_file() or is_foreign(data)
-    if packed or is_address(data) or read_locations(data)[0].location != data:
+    if packed or not is_one_folder(data):
         return _open_shards(data, split, count)
     if (folder / MANIFEST).is_file() or is_source(folder):
         return None, _open_folder(data, split, count)

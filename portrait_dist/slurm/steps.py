@@ -24,7 +24,7 @@ from portrait_dist.slurm.submit import (
     sbatch_command,
     sbatch_line,
 )
-from portrait_dist.system.address import is_address, read_locations
+from portrait_dist.system.address import is_one_folder
 from portrait_dist.training.plan import make_plan
 
 ALWAYS, SUCCESS = "afterany", "afterok"
@@ -96,7 +96,7 @@ def shards_folder(recipe: str, overrides: Sequence[str]) -> str:
         InputError: it is not given, or an address.
     """
     shards = config.load(recipe, overrides).data.shards
-    if not shards or is_address(shards) or read_locations(shards)[0].location != shards:
+    if not shards or not is_one_folder(shards):
         raise InputError(
             f"data.shards='{shards}': pack writes a folder; give one that all nodes see, such as "
             "data.shards=/shared/shards"

@@ -109,6 +109,11 @@ class WeightedLocation:
         return f"{Decimal(self.weight.numerator) / self.weight.denominator:f}"
 
 
+def is_one_folder(text: str) -> bool:
+    """Whether a text names one folder on a disk, without a weight."""
+    return not is_address(text) and read_locations(text)[0].location == text
+
+
 def read_locations(text: str) -> tuple[WeightedLocation, ...]:
     """Read ``a``, or a list such as ``a:1,b:0.3``; a set without a weight has 1.
 

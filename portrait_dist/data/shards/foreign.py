@@ -53,7 +53,7 @@ from portrait_dist.data.source.pictures import (
     picture_size,
     reason,
 )
-from portrait_dist.errors import DamagedDataError, InputError, shorten
+from portrait_dist.errors import DamagedDataError, InputError, one_line, shorten
 from portrait_dist.system.address import is_address, split_members
 
 FORMAT = 1
@@ -572,7 +572,7 @@ def _members(tar: Path, file: IO[bytes]) -> Iterator[tuple[str, Member]]:
                 if info.isreg():
                     yield info.name, Member(info.offset_data, info.size)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
-        what = " ".join(str(error).split())[:100] or type(error).__name__
+        what = one_line(error, 100)
         raise DamagedDataError(f"{tar}: is no whole tar ({what}); copy or pack it again") from error
     _check_end(tar, file, end)
 

@@ -9,12 +9,13 @@ gallery, the worst cases and the spread of IoU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portrait_dist import files
 from portrait_dist.errors import InputError
+from portrait_dist.runs.scores import Score
 
 if TYPE_CHECKING:
     from portrait_dist.runs.report.collect import Run, ScoredRun, ShardsLocation
@@ -92,12 +93,7 @@ def _sets_of(scored: ScoredRun | None) -> dict[str, dict[str, Any]] | None:
     if not scored or not scored.scores.sets:
         return None
     return {
-        name: {
-            "samples": one.samples,
-            "iou": one.iou,
-            "mean_iou": one.means.iou,
-            "mae": one.means.mae,
-        }
+        name: asdict(Score(one.samples, one.iou, one.means.iou, one.means.mae))
         for name, one in scored.scores.sets.items()
     }
 
