@@ -88,7 +88,9 @@ def submissions(world: World, random: Random, folder: Path) -> Generator[Case, N
         ["evaluate", "--nodes", "1", "--cpus", "2", *model, "--data", shards],
         ["pipeline", "--raw", str(world.raw), "--data", out, "--parts", "2", "--nodes", "1", *run],
     ]
-    odd_texts = (*TEXTS, "; touch hacked", "$(touch hacked)", "`touch hacked`", "\n#SBATCH -x")
+    # As paths of photos these two would search the whole machine, however large it is.
+    texts = [text for text in TEXTS if text not in ("../..", "/")]
+    odd_texts = (*texts, "; touch hacked", "$(touch hacked)", "`touch hacked`", "\n#SBATCH -x")
     while True:
         words = list(random.choice(kinds))
         place = random.randrange(1, len(words) + 1)
