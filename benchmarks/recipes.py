@@ -3,12 +3,14 @@
     python benchmarks/recipes.py --raw RAW --json recipes.json                # a raw AISegment tree
     python benchmarks/recipes.py --pairs 109 --json recipes.json              # generated portraits
     python benchmarks/recipes.py --raw RAW --only tutorial aisegment_unet --side 128 --epochs 300
+    python benchmarks/recipes.py --raw RAW --choices --epochs 12 --json choices.json
     python benchmarks/recipes.py --page recipes.json ...                    # their tables, one page
 
 From the tutorial's recipe on, one thing after the other is added; ``aisegment_unet`` has all of
-them, new backgrounds last. Every row is trained with every seed: it decides over the split
-(``prepare --seed``), the weights, the order and the augmentation, so each seed also has other
-validation and test images. ``ckpt_best.pth`` (best on validation) is scored.
+them, new backgrounds last. With ``--choices`` each row is ``aisegment_unet`` with one thing
+changed, which tells what that one is worth. Every row is trained with every seed: it decides over
+the split (``prepare --seed``), the weights, the order and the augmentation, so each seed also has
+other validation and test images. ``ckpt_best.pth`` (best on validation) is scored.
 """
 
 from __future__ import annotations
@@ -45,6 +47,24 @@ ROWS: dict[str, list[str]] = {
     "+ zoom, rotation, shift": ["--recipe", "aisegment_unet", *NO_BACKGROUNDS],
     "aisegment_unet": ["--recipe", "aisegment_unet"],
 }
+CHOICES: dict[str, list[str]] = {
+    "aisegment_unet": [],
+    "the tutorial's loss": ["loss.kind=tutorial"],
+    "cross-entropy alone": ["loss.iou_weight=0"],
+    "soft IoU alone": ["loss.bce_weight=0"],
+    "without EMA": ["train.ema=false"],
+    "without warm-up": ["train.warmup_steps=0"],
+    "learning rate 0.001": ["train.lr=0.001"],
+    "learning rate 0.01": ["train.lr=0.01"],
+    "without colours": ["augment.brightness=0", "augment.contrast=0", "augment.saturation=0"],
+    "without zoom, rotation, shift": NO_GEOMETRY,
+    "without new backgrounds": NO_BACKGROUNDS,
+    "batches of 8": ["train.batch_size=8"],
+    "batches of 32": ["train.batch_size=32"],
+    "fp32": ["train.precision=fp32"],
+    "16 features": ["model.init_features=16"],
+    "4 features": ["model.init_features=4"],
+}
 SCORES = ("iou", "mean_iou", "boundary_iou", "mae")
 
 
@@ -80,12 +100,14 @@ def shards_of(seed: int, raw: Path, options: argparse.Namespace, work: Path) -> 
 
 def settings_of(name: str, options: argparse.Namespace) -> list[str]:
     """List the arguments of ``train`` for a row, all but its folders and seed."""
-    return [
-        *ROWS[name],
+    common = [
         f"model.init_features={options.features}",
         f"train.max_epochs={options.epochs}",
         f"train.precision={options.precision}",
     ]
+    if options.choices:  # what a row changes may be one of these too: the last one holds
+        return ["--recipe", "aisegment_unet", *common, *CHOICES[name]]
+    return [*ROWS[name], *common]
 
 
 def score(
@@ -96,7 +118,7 @@ def score(
     own = [
         f"data.shards={shards}",
         f"run.root={work / 'runs'}",
-        f"run.name={list(ROWS).index(name)}-{seed}",
+        f"run.name={list(options.table).index(name)}-{seed}",
         f"train.seed={seed}",
     ]
     threads = max(1, cores() // options.jobs)
@@ -223,7 +245,11 @@ def arguments(description: str | None, rows: Iterable[str]) -> argparse.Argument
 
 
 def _options(given: list[str] | None) -> argparse.Namespace:
-    parser = arguments(__doc__, ROWS)
+    parser = arguments(__doc__, ROWS | CHOICES)
+    parser.set_defaults(only=None)
+    parser.add_argument(
+        "--choices", action="store_true", help="aisegment_unet, each time with one thing changed"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument(
@@ -240,7 +266,12 @@ def _options(given: list[str] | None) -> argparse.Namespace:
         metavar="JSON",
         help="only print the tables of these results",
     )
-    return parser.parse_args(given)
+    options = parser.parse_args(given)
+    options.table = CHOICES if options.choices else ROWS
+    options.only = options.only or list(options.table)
+    if other := set(options.only) - set(options.table):
+        parser.error(f"--only {', '.join(sorted(other))}: not a row of this table")
+    return options
 
 
 if __name__ == "__main__":
