@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +49,33 @@ def train(name: str, epochs: int, run: str, options: argparse.Namespace, work: P
     )
 
 
+def epochs_that_fit(minutes: float, cpu_of: Callable[[int], float]) -> tuple[int, float]:
+    """Find how many epochs fit into CPU minutes on each core.
+
+    Args:
+        minutes: on each core.
+        cpu_of: trains for so many epochs, at most three; returns the CPU seconds.
+
+    Returns:
+        Epochs, at least one, and the CPU seconds of a training that are not its epochs'.
+    """
+    few, more = (cpu_of(epochs) for epochs in CALIBRATION)
+    epoch = (more - few) / (CALIBRATION[1] - CALIBRATION[0])
+    return max(1, int(minutes * 60 * cores() / epoch)), few - epoch * CALIBRATION[0]
+
+
 def compare(name: str, options: argparse.Namespace, work: Path) -> measure.Row:
     """Find the epochs that fit, train, and score the best checkpoint."""
     number = list(NETWORKS).index(name)
-    few, more = (
-        train(name, epochs, f"{number}-calibration-{epochs}", options, work)[1]
-        for epochs in CALIBRATION
+    epochs, around = epochs_that_fit(
+        options.minutes,
+        lambda epochs: train(name, epochs, f"{number}-calibration-{epochs}", options, work)[1],
     )
-    epoch = (more - few) / (CALIBRATION[1] - CALIBRATION[0])
-    epochs = max(1, int(options.minutes * 60 * cores() / epoch))
     trained, cpu = train(name, epochs, f"{number}", options, work)
     shards = str(work / f"shards{options.seed}")
     scored, _ = call("evaluate", "--checkpoint", trained["checkpoint"], "--data", shards)
     segmenter = PortraitSegmenter.from_checkpoint(trained["checkpoint"], device="cpu")
-    spent = cpu - (few - epoch * CALIBRATION[0])
+    spent = cpu - around
     row = {
         "name": name,
         **{f"test_{score}": round(scored[score], 4) for score in SCORES},

@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return found
 
 
-def arguments(description: str | None, rows: Iterable[str]) -> argparse.ArgumentParser:
+def arguments(description: str | None, rows: Iterable[str] = ()) -> argparse.ArgumentParser:
     """Make a parser with what benchmarks that train on one set of images have in common."""
     names = tuple(rows)
     parser = measure.arguments(description, rounds=False)
@@ -234,9 +234,10 @@ def arguments(description: str | None, rows: Iterable[str]) -> argparse.Argument
         "--raw", type=Path, help="raw AISegment tree; portraits are generated when left out"
     )
     parser.add_argument("--pairs", type=int, default=109, help="pairs to generate")
-    parser.add_argument(
-        "--only", nargs="+", choices=names, default=list(names), help="some of the rows"
-    )
+    if names:
+        parser.add_argument(
+            "--only", nargs="+", choices=names, default=list(names), help="some of the rows"
+        )
     parser.add_argument("--side", type=int, default=128, help="of the images, in pixels")
     parser.add_argument(
         "--work", type=Path, help="folder for shards and runs, kept; a temporary one when left out"

@@ -17,7 +17,7 @@ import traceback
 
 import click
 
-from portrait_dist.errors import PortraitDistError, nearest, printable, shorten
+from portrait_dist.errors import InputError, PortraitDistError, nearest, printable, shorten
 from portrait_dist.system import parent  # noqa: F401  remembers it before the long imports
 from portrait_dist.system.info import environment_number
 
@@ -104,6 +104,7 @@ def run(arguments: list[str]) -> int:
         arguments: those after the program's name.
     """
     try:
+        _refuse_zero_bytes(arguments)
         result = portrait_dist.main(
             args=arguments, prog_name="portrait-dist", standalone_mode=False
         )
@@ -115,6 +116,13 @@ def run(arguments: list[str]) -> int:
         # click makes an Abort of EOFError too, which a library raises for a file cut short
         cut_short = isinstance(error, click.Abort) and isinstance(error.__cause__, EOFError)
         return _report(error.__cause__ if cut_short and error.__cause__ else error, arguments)
+
+
+def _refuse_zero_bytes(arguments: list[str]) -> None:
+    # No shell can give one; a caller in Python can, and each use of it would raise ValueError.
+    for argument in arguments:
+        if "\0" in argument:
+            raise InputError(f"{argument!r}: holds a zero byte; give it without")
 
 
 def _report(error: BaseException, arguments: list[str]) -> int:

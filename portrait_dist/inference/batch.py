@@ -557,6 +557,8 @@ class PhotoWork:
         photo, prepared, small = item
         alpha = self.segmenter.finish(prepared, small)
         encoded = self.plan.render(prepared.photo, alpha)
+        if self.journal.was_cut_short(photo):
+            self.plan.remove_leftovers(photo.name)
         # Before the first byte: after a kill the half of its files is known to be ours.
         self.journal.begin(photo)
         written = self.plan.write(photo.name, encoded)

@@ -74,6 +74,10 @@ class Journal:
         """Say whether this command began to write the photo's outputs before."""
         return photo.name in self._begun
 
+    def was_cut_short(self, photo: Photo) -> bool:
+        """Say whether a process that has ended was writing the photo's outputs."""
+        return photo.name in self._begun and photo.name not in self._done
+
     def begin(self, photo: Photo) -> None:
         """Note that the photo's outputs are about to be written."""
         self._append({"settings": self.settings, "name": photo.name})

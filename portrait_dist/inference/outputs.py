@@ -82,6 +82,12 @@ class OutputPlan:
             raise
         return [str(path) for path in targets.values()]
 
+    def remove_leftovers(self, name: str) -> None:
+        """Remove what a killed process left half-written beside a photo's outputs."""
+        for folder in {path.parent for path in self.targets(name).values()}:
+            if folder.is_dir():
+                files.remove_abandoned_files(folder)
+
 
 def plan_outputs(
     folder: Path,

@@ -50,7 +50,7 @@ def _writers_into(world: World, folder: Path) -> dict[str, Words]:
 def outputs(world: World, random: Random, folder: Path) -> Generator[Case, None, None]:
     """Output paths that cannot be written: exit code 2 before the work begins, nothing left."""
     mine = folder / "file"
-    bad = ["file/x", "missing/deep/x", "", "n" * 300, "file", "loop", "loop/x", "dangling"]
+    bad = ["file/x", "missing/deep/x", "", "n" * 300, "file", "loop", "loop/x", "dangling", "a\0b"]
     kinds = writers(world)
     while True:
         name, path = random.choice(sorted(kinds)), random.choice(bad)

@@ -17,6 +17,20 @@ MUTATIONS = [
         why="no single photo ends predict for the others",
     ),
     Mutation(
+        file="portrait_dist/inference/batch.py",
+        old="        if self.journal.was_cut_short(photo):\n",
+        new="        if photo is None:\n",
+        test=PREDICT + "killed_within_a_photo_the_same_command_continues_and_gives_the_same_files",
+        why="what a kill leaves half-written among the masks goes with the next run",
+    ),
+    Mutation(
+        file="portrait_dist/cli.py",
+        old="        _refuse_zero_bytes(arguments)\n",
+        new="",
+        test=PREDICT + "wrong_input_gets_one_line_and_nothing_is_written",
+        why="a zero byte in an argument is one line",
+    ),
+    Mutation(
         file="portrait_dist/inference/photos.py",
         old="    if not stat.S_ISREG(mode):\n",
         new="    if stat.S_ISDIR(mode):\n",

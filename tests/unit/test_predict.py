@@ -207,6 +207,7 @@ def test_run_again_in_the_photos_own_folder_its_outputs_are_not_taken_for_photos
         (["photos", "--levels", "0.7", "0.3"], "0 <= low < high <= 1"),
         (["photos", "--out", "photos/one.jpg"], "photos/one.jpg: is a file"),
         (["photos", "--out", "photos/one.jpg/deep"], "photos/one.jpg is a file"),
+        (["photos", "--out", "a\0b"], r"'a\x00b': holds a zero byte"),
         (["photos", "--size", "128x128"], "was trained at 64x64, not at 128x128"),
     ],
 )
@@ -405,6 +406,7 @@ def write_bytes(path, data):
         plain(path, data)
         written.append(path)
         if len(written) == int(sys.argv[1]):
+            files.temporary_path(path).write_bytes(data[:9])  # the next one is cut
             os.kill(os.getpid(), signal.SIGKILL)
 files.write_bytes = write_bytes
 cli.run(sys.argv[2:])
@@ -434,11 +436,12 @@ def test_killed_within_a_photo_the_same_command_continues_and_gives_the_same_fil
     killed = subprocess.run([sys.executable, "-c", KILLED_AFTER, str(count), *command])
     assert killed.returncode == -signal.SIGKILL
     assert len(contents(out)) == count  # no multiple of 3: a photo is half done
+    assert list(out.glob(".tmp-*"))
     again = predict(checkpoint, photos, "--out", out, "--batch-size", 1)
     assert again.exit_code == 0, again.stderr
     assert again.json["photos"] + again.json["done_before"] == 8
     assert again.json["done_before"] <= count // 3
-    assert not (out / ".predict.jsonl").exists()
+    assert not list(out.glob(".*")), "nothing half-written is left, and no journal"
     assert predict(checkpoint, photos, "--out", tmp_path / "b", "--batch-size", 1).exit_code == 0
     assert contents(out) == contents(tmp_path / "b")
 

@@ -1,0 +1,127 @@
+"""Show how good the masks are after so many minutes of training: a curve.
+
+    python benchmarks/minutes.py --raw RAW --stages 128:10 256:50 --json minutes.json
+    python benchmarks/minutes.py --pairs 109 --stages 64:1       # generated portraits
+
+A stage ``SIDE:MINUTES`` trains on images of that side, from the weights of the stage before, with a
+schedule that ends with it: small images teach the rough shape in little time, large ones the edges.
+Minutes are CPU minutes on each core; calibration is left out (see equal_time.py). The last stage's
+``ckpt_best.pth`` (best on validation) is scored on the test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import measure
+import recipes
+from equal_time import epochs_that_fit
+from recipes import SCORES, call, raw_tree, shards_of
+
+from portrait_dist.system.info import cores
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training on images of one size.
+
+    Attributes:
+        side: of the images, in pixels.
+        minutes: CPU minutes on each core.
+    """
+
+    side: int
+    minutes: float
+
+    @classmethod
+    def of(cls, text: str) -> Stage:
+        """Read ``SIDE:MINUTES``; raises ValueError where the text is none."""
+        side, minutes = text.split(":")
+        return cls(int(side), float(minutes))
+
+
+def images_of(stage: Stage, work: Path) -> Path:
+    """Folder of a stage's split and shards."""
+    return work / f"images-{stage.side}"
+
+
+def run_stage(
+    stage: Stage, weights: list[str], raw: Path, options: argparse.Namespace, work: Path
+) -> tuple[Path, list[measure.Row], str]:
+    """Train a stage; return its best checkpoint, a row for each validation, and the command."""
+    options.side = stage.side
+    shards = shards_of(options.seed, raw, options, images_of(stage, work))
+    settings = [
+        *("--recipe", options.recipe, f"model.init_features={options.features}"),
+        *(f"train.precision={options.precision}", *options.settings, *weights),
+    ]
+    own = [f"data.shards={shards}", f"run.root={work}", "train.pictures=0"]
+    own.append(f"train.seed={options.seed}")
+
+    def train(epochs: int, name: str) -> tuple[dict[str, Any], float]:
+        return call(*("train", *settings, *own, f"run.name={name}", f"train.max_epochs={epochs}"))
+
+    epochs, _ = epochs_that_fit(
+        stage.minutes, lambda few: train(few, f"{stage.side}-calibration-{few}")[1]
+    )
+    trained, _ = train(epochs, f"{stage.side}")
+    lines = (work / f"{stage.side}" / "metrics.jsonl").read_text().splitlines()
+    validated = [event for event in map(json.loads, lines) if "val_iou" in event]
+    rows = [
+        {
+            "side": stage.side,
+            "epoch": event["epoch"] + 1,
+            "minutes": round(event["cpu_seconds"] / 60 / cores(), 2),
+            "val_iou": round(event["val_iou"], 4),
+        }
+        for event in validated
+    ]
+    command = " ".join(["portrait-dist train", *settings, f"train.max_epochs={epochs}"])
+    print(f"  {stage.side} px: val IoU {rows[-1]['val_iou']:.4f} after {epochs} epochs", flush=True)
+    return Path(trained["checkpoint"]), rows, command
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Train the stages, one after the other, and write the curve."""
+    options = _options(arguments)
+    rows: list[measure.Row] = []
+    commands, weights, before = [], list[str](), 0.0
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        work = (options.work or Path(temporary)).resolve()
+        raw = raw_tree(options, work)
+        for stage in options.stages:
+            best, found, command = run_stage(stage, weights, raw, options, work)
+            rows += [{**row, "minutes": round(row["minutes"] + before, 2)} for row in found]
+            before = rows[-1]["minutes"]
+            commands.append(command)
+            weights = [f"model.weights={best}"]
+        shards = images_of(options.stages[-1], work) / f"shards{options.seed}"
+        scored, _ = call("evaluate", "--checkpoint", str(best), "--data", str(shards))
+    images = options.raw.name if options.raw else f"{options.pairs} generated pairs"
+    scores = {f"test_{score}": round(scored[score], 4) for score in SCORES}
+    result = measure.result(
+        "minutes", rows, images=images, seed=options.seed, commands=commands, **scores
+    )
+    measure.publish(result, options.json)
+    print(scores)
+    return result
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = recipes.arguments(__doc__)
+    parser.add_argument("--stages", type=Stage.of, nargs="+", required=True, metavar="SIDE:MINUTES")
+    parser.add_argument("--recipe", default="unet_tiny")
+    parser.add_argument("--features", type=int, default=8)
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="more keys")
+    parser.add_argument("--seed", type=int, default=1, help="of split, weights and order")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
