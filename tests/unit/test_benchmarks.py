@@ -363,6 +363,43 @@ def test_networks_train_for_as_many_epochs_as_fit_into_the_time(
     assert (row["epochs"], row["cpu_minutes"], row["cpu_seconds_per_image"]) == (30, 1.0, 0.2)
 
 
+def test_the_curve_of_quality_goes_on_where_the_stage_before_ended(
+    trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = importlib.import_module("minutes")
+    commands = []
+
+    def call(command: str, *words: str) -> tuple[dict[str, Any], float]:
+        given = dict(word.split("=", 1) for word in words if "=" in word)
+        if command != "train":
+            return dict.fromkeys(script.SCORES, 0.9), 1.0
+        epochs, run = int(given["train.max_epochs"]), Path(given["run.root"], given["run.name"])
+        if "calibration" not in run.name:
+            commands.append(words)
+            run.mkdir()
+            events = [
+                {"epoch": epoch, "cpu_seconds": 30.0 * (epoch + 1), "val_iou": 0.8}
+                for epoch in range(epochs)
+            ]
+            (run / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in events))
+        return {"checkpoint": str(trained_checkpoint)}, 9 + 30.0 * epochs
+
+    monkeypatch.setattr(script, "call", call)
+    for module in (script, importlib.import_module("equal_time")):
+        monkeypatch.setattr(module, "cores", lambda: 2)
+    monkeypatch.setattr(script, "shards_of", lambda *_: tmp_path)
+    words = ("--raw", tmp_path, "--work", tmp_path, "--stages", "32:0.5", "64:1")
+    found = measured("minutes", tmp_path / "found.json", *map(str, words))
+    rows = found["rows"]
+    assert [(row["side"], row["minutes"]) for row in rows] == [
+        *((32, minutes) for minutes in (0.25, 0.5)),
+        *((64, minutes) for minutes in (0.75, 1.0, 1.25, 1.5)),
+    ]
+    assert [f"model.weights={trained_checkpoint}" in words for words in commands] == [False, True]
+    assert found["test_iou"] == 0.9
+    assert len(found["commands"]) == 2
+
+
 def test_the_agreement_costs_less_than_a_step_at_any_number_of_ranks(tmp_path: Path) -> None:
     found = measured("agreement", tmp_path / "agreement.json", "--quick")
     by = {row["name"]: row for row in found["rows"]}
