@@ -166,7 +166,9 @@ def wait_for(
 def lines(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl, of one kind or all."""
     path = run / "metrics.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    # The last line may be on its way to the disk.
+    found = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     return [line for line in found if kind in (None, line["kind"])]
 
 

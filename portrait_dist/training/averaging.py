@@ -72,7 +72,12 @@ class AverageOfBest:
 
         Raises:
             DamagedDataError: a file is damaged.
+            InputError: a folder is where the average is to be written, or a file where its models.
         """
+        average, snapshots = self.folder / AVERAGE, self.folder / SNAPSHOTS
+        if average.is_dir() or (snapshots.exists() and not snapshots.is_dir()):
+            wrong, kind = (average, "folder") if average.is_dir() else (snapshots, "file")
+            raise InputError(f"{wrong}: is a {kind}; move it away and resume")
         for path in map(self.path, (member.epoch for member in members)):
             try:
                 if path.exists():
@@ -228,12 +233,15 @@ def complete(folder: str | Path) -> bool:
 
     Raises:
         DamagedDataError: a snapshot is damaged.
+        InputError: the average cannot be written; the snapshots stay.
     """
     folder = Path(folder)
     if not (folder / SNAPSHOTS).exists() and not (folder / OLD_FILE).exists():
         return False
-    average = AverageOfBest(folder, greater_is_better=True)
-    with contextlib.suppress(InputError):  # no checkpoint: nothing belongs to an average
-        average.resume(checkpoints.read_info(folder / LATEST).averaged)
+    average, latest = AverageOfBest(folder, greater_is_better=True), folder / LATEST
+    if latest.exists():  # without a checkpoint nothing belongs to an average
+        members = checkpoints.read_info(latest).averaged
+        average.check_files(members or ())
+        average.resume(members)
     average.cleanup()
     return True

@@ -117,9 +117,25 @@ MUTATIONS = [
         file="portrait_dist/training/main.py",
         old="            folder.events()  # a file that",
         new="            folder  # a file that",
-        test="tests/unit/test_resume.py::test_a_file_of_events_that_cannot_be_continued_is_"
+        test="tests/unit/test_resume.py::test_what_cannot_be_written_on_is_"
         "refused_before_anything_is_written",
         why="a file of events that cannot be continued is refused before anything is written",
+    ),
+    Mutation(
+        file="portrait_dist/training/averaging.py",
+        old="        if average.is_dir() or (snapshots.exists() and not snapshots.is_dir()):\n",
+        new="        if not self.folder.exists():\n",
+        test="tests/unit/test_resume.py::test_what_cannot_be_written_on_is_"
+        "refused_before_anything_is_written",
+        why="a folder in the place of the average is refused before anything is written",
+    ),
+    Mutation(
+        file="portrait_dist/training/averaging.py",
+        old="        average.check_files(members or ())\n        average.resume(members)\n",
+        new="        with contextlib.suppress(InputError):\n            average.resume(members)\n",
+        test="tests/unit/test_checkpoints.py::"
+        "test_a_finished_run_that_was_killed_before_its_average_is_completed",
+        why="an average that cannot be written loses none of its models",
     ),
     Mutation(
         file="portrait_dist/training/sg_adapter.py",

@@ -475,7 +475,12 @@ def test_a_finished_run_that_was_killed_before_its_average_is_completed(tmp_path
     members = [{"epoch": one.epoch, "value": one.value} for one in average.members]
     latest = {"net": net.state_dict(), "epoch": 2, "portrait_dist": {"averaged": members}}
     checkpoints.save_atomically(tmp_path / "ckpt_latest.pth", latest)
-    assert complete(tmp_path)
+    (tmp_path / "average_model.pth").unlink()
+    (tmp_path / "average_model.pth").mkdir()
+    with pytest.raises(InputError, match=r"average_model\.pth: is a folder"):
+        complete(tmp_path)
+    (tmp_path / "average_model.pth").rmdir()
+    assert complete(tmp_path), "and the snapshots were still there"
     info = checkpoints.read_info(tmp_path / "average_model.pth")
     assert [one.epoch for one in info.averaged or ()] == [1, 2]
     assert not (tmp_path / "averaging_snapshots").exists()

@@ -145,15 +145,23 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(
         assert train_into(tmp_path, tiny_shards, *keys).exit_code == 0
 
 
-def test_a_file_of_events_that_cannot_be_continued_is_refused_before_anything_is_written(
-    finished: Path, tiny_shards: Path, tmp_path: Path
+@pytest.mark.parametrize("name", ["metrics.jsonl", "average_model.pth", "averaging_snapshots"])
+def test_what_cannot_be_written_on_is_refused_before_anything_is_written(
+    name: str, finished: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
+    """A pipe in place of a file, a folder in place of a file, a file in place of a folder."""
     shutil.copytree(finished / "run", tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").unlink()
-    os.mkfifo(tmp_path / "run" / "metrics.jsonl")
+    path = tmp_path / "run" / name
+    path.unlink(missing_ok=True)
+    if name == "metrics.jsonl":
+        os.mkfifo(path)
+    elif name == "average_model.pth":
+        path.mkdir()
+    else:
+        path.touch()
     before = state_of(tmp_path / "run")
     refused = train_into(tmp_path, tiny_shards, "train.max_epochs=2", "train.lr=0.002")
-    assert_one_line(refused, 2, "metrics.jsonl")
+    assert_one_line(refused, 2, name)
     assert state_of(tmp_path / "run") == before
 
 
