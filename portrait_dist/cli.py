@@ -104,7 +104,7 @@ def run(arguments: list[str]) -> int:
         arguments: those after the program's name.
     """
     try:
-        _refuse_zero_bytes(arguments)
+        _refuse_nul(arguments)
         result = portrait_dist.main(
             args=arguments, prog_name="portrait-dist", standalone_mode=False
         )
@@ -118,11 +118,11 @@ def run(arguments: list[str]) -> int:
         return _report(error.__cause__ if cut_short and error.__cause__ else error, arguments)
 
 
-def _refuse_zero_bytes(arguments: list[str]) -> None:
+def _refuse_nul(arguments: list[str]) -> None:
     # No shell can give one; a caller in Python can, and each use of it would raise ValueError.
     for argument in arguments:
         if "\0" in argument:
-            raise InputError(f"{argument!r}: holds a zero byte; give it without")
+            raise InputError(f"{argument!r}: holds a NUL character; give it without")
 
 
 def _report(error: BaseException, arguments: list[str]) -> int:

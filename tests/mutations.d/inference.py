@@ -25,10 +25,10 @@ MUTATIONS = [
     ),
     Mutation(
         file="portrait_dist/cli.py",
-        old="        _refuse_zero_bytes(arguments)\n",
+        old="        _refuse_nul(arguments)\n",
         new="",
         test=PREDICT + "wrong_input_gets_one_line_and_nothing_is_written",
-        why="a zero byte in an argument is one line",
+        why="a NUL character in an argument is one line",
     ),
     Mutation(
         file="portrait_dist/inference/photos.py",

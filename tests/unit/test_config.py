@@ -106,6 +106,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         (b"train:\n  lr: 1\ntrain:\n  seed: 2\n", "line 3: 'train' stands in line 1 already"),
         (b"train.lr: 1\ntrain:\n  lr: 2\n", "line 3: 'train.lr' stands in line 1 already"),
         (b"train:\n  lr: 1\n  \xe4: 2\n", "line 3: not UTF-8"),
+        (b'run:\n  name: "a\\0b"\n', "it holds a NUL character"),
         (b"train:\n  lr: \x07\n", r"line 2: a control character ('\x07')"),
         (b"train: &x\n  lr: 1\n", "line 1: anchors"),
         (b"x: *y\n", "line 1: anchors"),

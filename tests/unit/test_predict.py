@@ -207,7 +207,7 @@ def test_run_again_in_the_photos_own_folder_its_outputs_are_not_taken_for_photos
         (["photos", "--levels", "0.7", "0.3"], "0 <= low < high <= 1"),
         (["photos", "--out", "photos/one.jpg"], "photos/one.jpg: is a file"),
         (["photos", "--out", "photos/one.jpg/deep"], "photos/one.jpg is a file"),
-        (["photos", "--out", "a\0b"], r"'a\x00b': holds a zero byte"),
+        (["photos", "--out", "a\0b"], r"'a\x00b': holds a NUL character"),
         (["photos", "--size", "128x128"], "was trained at 64x64, not at 128x128"),
     ],
 )
