@@ -52,6 +52,7 @@ DISK_ERRORS = frozenset(
     )
 )
 """What the file system says of a disk or a path; other operating system errors may be bugs."""
+LONGEST_WORD = 1000
 NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 """What it says of a path that cannot be one."""
 
@@ -176,8 +177,9 @@ def _explain(error: BaseException) -> tuple[int, str] | None:
 
 
 def one_line(message: str) -> str:
-    """Join the lines of a message."""
-    return " ".join(message.split())
+    """Join the lines of a message, and cut what is too long for a name or a path that is there."""
+    words = message.split()
+    return " ".join(shorten(word) if len(word) > LONGEST_WORD else word for word in words)
 
 
 def complain(message: str) -> None:

@@ -31,6 +31,13 @@ MUTATIONS = [
         why="a NUL character in an argument is one line",
     ),
     Mutation(
+        file="portrait_dist/cli.py",
+        old="shorten(word) if len(word) > LONGEST_WORD else word",
+        new="word",
+        test=PREDICT + "wrong_input_gets_one_line_and_nothing_is_written",
+        why="no message is of thousands of characters",
+    ),
+    Mutation(
         file="portrait_dist/inference/photos.py",
         old="    if not stat.S_ISREG(mode):\n",
         new="    if stat.S_ISDIR(mode):\n",

@@ -203,6 +203,7 @@ def test_run_again_in_the_photos_own_folder_its_outputs_are_not_taken_for_photos
         (["https://host/secret/one.jpg"], "https://…: an address"),
         (["photos", "--background", "whit"], "Did you mean 'white'"),
         (["photos", "--checkpoint", "nothing.pth"], "nothing.pth: there is no such checkpoint"),
+        (["photos", "--checkpoint", "x" * 6000], "(6,001 characters) there is no such checkpoint"),
         (["empty"], "empty: no photo in this folder"),
         (["photos", "--levels", "0.7", "0.3"], "0 <= low < high <= 1"),
         (["photos", "--out", "photos/one.jpg"], "photos/one.jpg: is a file"),
