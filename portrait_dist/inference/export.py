@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -281,15 +282,16 @@ def check_onnx_installed(what: str = "--format onnx") -> None:
 
 
 def _make_onnx(model: nn.Module, example: Tensor, metadata: dict[str, str]) -> bytes:
-    program = torch.onnx.export(
-        model,
-        (example,),
-        input_names=["image"],
-        output_names=["alpha"],
-        dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
-        dynamo=True,
-        verbose=False,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # some onnxscript says there what it rewrites
+        program = torch.onnx.export(
+            model,
+            (example,),
+            input_names=["image"],
+            output_names=["alpha"],
+            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None
     program.model.metadata_props.update(metadata)
     data: bytes = program.model_proto.SerializeToString()
