@@ -84,6 +84,7 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
         **_serve(_read(results, "2026-11-29-amd-epyc-2-cores-serve.json")),
         **_h200(_read(results, "2026-11-29-nvidia-h200.json")),
         **_recipes(_read(results, "2026-11-23-recipes.json")),
+        **_choices(_read(results, "2026-11-30-recipe-choices.json")),
         **_masks(_read(results, "2026-11-23-predictions.json")),
     }
 
@@ -306,6 +307,29 @@ def _recipes(parts: list[dict[str, Any]]) -> dict[str, str]:
         "recipes.best-val": f"{best['val_iou']:.3f}",
         "recipes.best-test": f"{best['test_iou']:.3f}",
     }
+
+
+def _choices(part: dict[str, Any]) -> dict[str, str]:
+    """Differences to the first row are those of each seed, so of the same images."""
+    lines = [
+        "| `aisegment_unet`, 8 features, and … | val IoU | difference (lowest to highest) "
+        "| test IoU | test boundary IoU | CPU ms an image |",
+        "|---|---|---|---|---|---|",
+    ]
+    plain, *changed = part["rows"]
+    before = {run["seed"]: run["val_iou"] for run in plain["runs"]}
+    lines.append(_choice_line("nothing changed", "", plain))
+    for row in sorted(changed, key=lambda row: -row["val_iou"]):
+        gains = [run["val_iou"] - before[run["seed"]] for run in row["runs"]]
+        mean = f"{statistics.mean(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
+        lines.append(_choice_line(row["name"], mean, row))
+    return {"choices.table": "\n\n" + "\n".join(lines) + "\n\n"}
+
+
+def _choice_line(label: str, difference: str, row: dict[str, Any]) -> str:
+    scores = f"{row['val_iou']:.3f} | {difference} | {row['test_iou']:.3f}"
+    cpu = f"{row['cpu_seconds_per_image'] * 1000:.1f}"
+    return f"| {label} | {scores} | {row['test_boundary_iou']:.3f} | {cpu} |"
 
 
 def _equal_time(part: dict[str, Any]) -> dict[str, str]:
