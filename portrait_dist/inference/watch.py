@@ -8,9 +8,10 @@ copied is not.
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
@@ -71,7 +72,7 @@ def watch(
     segmenter = images.segmenter(checkpoint)
     journal = Journal(plan.folder, images.fingerprint(segmenter, checkpoint))
     work = PhotoWork(segmenter, plan, journal, batch_size)
-    with journal, _stop_by_signal() as stop:
+    with journal, stop_by_signal() as stop:
         return _Watcher(work, folders, force).run(stop)
 
 
@@ -86,11 +87,11 @@ class _Watcher:
         self.written: list[str] = []
         self.photos = self.done_before = self.named = 0
 
-    def run(self, stop: threading.Event) -> PredictResult:
+    def run(self, stop: Stop) -> PredictResult:
         """Look and work until stopped."""
         print(f"watching {', '.join(self.folders)}, Ctrl-C ends it", file=sys.stderr, flush=True)
         began, working = time.perf_counter(), 0.0
-        while not stop.is_set():
+        while not stop.asked:
             start = time.perf_counter()
             new = self._new()
             looked = time.perf_counter()
@@ -128,17 +129,17 @@ class _Watcher:
                 self.work.failed.append(failure)
         return new
 
-    def _do(self, new: Sequence[Photo], stop: threading.Event) -> None:
+    def _do(self, new: Sequence[Photo], stop: Stop) -> None:
         again = {str(photo.path) for photo in new}
         self.named -= sum(one.photo in again for one in self.work.failed[: self.named])
         self.work.failed = [one for one in self.work.failed if one.photo not in again]
         todo = [photo for photo in new if self._is_to_do(photo)]
         before = self.photos
-        for names in self.work.run(takewhile(lambda _: not stop.is_set(), todo)):
+        for names in self.work.run(takewhile(lambda _: not stop.asked, todo)):
             self.written += names
             self.photos += 1
         self.own |= {photo.name for photo in todo}
-        if not stop.is_set():
+        if not stop.asked:
             self.handled |= {photo.path: self.seen[photo.path] for photo in new}
         if self.photos > before:
             print(
@@ -163,16 +164,42 @@ class _Watcher:
         return True
 
 
+class Stop:
+    """Asked for by a signal, at any moment.
+
+    A ``threading.Event`` may not be set by a handler: one that interrupts ``wait`` where that holds
+    the event's lock waits for it for ever. A pipe has no lock.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def ask(self, *_: object) -> None:
+        """Note the signal, and end :meth:`wait`."""
+        self.asked = True
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of signals
+            os.write(self._writer, b"!")
+
+    def wait(self, seconds: float) -> None:
+        """Wait for so long, or until a signal has come."""
+        select.select([self._reader], [], [], seconds)
+
+    def close(self) -> None:
+        """Close the pipe."""
+        os.close(self._reader)
+        os.close(self._writer)
+
+
 @contextlib.contextmanager
-def _stop_by_signal() -> Iterator[threading.Event]:
-    """Give an event that SIGINT and SIGTERM set."""
-    stop = threading.Event()
-    before = {
-        number: signal.signal(number, lambda *_: stop.set())
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+def stop_by_signal() -> Iterator[Stop]:
+    """Give what SIGINT and SIGTERM ask to stop."""
+    stop = Stop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, stop.ask) for number in numbers}
     try:
         yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        stop.close()

@@ -227,9 +227,11 @@ def act_on(attempt: Attempt, allocation: Allocation, settings: config.Config, lo
 
 
 def log(message: str) -> None:
-    """Print one dated line into the job's log."""
+    """Print one dated line into the job's log, also from a handler of signals."""
     moment = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"{moment} portrait-dist: {' '.join(message.split())}", flush=True)
+    line = f"{moment} portrait-dist: {' '.join(message.split())}\n"
+    # print may not be interrupted by another print.
+    os.write(1, line.encode(errors="backslashreplace"))
 
 
 def srun_command(

@@ -10,6 +10,13 @@ INFERENCE = "tests/unit/test_inference.py::test_"
 
 MUTATIONS = [
     Mutation(
+        file="portrait_dist/inference/watch.py",
+        old="        self.asked = True\n",
+        new="",
+        test=PREDICT + "a_signal_at_any_moment_ends_the_watching_of_a_folder",
+        why="a signal at any moment ends --watch",
+    ),
+    Mutation(
         file="portrait_dist/inference/batch.py",
         old="        except (InputError, DamagedDataError) as error:\n",
         new="        except DamagedDataError as error:\n",

@@ -285,7 +285,7 @@ def test_each_node_gets_one_task_and_the_first_hosts_the_rendezvous() -> None:
 
 
 def test_only_the_first_usr2_reaches_srun_also_when_it_comes_before_srun(
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     class Child(subprocess.Popen):
         sent: list[int]
@@ -318,7 +318,7 @@ def test_only_the_first_usr2_reaches_srun_also_when_it_comes_before_srun(
             signal.signal(number, handler)
         child.wait()
         other.wait()
-    assert "SLURM sent SIGTERM: saving" in capsys.readouterr().out
+    assert "SLURM sent SIGTERM: saving" in capfd.readouterr().out
 
 
 def test_a_sweep_trains_every_combination_in_a_run_of_its_own() -> None:

@@ -534,6 +534,35 @@ def test_a_watched_folder_gives_the_masks_of_photos_as_they_come_and_ends_by_a_s
     assert again.json["done_before"] == 5, again
 
 
+SIGNAL_AT_EACH_LINE = """
+import signal, sys
+from portrait_dist.inference.watch import stop_by_signal
+left = 0
+def trace(frame, event, argument):
+    global left
+    if event == "line":
+        left -= 1
+        if left == 0:
+            signal.raise_signal(signal.SIGTERM)
+    return trace
+for line in range(1, 30):
+    with stop_by_signal() as stop:
+        left = line
+        sys.settrace(trace)
+        try:
+            stop.wait(0.01)
+        finally:
+            sys.settrace(None)
+        assert stop.asked or left > 0
+"""
+
+
+def test_a_signal_at_any_moment_ends_the_watching_of_a_folder() -> None:
+    """Also where the handler interrupts the wait itself."""
+    done = subprocess.run([sys.executable, "-c", SIGNAL_AT_EACH_LINE], timeout=60)
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
