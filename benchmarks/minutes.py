@@ -2,16 +2,19 @@
 
     python benchmarks/minutes.py --raw RAW --stages 128:10 256:50 --json minutes.json
     python benchmarks/minutes.py --pairs 109 --stages 64:1       # generated portraits
+    python benchmarks/minutes.py --draw minutes.json             # only its chart, minutes.svg
 
 A stage ``SIDE:MINUTES`` trains on images of that side, from the weights of the stage before, with a
 schedule that ends with it: small images teach the rough shape in little time, large ones the edges.
-Minutes are CPU minutes on each core; calibration is left out (see equal_time.py). The last stage's
-``ckpt_best.pth`` (best on validation) is scored on the test images.
+Minutes are CPU minutes on each core; calibration is left out (see equal_time.py). Each stage's
+``ckpt_best.pth`` (best on validation) is scored on the test images at the stage's size. The chart
+is written beside the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import tempfile
 from dataclasses import dataclass
@@ -21,8 +24,11 @@ from typing import Any
 import measure
 import recipes
 from equal_time import epochs_that_fit
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from recipes import SCORES, call, raw_tree, shards_of
 
+from portrait_dist import files
 from portrait_dist.system.info import cores
 
 
@@ -86,35 +92,76 @@ def run_stage(
     return Path(trained["checkpoint"]), rows, command
 
 
+def draw(found: dict[str, Any]) -> str:
+    """Draw validation IoU against minutes, and each stage's test IoU, as SVG text."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    begin = 0.0
+    for stage in found["stages"]:
+        rows = [row for row in found["rows"] if row["side"] == stage["side"]]
+        minutes = [row["minutes"] for row in rows]
+        (line,) = axes.plot(
+            minutes, [row["val_iou"] for row in rows], label=f"validation, {stage['side']} px"
+        )
+        axes.plot(minutes[-1], stage["test_iou"], "o", color=line.get_color())
+        axes.annotate(
+            f"test {stage['test_iou']:.3f}",
+            (minutes[-1], stage["test_iou"]),
+            ha="right",
+            va="bottom",
+        )
+        begin = max(begin, minutes[-1])
+    machine = found["machine"]
+    axes.set(
+        xlabel=f"minutes of training on {machine['cores']} cores ({machine['cpu']})",
+        ylabel="IoU",
+        ylim=(0.8, 1),
+        xlim=(0, begin * 1.02),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "minutes"}):  # the same file each time
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train the stages, one after the other, and write the curve."""
     options = _options(arguments)
+    if options.draw:
+        found: dict[str, Any] = json.loads(options.draw.read_text())
+        files.write_text(options.draw.with_suffix(".svg"), draw(found))
+        return found
     rows: list[measure.Row] = []
-    commands, weights, before = [], list[str](), 0.0
+    stages: list[dict[str, Any]] = []
+    weights, before = list[str](), 0.0
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         work = (options.work or Path(temporary)).resolve()
         raw = raw_tree(options, work)
         for stage in options.stages:
-            best, found, command = run_stage(stage, weights, raw, options, work)
-            rows += [{**row, "minutes": round(row["minutes"] + before, 2)} for row in found]
+            best, validated, command = run_stage(stage, weights, raw, options, work)
+            rows += [{**row, "minutes": round(row["minutes"] + before, 2)} for row in validated]
             before = rows[-1]["minutes"]
-            commands.append(command)
+            shards = images_of(stage, work) / f"shards{options.seed}"
+            scored, _ = call("evaluate", "--checkpoint", str(best), "--data", str(shards))
+            scores = {f"test_{score}": round(scored[score], 4) for score in SCORES}
+            stages.append({"side": stage.side, "minutes": before, **scores, "command": command})
+            print(f"  {stages[-1]}", flush=True)
             weights = [f"model.weights={best}"]
-        shards = images_of(options.stages[-1], work) / f"shards{options.seed}"
-        scored, _ = call("evaluate", "--checkpoint", str(best), "--data", str(shards))
     images = options.raw.name if options.raw else f"{options.pairs} generated pairs"
-    scores = {f"test_{score}": round(scored[score], 4) for score in SCORES}
-    result = measure.result(
-        "minutes", rows, images=images, seed=options.seed, commands=commands, **scores
-    )
+    result = measure.result("minutes", rows, stages=stages, images=images, seed=options.seed)
     measure.publish(result, options.json)
-    print(scores)
+    if options.json:
+        files.write_text(options.json.with_suffix(".svg"), draw(result))
     return result
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = recipes.arguments(__doc__)
-    parser.add_argument("--stages", type=Stage.of, nargs="+", required=True, metavar="SIDE:MINUTES")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--stages", type=Stage.of, nargs="+", metavar="SIDE:MINUTES")
+    what.add_argument("--draw", type=Path, metavar="JSON", help="only the chart of these results")
     parser.add_argument("--recipe", default="unet_tiny")
     parser.add_argument("--features", type=int, default=8)
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))

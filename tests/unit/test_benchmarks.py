@@ -396,8 +396,14 @@ def test_the_curve_of_quality_goes_on_where_the_stage_before_ended(
         *((64, minutes) for minutes in (0.75, 1.0, 1.25, 1.5)),
     ]
     assert [f"model.weights={trained_checkpoint}" in words for words in commands] == [False, True]
-    assert found["test_iou"] == 0.9
-    assert len(found["commands"]) == 2
+    assert [(stage["minutes"], stage["test_iou"]) for stage in found["stages"]] == [
+        (0.5, 0.9),
+        (1.5, 0.9),
+    ]
+    chart = (tmp_path / "found.svg").read_text()
+    script.main(["--draw", str(tmp_path / "found.json")])
+    assert chart == (tmp_path / "found.svg").read_text()
+    assert all(text in chart for text in ("validation, 32 px", "validation, 64 px"))
 
 
 def test_the_agreement_costs_less_than_a_step_at_any_number_of_ranks(tmp_path: Path) -> None:
