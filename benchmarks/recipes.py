@@ -33,6 +33,7 @@ from portrait_dist.system.info import cores
 CLI = [sys.executable, "-m", "portrait_dist"]
 NO_BACKGROUNDS = ["augment.background=0"]
 NO_GEOMETRY = ["augment.scale=0", "augment.rotation=0", "augment.translation=0"]
+LITTLE_GEOMETRY = ["augment.scale=0.1", "augment.rotation=3", "augment.translation=0.03"]
 NO_SCHEDULE = [
     "train.ema=false",
     "train.warmup_steps=0",
@@ -58,6 +59,7 @@ CHOICES: dict[str, list[str]] = {
     "learning rate 0.01": ["train.lr=0.01"],
     "without colours": ["augment.brightness=0", "augment.contrast=0", "augment.saturation=0"],
     "without zoom, rotation, shift": NO_GEOMETRY,
+    "a third of zoom, rotation, shift": LITTLE_GEOMETRY,
     "without new backgrounds": NO_BACKGROUNDS,
     "batches of 8": ["train.batch_size=8"],
     "batches of 32": ["train.batch_size=32"],
