@@ -6,9 +6,9 @@
 
 A stage ``SIDE:MINUTES`` trains on images of that side, from the weights of the stage before, with a
 schedule that ends with it: small images teach the rough shape in little time, large ones the edges.
-Minutes are CPU minutes on each core; calibration is left out (see equal_time.py). Each stage's
-``ckpt_best.pth`` (best on validation) is scored on the test images at the stage's size. The chart
-is written beside the JSON.
+Each core has a rank. Minutes are CPU minutes on each core; calibration is left out (equal_time.py).
+Each stage's ``ckpt_best.pth`` (best on validation) is scored on the test images at the stage's
+size. The chart is written beside the JSON.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def run_stage(
         *(f"train.precision={options.precision}", *options.settings, *weights),
     ]
     own = [f"data.shards={shards}", f"run.root={work}", "train.pictures=0"]
-    own.append(f"train.seed={options.seed}")
+    own += [f"train.seed={options.seed}", "train.threads=1"]
+    settings += ["--nproc", str(options.nproc)]
 
     def train(epochs: int, name: str) -> tuple[dict[str, Any], float]:
         return call(*("train", *settings, *own, f"run.name={name}", f"train.max_epochs={epochs}"))
@@ -82,7 +83,7 @@ def run_stage(
         {
             "side": stage.side,
             "epoch": event["epoch"] + 1,
-            "minutes": round(event["cpu_seconds"] / 60 / cores(), 2),
+            "minutes": round(event["cpu_seconds"] * options.nproc / 60 / cores(), 2),
             "val_iou": round(event["val_iou"], 4),
         }
         for event in validated
@@ -166,6 +167,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--features", type=int, default=8)
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     parser.add_argument("--settings", nargs="+", default=[], metavar="KEY=VALUE", help="more keys")
+    parser.add_argument(
+        "--nproc", type=int, default=cores(), help="ranks, of one thread each (their batch: a key)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of split, weights and order")
     return parser.parse_args(arguments)
 

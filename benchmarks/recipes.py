@@ -3,14 +3,15 @@
     python benchmarks/recipes.py --raw RAW --json recipes.json                # a raw AISegment tree
     python benchmarks/recipes.py --pairs 109 --json recipes.json              # generated portraits
     python benchmarks/recipes.py --raw RAW --only tutorial aisegment_unet --side 128 --epochs 300
-    python benchmarks/recipes.py --raw RAW --choices --epochs 12 --json choices.json
+    python benchmarks/recipes.py --raw RAW --choices --epochs 12 --other RAW2 --json choices.json
     python benchmarks/recipes.py --page recipes.json ...                    # their tables, one page
 
 From the tutorial's recipe on, one thing after the other is added; ``aisegment_unet`` has all of
 them, new backgrounds last. With ``--choices`` each row is ``aisegment_unet`` with one thing
 changed, which tells what that one is worth. Every row is trained with every seed: it decides over
 the split (``prepare --seed``), the weights, the order and the augmentation, so each seed also has
-other validation and test images. ``ckpt_best.pth`` (best on validation) is scored.
+other validation and test images. ``ckpt_best.pth`` (best on validation) is scored. ``--other`` is a
+tree of another source: its training images (80 %), which no row has learned from, are scored too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ CLI = [sys.executable, "-m", "portrait_dist"]
 NO_BACKGROUNDS = ["augment.background=0"]
 NO_GEOMETRY = ["augment.scale=0", "augment.rotation=0", "augment.translation=0"]
 LITTLE_GEOMETRY = ["augment.scale=0.1", "augment.rotation=3", "augment.translation=0.03"]
+MUCH_GEOMETRY = ["augment.scale=0.5", "augment.rotation=20", "augment.translation=0.2"]
 NO_SCHEDULE = [
     "train.ema=false",
     "train.warmup_steps=0",
@@ -59,13 +61,14 @@ CHOICES: dict[str, list[str]] = {
     "learning rate 0.01": ["train.lr=0.01"],
     "without colours": ["augment.brightness=0", "augment.contrast=0", "augment.saturation=0"],
     "without zoom, rotation, shift": NO_GEOMETRY,
-    "a third of zoom, rotation, shift": LITTLE_GEOMETRY,
     "without new backgrounds": NO_BACKGROUNDS,
     "batches of 8": ["train.batch_size=8"],
     "batches of 32": ["train.batch_size=32"],
     "fp32": ["train.precision=fp32"],
     "16 features": ["model.init_features=16"],
     "4 features": ["model.init_features=4"],
+    "a third of zoom, rotation, shift": LITTLE_GEOMETRY,
+    "twice the zoom, rotation, shift": MUCH_GEOMETRY,
 }
 SCORES = ("iou", "mean_iou", "boundary_iou", "mae")
 
@@ -84,14 +87,16 @@ def raw_tree(options: argparse.Namespace, work: Path) -> Path:
     return work / "raw"
 
 
-def shards_of(seed: int, raw: Path, options: argparse.Namespace, work: Path) -> Path:
+def shards_of(
+    seed: int, raw: Path, options: argparse.Namespace, work: Path, kind: str = ""
+) -> Path:
     """Split the images by this seed and pack them."""
-    call("prepare", "--raw", str(raw), "--out", str(work / f"split{seed}"), "--seed", str(seed))
-    out = work / f"shards{seed}"
+    split, out = work / f"{kind}split{seed}", work / f"{kind}shards{seed}"
+    call("prepare", "--raw", str(raw), "--out", str(split), "--seed", str(seed))
     call(
         "pack",
         "--data",
-        str(work / f"split{seed}"),
+        str(split),
         "--out",
         str(out),
         "--size",
@@ -110,6 +115,14 @@ def settings_of(name: str, options: argparse.Namespace) -> list[str]:
     if options.choices:  # what a row changes may be one of these too: the last one holds
         return ["--recipe", "aisegment_unet", *common, *CHOICES[name]]
     return [*ROWS[name], *common]
+
+
+def scores_of(checkpoint: str, shards: Path, split: str, name: str = "") -> dict[str, float]:
+    """Score a checkpoint on a split; the scores' names begin with the split's or the given one."""
+    scored, _ = call(
+        "evaluate", "--checkpoint", checkpoint, "--data", str(shards), "--split", split
+    )
+    return {f"{name or split}_{score}": scored[score] for score in SCORES}
 
 
 def score(
@@ -133,10 +146,9 @@ def score(
     }
     checkpoint = str(trained["checkpoint"])
     for split in ("val", "test"):
-        scored, _ = call(
-            "evaluate", "--checkpoint", checkpoint, "--data", str(shards), "--split", split
-        )
-        found |= {f"{split}_{score}": scored[score] for score in SCORES}
+        found |= scores_of(checkpoint, shards, split)
+    if options.other:
+        found |= scores_of(checkpoint, work / "other-shards1", "train", "other")
     ious = f"val {found['val_iou']:.4f}, test {found['test_iou']:.4f}"
     print(f"  {name}, seed {seed}: {ious}, {found['minutes']} min", flush=True)
     return found | {"seed": seed, "steps": trained["steps"]}
@@ -159,6 +171,7 @@ def row(name: str, runs: list[dict[str, Any]], options: argparse.Namespace) -> m
         "test_mean_iou": means["test_mean_iou"],
         "test_boundary_iou": means["test_boundary_iou"],
         "test_mae": means["test_mae"],
+        **{key: mean for key, mean in means.items() if key in ("other_iou", "other_boundary_iou")},
         "seeds": len(runs),
         "steps": runs[0]["steps"],
         "minutes": means["minutes"],
@@ -204,6 +217,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         work = options.work or Path(temporary)
         raw = raw_tree(options, work)
         shards = {seed: shards_of(seed, raw, options, work) for seed in options.seeds}
+        if options.other:
+            shards_of(1, options.other.resolve(), options, work, "other-")
         # Seed by seed, so that what is finished after an interruption compares all rows;
         # existing runs are resumed.
         jobs = [(name, seed) for seed in options.seeds for name in options.only]
@@ -221,6 +236,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "pictures": f"{pictures}, {options.side}x{options.side}",
         "seeds": options.seeds,
         "jobs": options.jobs,
+        **({"other": options.other.name} if options.other else {}),
     }
     found = measure.result("recipes", rows, best=best, **about)
     measure.write(found, options.json)
@@ -252,6 +268,9 @@ def _options(given: list[str] | None) -> argparse.Namespace:
     parser.set_defaults(only=None)
     parser.add_argument(
         "--choices", action="store_true", help="aisegment_unet, each time with one thing changed"
+    )
+    parser.add_argument(
+        "--other", type=Path, metavar="RAW", help="a tree of another source, to be scored on too"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=200)

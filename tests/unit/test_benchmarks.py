@@ -318,6 +318,8 @@ def test_recipes_are_trained_by_their_printed_command_and_scored_on_both_held_ou
         "32",
         "--pairs",
         "24",
+        "--other",
+        str(tmp_path / "work" / "raw"),
     )
     found = measured(
         "recipes", tmp_path / "recipes.json", *arguments, "--work", str(tmp_path / "work")
@@ -328,9 +330,10 @@ def test_recipes_are_trained_by_their_printed_command_and_scored_on_both_held_ou
     assert row["test_iou"] == pytest.approx(one["test_iou"], abs=1e-4)
     assert all(
         0 <= one[f"{split}_{score}"] <= 1
-        for split in ("val", "test")
+        for split in ("val", "test", "other")
         for score in ("iou", "mean_iou", "boundary_iou")
     )
+    assert row["other_iou"] == pytest.approx(one["other_iou"], abs=1e-4)
     assert row["command"].startswith("portrait-dist train --recipe aisegment_unet")
     assert (tmp_path / "work" / "runs").is_dir()
 
@@ -378,7 +381,7 @@ def test_the_curve_of_quality_goes_on_where_the_stage_before_ended(
             commands.append(words)
             run.mkdir()
             events = [
-                {"epoch": epoch, "cpu_seconds": 30.0 * (epoch + 1), "val_iou": 0.8}
+                {"epoch": epoch, "cpu_seconds": 15.0 * (epoch + 1), "val_iou": 0.8}
                 for epoch in range(epochs)
             ]
             (run / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in events))
@@ -388,7 +391,7 @@ def test_the_curve_of_quality_goes_on_where_the_stage_before_ended(
     for module in (script, importlib.import_module("equal_time")):
         monkeypatch.setattr(module, "cores", lambda: 2)
     monkeypatch.setattr(script, "shards_of", lambda *_: tmp_path)
-    words = ("--raw", tmp_path, "--work", tmp_path, "--stages", "32:0.5", "64:1")
+    words = ("--raw", tmp_path, "--work", tmp_path, "--nproc", 2, "--stages", "32:0.5", "64:1")
     found = measured("minutes", tmp_path / "found.json", *map(str, words))
     rows = found["rows"]
     assert [(row["side"], row["minutes"]) for row in rows] == [
