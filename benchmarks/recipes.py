@@ -69,6 +69,7 @@ CHOICES: dict[str, list[str]] = {
     "4 features": ["model.init_features=4"],
     "a third of zoom, rotation, shift": LITTLE_GEOMETRY,
     "twice the zoom, rotation, shift": MUCH_GEOMETRY,
+    "32 features": ["model.init_features=32"],
 }
 SCORES = ("iou", "mean_iou", "boundary_iou", "mae")
 
