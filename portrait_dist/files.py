@@ -514,10 +514,13 @@ def read_marker(out: Path, name: str, command: str) -> dict[str, Any] | None:
 def claim_folder(out: Path, name: str, content: Mapping[str, Any]) -> None:
     """Make an output folder and write into it what it is for; see :func:`read_marker`.
 
+    What a process left that was killed while it did the same goes.
+
     Raises:
         InputError: the folder cannot be made or written.
         PortraitDistError: the disk is full.
     """
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
+    remove_abandoned_files(out)
     write_text(out / name, json.dumps(content))

@@ -183,4 +183,11 @@ MUTATIONS = [
         test=f"{SOURCES}::test_a_long_path_of_a_list_does_not_fill_the_line",
         why="a message stays a line of bounded length",
     ),
+    Mutation(
+        file="portrait_dist/files.py",
+        old="    remove_abandoned_files(out)\n    write_text(out / name",
+        new="    write_text(out / name",
+        test="tests/unit/test_synth.py::test_what_a_kill_left_while_the_folder_was_claimed_goes",
+        why="a kill leaves nothing that the same command does not clear",
+    ),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from portrait_dist.data.source import layouts, synthetic
+from portrait_dist.files import temporary_path
 from tests.cli import PORTRAIT_DIST, assert_one_line, call, call_process
 from tests.waiting import wait_for
 
@@ -95,6 +97,18 @@ def test_a_killed_run_leaves_whole_files_and_no_process_and_is_finished_by_the_s
     whole = tmp_path / "whole"
     synthetic.generate(whole, 10, seed=3, workers=1)
     assert contents(out) == contents(whole)
+
+
+def test_what_a_kill_left_while_the_folder_was_claimed_goes(tmp_path: Path) -> None:
+    """It lies beside the marker, not beside a picture that is missing."""
+    out = tmp_path / "out"
+    out.mkdir()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    name = temporary_path(out / "any").name.replace(f"-{os.getpid()}-", f"-{ended.pid}-")
+    (out / name).write_text('{"form')
+    synthetic.generate(out, 1, workers=1)
+    assert [path.name for path in out.rglob(".tmp-*")] == []
 
 
 @pytest.mark.parametrize(
