@@ -26,6 +26,8 @@ AISEGMENT_TRAINING_IMAGES = 27_543
 """80 % of the 34,427 pairs, as ``prepare`` splits them."""
 OTHER_SHAPES = ("landscape 4:3", "landscape 16:9", "square", "phone 9:16")
 FRAMES = ("frame 4:3", "frame 16:9")
+MINUTES = (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 60)
+"""Where the curve of quality is read."""
 RECIPE_HEAD = (
     "| recipe | val IoU | test IoU (lowest to highest) | test boundary IoU | test MAE of alpha |",
     "|---|---|---|---|---|",
@@ -85,6 +87,7 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
         **_h200(_read(results, "2026-11-29-nvidia-h200.json")),
         **_recipes(_read(results, "2026-11-23-recipes.json")),
         **_choices(_read(results, "2026-11-30-recipe-choices.json")),
+        **_minutes(_read(results, "2026-11-30-amd-epyc-2-cores-minutes.json")),
         **_masks(_read(results, "2026-11-23-predictions.json")),
     }
 
@@ -331,6 +334,23 @@ def _choice_line(label: str, difference: str, row: dict[str, Any]) -> str:
     cpu = f"{row['cpu_seconds_per_image'] * 1000:.1f}"
     other = f"{row['test_boundary_iou']:.3f} | {row['other_iou']:.3f}"
     return f"| {label} | {scores} | {other} | {cpu} |"
+
+
+def _minutes(part: dict[str, Any]) -> dict[str, str]:
+    """Describe the last validation before each of some minutes, and the stages' tests."""
+    lines = ["| minutes | images | val IoU |", "|---|---|---|"]
+    for limit in MINUTES:
+        last = [row for row in part["rows"] if row["minutes"] <= limit][-1]
+        cells = f"{last['minutes']:.1f} | {last['side']}×{last['side']}"
+        line = f"| {cells} | {last['val_iou']:.3f} |"
+        if line != lines[-1]:  # the training has ended before
+            lines.append(line)
+    found = {"minutes.table": "\n\n" + "\n".join(lines) + "\n\n"}
+    for number, stage in enumerate(part["stages"], 1):
+        found[f"minutes.{number}.after"] = f"{stage['minutes']:.0f}"
+        found[f"minutes.{number}.iou"] = f"{stage['test_iou']:.3f}"
+        found[f"minutes.{number}.boundary-iou"] = f"{stage['test_boundary_iou']:.3f}"
+    return found
 
 
 def _equal_time(part: dict[str, Any]) -> dict[str, str]:
