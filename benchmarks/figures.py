@@ -84,6 +84,8 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
         ),
         **_equal_time(_read(results, "2026-11-30-amd-epyc-2-cores-equal-time.json")),
         **_serve(_read(results, "2026-11-29-amd-epyc-2-cores-serve.json")),
+        **_tiny(_read(results, "2026-11-30-amd-epyc-2-cores-unet-tiny.json")),
+        **_serve_idle(_read(results, "2026-11-30-amd-epyc-2-cores-serve-idle.json")),
         **_h200(_read(results, "2026-11-29-nvidia-h200.json")),
         **_recipes(_read(results, "2026-11-23-recipes.json")),
         **_choices(_read(results, "2026-11-30-recipe-choices.json")),
@@ -195,6 +197,18 @@ def _serve(found: dict[str, Any]) -> dict[str, str]:
     return {
         "serve.megabytes": f"{min(memory)} to {max(memory)} MB",
         "serve.overload": f"{counts['200']} with the mask, {counts['503']} with 503",
+    }
+
+
+def _serve_idle(found: dict[str, Any]) -> dict[str, str]:
+    rates = [_rate(found, name=name) for name in ("service", "engine")]
+    return {"serve.of-engine": f"{rates[0] / rates[1]:.1f}"}
+
+
+def _tiny(found: dict[str, Any]) -> dict[str, str]:
+    return {
+        "tiny.int8.rate": f"{_rate(found, name='int8'):.0f}",
+        "tiny.float.rate": f"{_rate(found, name='bn-folded'):.0f}",
     }
 
 
