@@ -20,7 +20,7 @@ from typing import Any
 
 import measure
 import recipes
-from recipes import SCORES, call, raw_tree, shards_of
+from recipes import call, raw_tree, scores_of, shards_of
 
 from portrait_dist.inference import PortraitSegmenter
 from portrait_dist.system.info import cores
@@ -72,13 +72,12 @@ def compare(name: str, options: argparse.Namespace, work: Path) -> measure.Row:
         lambda epochs: train(name, epochs, f"{number}-calibration-{epochs}", options, work)[1],
     )
     trained, cpu = train(name, epochs, f"{number}", options, work)
-    shards = str(work / f"shards{options.seed}")
-    scored, _ = call("evaluate", "--checkpoint", trained["checkpoint"], "--data", shards)
+    scores = scores_of(trained["checkpoint"], work / f"shards{options.seed}", "test")
     segmenter = PortraitSegmenter.from_checkpoint(trained["checkpoint"], device="cpu")
     spent = cpu - around
     row = {
         "name": name,
-        **{f"test_{score}": round(scored[score], 4) for score in SCORES},
+        **{name: round(score, 4) for name, score in scores.items()},
         "parameters": sum(one.numel() for one in segmenter.model.parameters()),
         "epochs": epochs,
         "cpu_minutes": round(spent / 60, 2),

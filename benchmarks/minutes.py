@@ -26,7 +26,7 @@ import recipes
 from equal_time import epochs_that_fit
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from recipes import SCORES, call, raw_tree, shards_of
+from recipes import call, raw_tree, scores_of, shards_of
 
 from portrait_dist import files
 from portrait_dist.system.info import cores
@@ -51,24 +51,19 @@ class Stage:
         return cls(int(side), float(minutes))
 
 
-def images_of(stage: Stage, work: Path) -> Path:
-    """Folder of a stage's split and shards."""
-    return work / f"images-{stage.side}"
-
-
 def run_stage(
     stage: Stage, weights: list[str], raw: Path, options: argparse.Namespace, work: Path
-) -> tuple[Path, list[measure.Row], str]:
-    """Train a stage; return its best checkpoint, a row for each validation, and the command."""
+) -> tuple[str, list[measure.Row], dict[str, Any]]:
+    """Train a stage; return its best checkpoint, a row for each validation, scores and command."""
     options.side = stage.side
-    shards = shards_of(options.seed, raw, options, images_of(stage, work))
+    shards = shards_of(options.seed, raw, options, work / f"images-{stage.side}")
     settings = [
         *("--recipe", options.recipe, f"model.init_features={options.features}"),
         *(f"train.precision={options.precision}", *options.settings, *weights),
+        *("--nproc", str(options.nproc)),
     ]
     own = [f"data.shards={shards}", f"run.root={work}", "train.pictures=0"]
     own += [f"train.seed={options.seed}", "train.threads=1"]
-    settings += ["--nproc", str(options.nproc)]
 
     def train(epochs: int, name: str) -> tuple[dict[str, Any], float]:
         return call(*("train", *settings, *own, f"run.name={name}", f"train.max_epochs={epochs}"))
@@ -90,14 +85,16 @@ def run_stage(
     ]
     command = " ".join(["portrait-dist train", *settings, f"train.max_epochs={epochs}"])
     print(f"  {stage.side} px: val IoU {rows[-1]['val_iou']:.4f} after {epochs} epochs", flush=True)
-    return Path(trained["checkpoint"]), rows, command
+    best = str(trained["checkpoint"])
+    scores = scores_of(best, shards, "test")
+    rounded = {name: round(score, 4) for name, score in scores.items()}
+    return best, rows, {**rounded, "command": command}
 
 
 def draw(found: dict[str, Any]) -> str:
     """Draw validation IoU against minutes, and each stage's test IoU, as SVG text."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
-    begin = 0.0
     for stage in found["stages"]:
         rows = [row for row in found["rows"] if row["side"] == stage["side"]]
         minutes = [row["minutes"] for row in rows]
@@ -111,13 +108,12 @@ def draw(found: dict[str, Any]) -> str:
             ha="right",
             va="bottom",
         )
-        begin = max(begin, minutes[-1])
     machine = found["machine"]
     axes.set(
         xlabel=f"minutes of training on {machine['cores']} cores ({machine['cpu']})",
         ylabel="IoU",
         ylim=(0.8, 1),
-        xlim=(0, begin * 1.02),
+        xlim=(0, found["rows"][-1]["minutes"] * 1.02),
     )
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
@@ -141,13 +137,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         work = (options.work or Path(temporary)).resolve()
         raw = raw_tree(options, work)
         for stage in options.stages:
-            best, validated, command = run_stage(stage, weights, raw, options, work)
+            best, validated, found = run_stage(stage, weights, raw, options, work)
             rows += [{**row, "minutes": round(row["minutes"] + before, 2)} for row in validated]
             before = rows[-1]["minutes"]
-            shards = images_of(stage, work) / f"shards{options.seed}"
-            scored, _ = call("evaluate", "--checkpoint", str(best), "--data", str(shards))
-            scores = {f"test_{score}": round(scored[score], 4) for score in SCORES}
-            stages.append({"side": stage.side, "minutes": before, **scores, "command": command})
+            stages.append({"side": stage.side, "minutes": before, **found})
             print(f"  {stages[-1]}", flush=True)
             weights = [f"model.weights={best}"]
     images = options.raw.name if options.raw else f"{options.pairs} generated pairs"

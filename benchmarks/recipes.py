@@ -127,9 +127,14 @@ def scores_of(checkpoint: str, shards: Path, split: str, name: str = "") -> dict
 
 
 def score(
-    name: str, seed: int, shards: Path, options: argparse.Namespace, work: Path
+    name: str,
+    seed: int,
+    shards: Path,
+    other: Path | None,
+    options: argparse.Namespace,
+    work: Path,
 ) -> dict[str, Any]:
-    """Train one row with one seed, and score its best checkpoint on both held-out splits."""
+    """Train one row with one seed; score its best on both held-out splits and the other source."""
     begin = time.monotonic()
     own = [
         f"data.shards={shards}",
@@ -148,8 +153,8 @@ def score(
     checkpoint = str(trained["checkpoint"])
     for split in ("val", "test"):
         found |= scores_of(checkpoint, shards, split)
-    if options.other:
-        found |= scores_of(checkpoint, work / "other-shards1", "train", "other")
+    if other:
+        found |= scores_of(checkpoint, other, "train", "other")
     ious = f"val {found['val_iou']:.4f}, test {found['test_iou']:.4f}"
     print(f"  {name}, seed {seed}: {ious}, {found['minutes']} min", flush=True)
     return found | {"seed": seed, "steps": trained["steps"]}
@@ -218,14 +223,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         work = options.work or Path(temporary)
         raw = raw_tree(options, work)
         shards = {seed: shards_of(seed, raw, options, work) for seed in options.seeds}
-        if options.other:
-            shards_of(1, options.other.resolve(), options, work, "other-")
+        other = options.other and shards_of(1, options.other.resolve(), options, work, "other-")
         # Seed by seed, so that what is finished after an interruption compares all rows;
         # existing runs are resumed.
         jobs = [(name, seed) for seed in options.seeds for name in options.only]
         with ThreadPoolExecutor(options.jobs) as pool:
             scores = list(
-                pool.map(lambda job: score(job[0], job[1], shards[job[1]], options, work), jobs)
+                pool.map(
+                    lambda job: score(job[0], job[1], shards[job[1]], other, options, work), jobs
+                )
             )
     rows = [
         row(name, [run for job, run in zip(jobs, scores, strict=True) if job[0] == name], options)

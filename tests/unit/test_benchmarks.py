@@ -342,12 +342,12 @@ def test_networks_train_for_as_many_epochs_as_fit_into_the_time(
     trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Imports and the like, 9 s here, do not count; an epoch takes 2 s."""
-    script = importlib.import_module("equal_time")
+    script, recipes = importlib.import_module("equal_time"), importlib.import_module("recipes")
     asked = []
 
     def call(command: str, *words: str) -> tuple[dict[str, Any], float]:
         if command != "train":
-            return dict.fromkeys(script.SCORES, 0.5), 1.0
+            return dict.fromkeys(recipes.SCORES, 0.5), 1.0
         epochs = int(next(word for word in words if "max_epochs" in word).partition("=")[2])
         asked.append(epochs)
         return {
@@ -355,7 +355,8 @@ def test_networks_train_for_as_many_epochs_as_fit_into_the_time(
             "samples_seen": 10 * epochs,
         }, 9 + 2.0 * epochs
 
-    monkeypatch.setattr(script, "call", call)
+    for module in (script, recipes):
+        monkeypatch.setattr(module, "call", call)
     monkeypatch.setattr(script, "cores", lambda: 2)
     monkeypatch.setattr(script, "shards_of", lambda *_: tmp_path)
     out = tmp_path / "found.json"
@@ -369,13 +370,13 @@ def test_networks_train_for_as_many_epochs_as_fit_into_the_time(
 def test_the_curve_of_quality_goes_on_where_the_stage_before_ended(
     trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = importlib.import_module("minutes")
+    script, recipes = importlib.import_module("minutes"), importlib.import_module("recipes")
     commands = []
 
     def call(command: str, *words: str) -> tuple[dict[str, Any], float]:
         given = dict(word.split("=", 1) for word in words if "=" in word)
         if command != "train":
-            return dict.fromkeys(script.SCORES, 0.9), 1.0
+            return dict.fromkeys(recipes.SCORES, 0.9), 1.0
         epochs, run = int(given["train.max_epochs"]), Path(given["run.root"], given["run.name"])
         if "calibration" not in run.name:
             commands.append(words)
@@ -387,7 +388,8 @@ def test_the_curve_of_quality_goes_on_where_the_stage_before_ended(
             (run / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in events))
         return {"checkpoint": str(trained_checkpoint)}, 9 + 30.0 * epochs
 
-    monkeypatch.setattr(script, "call", call)
+    for module in (script, recipes):
+        monkeypatch.setattr(module, "call", call)
     for module in (script, importlib.import_module("equal_time")):
         monkeypatch.setattr(module, "cores", lambda: 2)
     monkeypatch.setattr(script, "shards_of", lambda *_: tmp_path)
