@@ -9,6 +9,10 @@ time that a step can have there. Times are CPU time of the training thread in mi
 not run while decoders or neighbours do), the lower quartile of the steps of a round after the first
 ones. ``other`` is what no part has: fetching the batch, callbacks, progress, the agreement on
 stops. The trees take turns, round after round, in a process of their own for each round.
+
+On a CPU the operations compute in the thread that is timed, and oneDNN, which picks and prepares a
+kernel in each call of a convolution, takes half of forward and backward. ``--plain-kernels`` adds
+rows without it, which are nearer to what a GPU's host does.
 """
 
 from __future__ import annotations
@@ -24,13 +28,13 @@ import measure
 
 
 def run_round(
-    tree: Path, network: str, shards: Path, options: argparse.Namespace
+    tree: Path, kind: str, shards: Path, options: argparse.Namespace
 ) -> dict[str, float]:
     """Run one round with the package of a tree."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "parts.json")
         words = map(
-            str, (shards, folder, out, options.steps, options.batch, network, options.device)
+            str, (shards, folder, out, options.steps, options.batch, kind, options.device)
         )
         measure.run_in_tree(tree, "step_round.py", *words)
         return dict(json.loads(out.read_text()))
@@ -55,18 +59,18 @@ def main(arguments: list[str] | None = None) -> None:
     options.steps = options.steps or (60 if options.quick else 250)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         shards = pack_small(Path(folder), 130 if options.quick else 700)
-        cases = {"this commit": (measure.REPOSITORY, "eager")}
+        trees = {"this commit": measure.REPOSITORY}
+        if options.against:
+            trees[options.against] = stack.enter_context(measure.older_tree(options.against))
+        cases = {name: (tree, "eager") for name, tree in trees.items()}
         if options.compiled:
             cases["this commit, compiled"] = measure.REPOSITORY, "compiled"
-        if options.against:
-            cases[options.against] = (
-                stack.enter_context(measure.older_tree(options.against)),
-                "eager",
-            )
+        if options.plain:
+            cases |= {f"{name}, plain kernels": (tree, "plain") for name, tree in trees.items()}
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
         for number in range(options.repeats or (1 if options.quick else 3)):
-            for name, (tree, network) in cases.items():
-                rounds[name].append(run_round(tree, network, shards, options))
+            for name, (tree, kind) in cases.items():
+                rounds[name].append(run_round(tree, kind, shards, options))
             print(f"  round {number + 1} done", file=sys.stderr, flush=True)
     rows = [row(name, found, options.batch) for name, found in rounds.items()]
     about = {"batch_size": options.batch, "steps": options.steps, "size": 32}
@@ -87,6 +91,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", metavar="COMMIT", help="an older commit to run beside")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--compiled", action="store_true", help="also with train.compile=true")
+    parser.add_argument(
+        "--plain-kernels", dest="plain", action="store_true", help="also without oneDNN"
+    )
     parser.add_argument("--batch", type=int, default=2, help="images of a step")
     parser.add_argument("--steps", type=int, help="steps of a round")
     return parser.parse_args(arguments)

@@ -1,6 +1,6 @@
 """One round of step_parts.py, with the package that PYTHONPATH names.
 
-    python benchmarks/step_round.py SHARDS RUN_ROOT OUT.json STEPS BATCH eager|compiled cpu|cuda
+    python benchmarks/step_round.py SHARDS RUN_ROOT OUT.json STEPS BATCH eager|compiled|plain cpu|cuda
 
 It imports nothing of this folder, so that it measures any tree.
 """
@@ -70,7 +70,7 @@ class PartTimes:
 
 
 def one_round(
-    shards: str, root: str, steps: int, batch: int, *, device: str, compiled: bool
+    shards: str, root: str, steps: int, batch: int, *, device: str, kind: str
 ) -> dict[str, float]:
     """Train with the package that PYTHONPATH names; return what the parts took."""
     import torch
@@ -115,9 +115,13 @@ def one_round(
         "train.average_best": "false",
         "train.pictures": 0,
         "train.precision": "fp32",
-        "train.compile": str(compiled).lower(),
+        "train.compile": str(kind == "compiled").lower(),
         "model.init_features": 2,
     }
+    if kind == "plain":
+        torch.backends.mkldnn.enabled = False
+        # The plain kernels copy images that are channels-last.
+        settings["train.channels_last"] = "false"
     values = [f"{name}={value}" for name, value in settings.items()]
     sys.argv = ["portrait-dist", "train", "--recipe", "aisegment_unet", *values, "--json"]
     try:
@@ -129,7 +133,6 @@ def one_round(
 
 
 if __name__ == "__main__":
-    shards, root, out, steps, batch, network, device = sys.argv[1:]
-    compiled = network == "compiled"
-    found = one_round(shards, root, int(steps), int(batch), device=device, compiled=compiled)
+    shards, root, out, steps, batch, kind, device = sys.argv[1:]
+    found = one_round(shards, root, int(steps), int(batch), device=device, kind=kind)
     Path(out).write_text(json.dumps(found))

@@ -141,12 +141,14 @@ class BuildInfo:
         args: plain values.
         output: ``logits`` or ``probabilities``.
         stride: height and width are multiples of it; 0: only the size of training.
+        channels_last: whether it takes images in channels-last memory.
     """
 
     name: str
     args: Mapping[str, Any]
     output: str
     stride: int
+    channels_last: bool
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,9 @@ class _Checks:
         args = self.plain_mapping(found.get("args"), "the network's arguments")
         stride = self.integer(found.get("stride"), "the network's stride")
         self.need(stride <= MAX_SIDE, "the network's stride")
-        return BuildInfo(str(name), args, str(output), stride)
+        channels_last = found.get("channels_last", True)  # older releases did not ask
+        self.need(isinstance(channels_last, bool), "the network's memory format")
+        return BuildInfo(str(name), args, str(output), stride, bool(channels_last))
 
     def averaged(self, value: Any) -> tuple[Snapshot, ...] | None:
         if value is None:
@@ -651,7 +655,11 @@ def _other_of(
             f"{path}: its weights do not fit the network that {build.name} builds now "
             f"({one_line(error)})"
         ) from error
-    contract = Contract("logits" if build.output == "logits" else "probabilities", build.stride)
+    contract = Contract(
+        "logits" if build.output == "logits" else "probabilities",
+        build.stride,
+        build.channels_last,
+    )
     return MaskNetwork(network, contract).eval()
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from portrait_dist import files
-from portrait_dist.errors import InputError, PortraitDistError, printable
+from portrait_dist.errors import InputError, PortraitDistError, one_line, printable
 from portrait_dist.evaluation import SplitScores, evaluate
 from portrait_dist.inference import browser, engines, model_card
 from portrait_dist.models import MaskNetwork, UNet
@@ -142,7 +142,8 @@ def export(
         runtime: folder of the npm package onnxruntime-web, for ``html``.
 
     Raises:
-        InputError: no such checkpoint, shards or format, the file exists, or it cannot be written.
+        InputError: no such checkpoint, shards or format, the file exists or cannot be written, or
+            torch cannot export the user's network.
         PortraitDistError: the file does not compute what the network does, or the disk is full;
             nothing is written.
     """
@@ -155,8 +156,18 @@ def export(
     trained = input_geometry(info, size)
     metadata = describe(trained.size, trained.fit)
     model = Normalised(network).eval()
-    parts, exported = _make(model, trained.size, format, metadata)
-    difference = _check_difference(out, format, model, exported, trained.size)
+    try:
+        parts, exported = _make(model, trained.size, format, metadata)
+        difference = _check_difference(out, format, model, exported, trained.size)
+    except PortraitDistError:
+        raise
+    except Exception as error:  # anybody's code, and converters fail in many ways
+        if info.build is None:
+            raise
+        raise InputError(
+            f"{checkpoint}: --format {format}: torch cannot export {info.build.name} for any number "
+            f"of images ({one_line(error)}); see docs/networks.md"
+        ) from error
     speed = model_card.measure_speed(exported, trained.size, ENGINE_OF[format])
     scores = _scores(checkpoint, data, size, trust_code) if data else None
     if web:

@@ -10,7 +10,9 @@
    are *auxiliary outputs*: in training the loss of each is added with ``loss.aux_weight``;
    otherwise they are ignored.
 4. It takes images of the size of training in batches of any number, in training and in evaluation.
-   What other sizes it takes is measured: multiples of 16, of 32, or none.
+   What other sizes it takes is measured: multiples of 16, of 32, or none; and whether it takes
+   images in channels-last memory, which ``view`` in a ``forward`` may refuse. One that does not
+   gets none.
 5. Its initial weights follow from torch's global seed, and evaluation is a function of the image.
    Only a network without batch statistics gives the same training on any number of ranks.
 
@@ -64,10 +66,16 @@ class Contract:
     Attributes:
         output: what it gives.
         stride: height and width are multiples of it; 0: only the size of training.
+        channels_last: whether it takes images and weights in channels-last memory.
     """
 
     output: Output = "logits"
     stride: int = 0
+    channels_last: bool = True
+
+    def laid_out(self, images: Tensor) -> Tensor:
+        """Return images [B, 3, H, W] in a memory format that the network takes."""
+        return images if self.channels_last else images.contiguous()
 
     def read(self, raw: object, size: tuple[int, int], *, logits: bool, training: bool) -> Masks:
         """Read what a network returned.
@@ -149,7 +157,7 @@ class MaskNetwork(nn.Module):
     def forward(self, x: Tensor, return_logits: bool = False) -> Tensor:
         """Return probabilities or logits, [B, 1, H, W], of images [B, 3, H, W]."""
         size = (x.shape[-2], x.shape[-1])
-        raw = self.network(x)
+        raw = self.network(self.contract.laid_out(x))
         return self.contract.read(raw, size, logits=return_logits, training=False).main
 
 
@@ -186,7 +194,8 @@ def check(
         _try(tried.train(), images, f"{where}, in training")
         masks = [_try(tried.eval(), images[:1] * by, where) for by in (1.0, STRONG)]
         found = _output_of(masks, where, output)
-        return Contract(found, _stride_of(tried, size))
+        stride = _stride_of(tried, size)
+        return Contract(found, stride, _takes_channels_last(tried.train(), images))
 
 
 def _try(network: nn.Module, images: Tensor, where: str) -> Tensor:
@@ -228,3 +237,16 @@ def _stride_of(network: nn.Module, size: tuple[int, int]) -> int:
             continue
         return stride
     return 0
+
+
+def _takes_channels_last(network: nn.Module, images: Tensor) -> bool:
+    """Whether it does; the network is left with such weights."""
+    try:
+        masks_in(
+            network.to(memory_format=torch.channels_last)(  # type: ignore[call-overload]
+                images.contiguous(memory_format=torch.channels_last)
+            )
+        )
+    except Exception:  # anybody's code, and it has taken these images otherwise
+        return False
+    return True

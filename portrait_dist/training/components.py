@@ -110,8 +110,12 @@ class Network:
         """The network in a few words, for the table before training."""
         count = sum(weight.numel() for weight in self.module.parameters())
         name = self.entries.get("build", {}).get("name", type(self.module).__name__)
-        gives = "" if self.contract is None else f", gives {self.contract.output}"
-        return f"{name}, {count:,} parameters{gives}"
+        found = f"{name}, {count:,} parameters"
+        if self.contract is not None:
+            found += f", gives {self.contract.output}"
+            if not self.contract.channels_last:
+                found += ", takes no channels-last images"
+        return found
 
 
 def make_network(config: Config, size: tuple[int, int], batch_size: int, *, new: bool) -> Network:

@@ -80,7 +80,7 @@ class Forward:
         self, contract: Contract, net: nn.Module, inputs: torch.Tensor
     ) -> tuple[Masks | torch.Tensor, torch.Tensor]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            raw = net(inputs)
+            raw = net(contract.laid_out(inputs))
         if self.bf16:
             raw = to_float32(raw)
         size = (inputs.shape[-2], inputs.shape[-1])

@@ -83,7 +83,8 @@ class LoopOptions:
     """What the loop can do beyond SuperGradients' training parameters.
 
     Attributes:
-        channels_last: memory format of model and images.
+        channels_last: memory format of model and images; not of a network whose contract says that
+            it does not take it.
         save_every_steps: save within the epoch every so many batches; 0 for never.
         save_every_seconds: the same in seconds.
         log_every_steps: batches between two lines of progress.
@@ -150,6 +151,8 @@ class PortraitTrainer(AdaptedTrainer):
         self.signals = signals or StopSignals()
         self.prepare = prepare
         self.contract = contract
+        taken = contract is None or contract.channels_last
+        self.channels_last = self.options.channels_last and taken
         self.metadata = metadata or {}
         self.agreement = Agreement(self.options.timeout_seconds)
         self.notice = StopNotice()
@@ -184,7 +187,7 @@ class PortraitTrainer(AdaptedTrainer):
         if isinstance(model, nn.parallel.DistributedDataParallel):
             return model
         model = model.to(self.torch_device)
-        if self.options.channels_last:
+        if self.channels_last:
             model = model.to(memory_format=torch.channels_last)
         ranks = distributed.is_initialized()
         if ranks and params is not None and params.sync_bn:
@@ -337,7 +340,7 @@ class PortraitTrainer(AdaptedTrainer):
         if resumed:
             state.restore_random_state(resumed.get("ranks", []))
             # A checkpoint holds NCHW, and fused optimisers want the layout of the parameters.
-            if self.options.channels_last:
+            if self.channels_last:
                 state.lay_out_as_parameters(self.optimizer)
         position = resumed.get("position")
         if hasattr(loader, "set_epoch"):
@@ -388,10 +391,12 @@ class PortraitTrainer(AdaptedTrainer):
                     "portrait_dist.training.main.Prepare"
                 )
             inputs, targets = self.prepare(batch, training=epoch is not None, epoch=epoch)
+            if not self.channels_last:  # as which the loader's images come
+                inputs = inputs.contiguous()
         else:
             inputs, targets = batch[0], batch[1]
             extra = batch[2] if len(batch) > 2 else {}
-        if self.options.channels_last and getattr(inputs, "ndim", 0) == 4:
+        if self.channels_last and getattr(inputs, "ndim", 0) == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return UnpackedBatch(inputs, targets, extra)
 

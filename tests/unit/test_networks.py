@@ -16,7 +16,7 @@ from portrait_dist.inference import PortraitSegmenter
 from portrait_dist.models import MaskNetwork, UNet, build, check
 from portrait_dist.training import components
 from tests.cli import assert_one_line, call
-from tests.nets import Classes, Halved, Probabilities
+from tests.nets import Classes, Counted, Flat, Halved, Probabilities
 
 torch.set_num_threads(1)
 NETS = str(Path(__file__).parent.parent / "nets.py")
@@ -32,6 +32,8 @@ def test_what_a_network_gives_is_measured() -> None:
     assert check(Halved(), (32, 32)).stride == 16
     assert check(Probabilities(), (32, 32)).stride == 32
     assert check(Halved(), (33, 32)).stride == 0
+    assert check(Halved(), (32, 32)).channels_last
+    assert not check(Flat(), (32, 32)).channels_last
 
 
 def test_a_check_changes_neither_the_network_nor_the_random_state() -> None:
@@ -188,6 +190,7 @@ def test_a_checkpoint_says_how_to_build_the_network_and_holds_the_users_names(ru
         "args": {"width": 6},
         "output": "logits",
         "stride": 16,
+        "channels_last": True,
     }
     network = Halved(6)
     network.load_state_dict(state["net"])
@@ -243,6 +246,42 @@ def test_evaluate_predict_export_and_report_take_a_users_network(
     assert report.json["val_iou"] == pytest.approx(saved.acc, abs=1e-6)
     unasked = call("report", run, "--json")
     assert "add --trust-code" in unasked.json["no_pictures"]
+
+
+def test_a_network_that_takes_no_channels_last_images_gets_none(
+    tiny_shards: Path, raw_tree: Path, tmp_path: Path
+) -> None:
+    """Its ``view`` raises otherwise; channels-last is the default."""
+    arguments = (f"model.name={NETS}:Flat", f"data.shards={tiny_shards}", f"run.root={tmp_path}")
+    own = (*SMALL[:-1], "train.max_epochs=1", "run.name=flat")
+    trained = call("train", *COMMON, *arguments, *own, "train.channels_last=true")
+    assert trained.exit_code == 0, trained
+    assert "takes no channels-last images" in trained.stderr
+    checkpoint = ("--checkpoint", str(tmp_path / "flat" / "ckpt_best.pth"), "--trust-code")
+    photo = next(raw_tree.rglob("*.jpg"))
+    for command in (
+        ("evaluate", *checkpoint, "--data", tiny_shards),
+        ("predict", *checkpoint, photo, "--out", tmp_path / "masks"),
+        ("export", *checkpoint, "--format", "pt2", "--out", tmp_path / "net.pt2"),
+    ):
+        done = call(*command)
+        assert done.exit_code == 0, done
+
+
+def test_a_network_that_torch_cannot_export_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
+    state = {"net": Counted().state_dict(), "epoch": 0, "acc": 0.5}
+    build = {"name": f"{NETS}:Counted", "args": {}, "output": "logits", "stride": 16}
+    state["portrait_dist"] = {"build": build}
+    checkpoint, out = tmp_path / "net.pth", tmp_path / "out"
+    checkpoints.save_atomically(checkpoint, state)
+    for format in ("onnx", "pt2"):
+        done = call(
+            "export",
+            "--trust-code",
+            *("--checkpoint", checkpoint, "--size", "32x32", "--format", format, "--out", out),
+        )
+        assert_one_line(done, 2, "torch cannot export", "Counted", "see docs/networks.md")
+    assert not out.exists()
 
 
 def test_only_the_unet_is_computed_in_8_bit_integers(run: Path) -> None:
