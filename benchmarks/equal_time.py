@@ -39,9 +39,11 @@ CALIBRATION = 1, 3
 """Epochs of the two trainings that give the seconds of one."""
 
 
-def train(name: str, epochs: int, run: str, options: argparse.Namespace, work: Path) -> Any:
+def train(
+    name: str, epochs: int, run: str, shards: Path, options: argparse.Namespace, work: Path
+) -> Any:
     """Train a network for so many epochs; return its result and its CPU seconds."""
-    own = [f"data.shards={work / f'shards{options.seed}'}", f"run.root={work}", f"run.name={run}"]
+    own = [f"data.shards={shards}", f"run.root={work}", f"run.name={run}"]
     return call(
         *("train", "--recipe", options.recipe, *NETWORKS[name], *own),
         *(f"train.seed={options.seed}", f"train.max_epochs={epochs}", "train.pictures=0"),
@@ -64,15 +66,15 @@ def epochs_that_fit(minutes: float, cpu_of: Callable[[int], float]) -> tuple[int
     return max(1, int(minutes * 60 * cores() / epoch)), few - epoch * CALIBRATION[0]
 
 
-def compare(name: str, options: argparse.Namespace, work: Path) -> measure.Row:
+def compare(name: str, shards: Path, options: argparse.Namespace, work: Path) -> measure.Row:
     """Find the epochs that fit, train, and score the best checkpoint."""
     number = list(NETWORKS).index(name)
     epochs, around = epochs_that_fit(
         options.minutes,
-        lambda epochs: train(name, epochs, f"{number}-calibration-{epochs}", options, work)[1],
+        lambda few: train(name, few, f"{number}-calibration-{few}", shards, options, work)[1],
     )
-    trained, cpu = train(name, epochs, f"{number}", options, work)
-    scores = scores_of(trained["checkpoint"], work / f"shards{options.seed}", "test")
+    trained, cpu = train(name, epochs, f"{number}", shards, options, work)
+    scores = scores_of(trained["checkpoint"], shards, "test")
     segmenter = PortraitSegmenter.from_checkpoint(trained["checkpoint"], device="cpu")
     spent = cpu - around
     row = {
@@ -92,8 +94,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = _options(arguments)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         work = options.work or Path(temporary)
-        shards_of(options.seed, raw_tree(options, work), options, work)
-        rows = [compare(name, options, work) for name in options.only]
+        shards = shards_of(options.seed, raw_tree(options, work), options.side, work)
+        rows = [compare(name, shards, options, work) for name in options.only]
     images = options.raw.name if options.raw else f"{options.pairs} generated pairs"
     about = {
         "images": f"{images}, {options.side}x{options.side}",

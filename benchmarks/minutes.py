@@ -55,8 +55,7 @@ def run_stage(
     stage: Stage, weights: list[str], raw: Path, options: argparse.Namespace, work: Path
 ) -> tuple[str, list[measure.Row], dict[str, Any]]:
     """Train a stage; return its best checkpoint, a row for each validation, scores and command."""
-    options.side = stage.side
-    shards = shards_of(options.seed, raw, options, work / f"images-{stage.side}")
+    shards = shards_of(options.seed, raw, stage.side, work)
     settings = [
         *("--recipe", options.recipe, f"model.init_features={options.features}"),
         *(f"train.precision={options.precision}", *options.settings, *weights),

@@ -71,6 +71,9 @@ CHOICES: dict[str, list[str]] = {
     "twice the zoom, rotation, shift": MUCH_GEOMETRY,
     "32 features": ["model.init_features=32"],
 }
+SIDES = {"64x64 images": 64, "128x128 images": 128, "192x192 images": 192}
+"""Rows of the choices that differ in the images alone; they are scored at their own size."""
+CHOICES |= {name: [] for name in SIDES}
 SCORES = ("iou", "mean_iou", "boundary_iou", "mae")
 
 
@@ -88,22 +91,17 @@ def raw_tree(options: argparse.Namespace, work: Path) -> Path:
     return work / "raw"
 
 
-def shards_of(
-    seed: int, raw: Path, options: argparse.Namespace, work: Path, kind: str = ""
-) -> Path:
+def shards_of(seed: int, raw: Path, side: int, work: Path, kind: str = "") -> Path:
     """Split the images by this seed and pack them."""
-    split, out = work / f"{kind}split{seed}", work / f"{kind}shards{seed}"
+    split, out = work / f"{kind}split{seed}", work / f"{kind}shards{seed}-{side}"
     call("prepare", "--raw", str(raw), "--out", str(split), "--seed", str(seed))
-    call(
-        "pack",
-        "--data",
-        str(split),
-        "--out",
-        str(out),
-        "--size",
-        f"{options.side}x{options.side}",
-    )
+    call("pack", "--data", str(split), "--out", str(out), "--size", f"{side}x{side}")
     return out
+
+
+def side_of(name: str, options: argparse.Namespace) -> int:
+    """Return the side of a row's images in pixels."""
+    return SIDES.get(name, int(options.side))
 
 
 def settings_of(name: str, options: argparse.Namespace) -> list[str]:
@@ -222,17 +220,27 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         work = options.work or Path(temporary)
         raw = raw_tree(options, work)
-        shards = {seed: shards_of(seed, raw, options, work) for seed in options.seeds}
-        other = options.other and shards_of(1, options.other.resolve(), options, work, "other-")
+        sides = sorted({side_of(name, options) for name in options.only})
+        shards = {
+            (seed, side): shards_of(seed, raw, side, work)
+            for seed in options.seeds
+            for side in sides
+        }
+        other = {
+            side: shards_of(1, options.other.resolve(), side, work, "other-")
+            for side in (sides if options.other else ())
+        }
         # Seed by seed, so that what is finished after an interruption compares all rows;
         # existing runs are resumed.
         jobs = [(name, seed) for seed in options.seeds for name in options.only]
+
+        def scored(job: tuple[str, int]) -> dict[str, Any]:
+            name, seed = job
+            side = side_of(name, options)
+            return score(name, seed, shards[seed, side], other.get(side), options, work)
+
         with ThreadPoolExecutor(options.jobs) as pool:
-            scores = list(
-                pool.map(
-                    lambda job: score(job[0], job[1], shards[job[1]], other, options, work), jobs
-                )
-            )
+            scores = list(pool.map(scored, jobs))
     rows = [
         row(name, [run for job, run in zip(jobs, scores, strict=True) if job[0] == name], options)
         for name in options.only

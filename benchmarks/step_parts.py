@@ -27,15 +27,11 @@ from pathlib import Path
 import measure
 
 
-def run_round(
-    tree: Path, kind: str, shards: Path, options: argparse.Namespace
-) -> dict[str, float]:
+def run_round(tree: Path, kind: str, shards: Path, options: argparse.Namespace) -> dict[str, float]:
     """Run one round with the package of a tree."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "parts.json")
-        words = map(
-            str, (shards, folder, out, options.steps, options.batch, kind, options.device)
-        )
+        words = map(str, (shards, folder, out, options.steps, options.batch, kind, options.device))
         measure.run_in_tree(tree, "step_round.py", *words)
         return dict(json.loads(out.read_text()))
 

@@ -1,7 +1,8 @@
 """One round of step_parts.py, with the package that PYTHONPATH names.
 
-    python benchmarks/step_round.py SHARDS RUN_ROOT OUT.json STEPS BATCH eager|compiled|plain cpu|cuda
+    python benchmarks/step_round.py SHARDS RUN_ROOT OUT.json STEPS BATCH KIND cpu|cuda
 
+KIND is eager, compiled (``train.compile``) or plain (without oneDNN).
 It imports nothing of this folder, so that it measures any tree.
 """
 
@@ -119,7 +120,7 @@ def one_round(
         "model.init_features": 2,
     }
     if kind == "plain":
-        torch.backends.mkldnn.enabled = False
+        torch.backends.mkldnn.set_flags(_enabled=False)
         # The plain kernels copy images that are channels-last.
         settings["train.channels_last"] = "false"
     values = [f"{name}={value}" for name, value in settings.items()]

@@ -243,7 +243,7 @@ def _takes_channels_last(network: nn.Module, images: Tensor) -> bool:
     """Whether it does; the network is left with such weights."""
     try:
         masks_in(
-            network.to(memory_format=torch.channels_last)(  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)(
                 images.contiguous(memory_format=torch.channels_last)
             )
         )
