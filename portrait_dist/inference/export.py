@@ -165,8 +165,8 @@ def export(
         if info.build is None:
             raise
         raise InputError(
-            f"{checkpoint}: --format {format}: torch cannot export {info.build.name} for any number "
-            f"of images ({one_line(error)}); see docs/networks.md"
+            f"{checkpoint}: --format {format}: torch cannot export {info.build.name} for any "
+            f"number of images ({one_line(error)}); see docs/networks.md"
         ) from error
     speed = model_card.measure_speed(exported, trained.size, ENGINE_OF[format])
     scores = _scores(checkpoint, data, size, trust_code) if data else None
