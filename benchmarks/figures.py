@@ -89,6 +89,10 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
         **_h200(_read(results, "2026-11-29-nvidia-h200.json")),
         **_recipes(_read(results, "2026-11-23-recipes.json")),
         **_choices(_read(results, "2026-11-30-recipe-choices.json")),
+        **_sizes(
+            _read(results, "2026-11-30-amd-epyc-2-cores-sizes.json"),
+            _read(results, "2026-11-30-recipe-choices.json"),
+        ),
         **_minutes(_read(results, "2026-11-30-amd-epyc-2-cores-minutes.json")),
         **_masks(_read(results, "2026-11-23-predictions.json")),
     }
@@ -348,6 +352,31 @@ def _choice_line(label: str, difference: str, row: dict[str, Any]) -> str:
     cpu = f"{row['cpu_seconds_per_image'] * 1000:.1f}"
     other = f"{row['test_boundary_iou']:.3f} | {row['other_iou']:.3f}"
     return f"| {label} | {scores} | {other} | {cpu} |"
+
+
+def _sizes(part: dict[str, Any], choices: dict[str, Any]) -> dict[str, str]:
+    """Set the recipes' networks side by side: their scores in equal steps, sizes and costs."""
+    lines = [
+        "| recipe (features) | parameters | ONNX file | test IoU | test boundary IoU "
+        "| IoU on another source | CPU ms a training image "
+        "| CPU ms a mask: bf16 | OpenVINO | int8 |",
+        "|---" * 10 + "|",
+    ]
+    for size in part["rows"]:
+        scores = _row(choices, name=size["choice"])
+        network = f"`{size['recipe']}` ({size['features']}) | {size['parameters']:,}"
+        masks = (
+            f"{_row(size['unet'], name=name)['cpu_seconds_per_image'] * 1000:.0f}"
+            for name in ("kept-memory", "openvino-bf16", "int8")
+        )
+        cells = [
+            f"{network} | {size['onnx_bytes'] / 1e6:.1f} MB",
+            *(f"{scores[name]:.3f}" for name in ("test_iou", "test_boundary_iou", "other_iou")),
+            f"{scores['cpu_seconds_per_image'] * 1000:.0f}",
+            *masks,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return {"sizes.table": "\n\n" + "\n".join(lines) + "\n\n"}
 
 
 def _minutes(part: dict[str, Any]) -> dict[str, str]:

@@ -416,6 +416,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         sweep=swept,
         device=str(bench.device),
         size=options.size,
+        features=options.features,
+        parameters=sum(weight.numel() for weight in bench.model.parameters()),
         threads=torch.get_num_threads(),
     )
     found["roofline"] = limits.facts()
