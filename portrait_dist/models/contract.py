@@ -13,7 +13,9 @@
    What other sizes it takes is measured: multiples of 16, of 32, or none; and whether it takes
    images in channels-last memory, which ``view`` in a ``forward`` may refuse. One that does not
    gets none.
-5. Its initial weights follow from torch's global seed, and evaluation is a function of the image.
+5. It learns: the mask in training depends on weights that have gradients, none of them sparse, and
+   has gradients itself. It can be copied, and its parameters have their shapes from the beginning.
+6. Its initial weights follow from torch's global seed, and evaluation is a function of the image.
    Only a network without batch statistics gives the same training on any number of ranks.
 
 A network whose ``forward`` has ``return_logits``, as :class:`portrait_dist.models.UNet`, is asked
@@ -123,6 +125,8 @@ def _as_mask(one: object) -> Tensor:
     if not isinstance(one, Tensor) or one.ndim != 4 or one.shape[1] != 1:
         found = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
         raise InputError(f"it returns {found}, not a mask with one channel, [B, 1, H, W]")
+    if not one.is_floating_point():
+        raise InputError(f"it returns {one.dtype}, not logits or probabilities of floating point")
     return one
 
 
@@ -171,7 +175,8 @@ def check(
 ) -> Contract:
     """Pass noise of the real size through a copy of a network, and see what comes out.
 
-    The network itself, its statistics and torch's random state stay as they were.
+    In training gradients come back too, for some networks break there only. The network itself, its
+    statistics and torch's random state stay as they were.
 
     Args:
         network: to check.
@@ -186,23 +191,63 @@ def check(
     where = f"model.name={name or type(network).__name__}"
     if not isinstance(network, nn.Module):
         raise InputError(f"{where}: it is no torch.nn.Module")
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         images = torch.randn(
             min(batch_size, CHECKED_IMAGES), 3, *size, generator=torch.Generator().manual_seed(0)
         )
-        tried = copy.deepcopy(network).cpu()
-        _try(tried.train(), images, f"{where}, in training")
-        masks = [_try(tried.eval(), images[:1] * by, where) for by in (1.0, STRONG)]
-        found = _output_of(masks, where, output)
-        stride = _stride_of(tried, size)
-        return Contract(found, stride, _takes_channels_last(tried.train(), images))
+        tried = _copied(network, where)
+        _learn(tried.train(), images, f"{where}, in training")
+        with torch.no_grad():
+            masks = [_try(tried.eval(), images[:1] * by, where)[0] for by in (1.0, STRONG)]
+            found = _output_of(masks, where, output)
+            stride = _stride_of(tried, size)
+            return Contract(found, stride, _takes_channels_last(tried.train(), images))
 
 
-def _try(network: nn.Module, images: Tensor, where: str) -> Tensor:
-    """Return the main mask, [B, 1, h, w]."""
+def _copied(network: nn.Module, where: str) -> nn.Module:
+    """Return a copy on the CPU."""
+    weights = [*network.parameters(), *network.buffers()]
+    if any(nn.parameter.is_lazy(one) for one in weights):
+        raise InputError(
+            f"{where}: has lazy layers, whose weights have no shape before the first image; give "
+            "their numbers of channels"
+        )
+    try:
+        return copy.deepcopy(network).cpu()
+    except Exception as error:  # anybody's code
+        raise InputError(
+            f"{where}: cannot be copied ({type(error).__name__}: {one_line(error)}), as the "
+            "average of its weights is"
+        ) from error
+
+
+def _learn(network: nn.Module, images: Tensor, where: str) -> None:
+    """Pass images forth and gradients back."""
+    with torch.enable_grad():
+        masks = _try(network, images, where)
+        if not masks[0].requires_grad:
+            raise InputError(
+                f"{where}: its mask depends on no weight that learns; are all of them frozen, or "
+                "is the mask detached?"
+            )
+        try:
+            sums = [mask.float().sum() for mask in masks if mask.requires_grad]
+            torch.stack(sums).sum().backward()
+        except Exception as error:  # anybody's code
+            raise InputError(
+                f"{where}: has no gradient ({type(error).__name__}: {one_line(error)})"
+            ) from error
+    gradients = (weight.grad for weight in network.parameters() if weight.grad is not None)
+    if any(gradient.layout != torch.strided for gradient in gradients):
+        raise InputError(f"{where}: gives sparse gradients; build its embeddings with sparse=False")
+    network.zero_grad()
+
+
+def _try(network: nn.Module, images: Tensor, where: str) -> list[Tensor]:
+    """Return all masks, [B, 1, h, w] each, the main one first."""
     shape = "×".join(map(str, images.shape))
     try:
-        main, *_ = masks_in(network(images))
+        masks = masks_in(network(images))
     except InputError as error:
         raise InputError(f"{where}: {error}; see docs/networks.md") from error
     except Exception as error:  # anybody's code
@@ -210,12 +255,19 @@ def _try(network: nn.Module, images: Tensor, where: str) -> Tensor:
             f"{where}: fails for images {shape} ({type(error).__name__}: {one_line(error)}); "
             "see docs/networks.md, or pack another --size"
         ) from error
+    main = masks[0]
     if len(main) != len(images):
         raise InputError(f"{where}: {len(main)} masks for {len(images)} images")
-    return main
+    if not main.numel():
+        raise InputError(f"{where}: its mask has no pixels, {tuple(main.shape)}")
+    if main.device != images.device:
+        raise InputError(f"{where}: its mask is on {main.device}, the images are not")
+    return masks
 
 
 def _output_of(masks: list[Tensor], where: str, wanted: str) -> Output:
+    if not masks[0].isfinite().all():
+        raise InputError(f"{where}: its mask is not finite for an image of noise")
     outside = any(bool((mask < 0).any() or (mask > 1).any()) for mask in masks)
     if wanted == "probabilities" and outside:
         raise InputError(

@@ -248,4 +248,20 @@ MUTATIONS = [
         "test_a_network_that_torch_cannot_export_is_one_line_and_leaves_no_file",
         why="a network that torch cannot export is one line",
     ),
+    Mutation(
+        file="portrait_dist/models/contract.py",
+        old="            torch.stack(sums).sum().backward()",
+        new="            pass",
+        test="tests/unit/test_networks.py::"
+        "test_a_network_that_breaks_the_contract_is_refused_in_one_line",
+        why="a network without a gradient is refused before anything starts",
+    ),
+    Mutation(
+        file="portrait_dist/models/contract.py",
+        old="    if not one.is_floating_point():",
+        new="    if False:",
+        test="tests/unit/test_networks.py::"
+        "test_a_network_that_breaks_the_contract_is_refused_in_one_line",
+        why="a mask is of floating point",
+    ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,32 @@ class Returns(nn.Module):
         return self.output(x)
 
 
+class Computes(Returns):
+    """What a function makes of a layer's output."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__(output)
+        self.layer = nn.Conv2d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.output(self.layer(x))
+
+
+class Embeds(Computes):
+    def __init__(self) -> None:
+        super().__init__(torch.relu)
+        self.table = nn.Embedding(2, 1, sparse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.table(torch.zeros(1, dtype=torch.int64))
+
+
+def spoilt(y: Tensor) -> Tensor:
+    """Change in place what the gradient is computed from."""
+    z = y.sigmoid()
+    return z.exp() + z.mul_(2)
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [
@@ -61,6 +88,16 @@ class Returns(nn.Module):
         (Returns(lambda x: "mask"), "it returns str, not a mask"),
         (Returns(lambda x: x[:1, :1]), "1 masks for 2 images"),
         (Returns(lambda x: x @ torch.zeros(5, 5)), r"fails for images 2×3×32×32 \(RuntimeError"),
+        (Returns(lambda x: x[:, :1] > 0), r"torch\.bool, not logits or probabilities"),
+        (Returns(lambda x: x[:, :1, :0]), r"its mask has no pixels"),
+        (Returns(lambda x: x[:, :1].to("meta")), r"its mask is on meta, the images are not"),
+        (Returns(lambda x: x[:, :1]), r"its mask depends on no weight that learns"),
+        (Computes(lambda y: y.detach()), r"its mask depends on no weight that learns"),
+        (Computes(lambda y: y * float("nan")), r"its mask is not finite"),
+        (Computes(spoilt), r"has no gradient \(Runtime"),
+        (Computes(threading.Lock()), r"cannot be copied \(TypeError"),
+        (nn.LazyConv2d(1, 1), r"has lazy layers"),
+        (Embeds(), r"sparse gradients"),
     ],
 )
 def test_a_network_that_breaks_the_contract_is_refused_in_one_line(
