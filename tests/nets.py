@@ -125,3 +125,39 @@ class Foreground(Metric):
 
     def compute(self) -> Any:
         return self.total / self.count
+
+
+class Renamed(Foreground):
+    """The same under other names of its arguments."""
+
+    def update(self, outputs: Tensor, labels: Tensor) -> None:
+        assert outputs.shape == labels.shape
+        super().update(outputs, labels)
+
+
+class Both(Foreground):
+    """Not one number."""
+
+    def compute(self) -> Any:
+        return torch.stack([self.total, self.count])
+
+
+class Negative(torch.optim.lr_scheduler.LRScheduler):
+    """Gives no learning rate."""
+
+    def get_lr(self) -> list[Any]:
+        return [-1.0 for _ in self.base_lrs]
+
+
+class Stepless:
+    """Is built as a schedule, and none."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+
+class Failing(Foreground):
+    """No number."""
+
+    def compute(self) -> Any:
+        raise ValueError("nothing to compute")

@@ -5,7 +5,9 @@ Names are those of :mod:`portrait_dist.recipes.parts`; what a network must be is
 
 - a loss is a class, or a plain function. It takes (mask, target), both float [B, 1, H, W], and
   returns a scalar, or (scalar, values to log). Whether it wants logits is ``loss.input``.
-- a metric is a ``torchmetrics.Metric`` whose ``update`` takes ``preds`` and ``target``. Those of
+- a metric is a ``torchmetrics.Metric`` whose ``update`` takes ``preds`` and ``target``, by these
+  names or as two tensors in this order. Its value is a number, or numbers by the names that its
+  ``component_names`` list. Those of
   torchmetrics get probabilities and masks of 0 and 1 as integers, those of SuperGradients logits
   and the same masks, all others probabilities and the soft matte. Its states are sums, so that a
   value over ranks and resumed epochs is that of one process.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -302,9 +305,8 @@ def _takes_logits(loss: object) -> bool:
 def _try_loss(loss: MaskLoss, name: str) -> None:
     """Compute it once for two small masks, with its gradient."""
     with torch.random.fork_rng(devices=[]):
-        mask = torch.full((2, 1, 8, 8), 0.4, requires_grad=True)
-        target = torch.zeros(2, 1, 8, 8)
-        target[:, :, :4] = 1
+        mask, target = _tried_masks()
+        mask.requires_grad_()
         try:
             value = _scalar(loss(mask, target))
             value.backward()
@@ -357,12 +359,69 @@ def _as_wanted(metric: object, name: str) -> Metric:
                 f"metrics.names={name}: its state '{state}' is no sum, so that its value would "
                 "depend on ranks and restarts; give it thresholds, or choose another metric"
             )
-    package = type(metric).__module__.partition(".")[0]
-    if package not in ("torchmetrics", "super_gradients"):
-        return metric
-    metric.__class__ = _with_binary_target(type(metric), package == "super_gradients")
-    metric.update = metric._wrap_update(type(metric).update.__get__(metric))  # type: ignore[method-assign]
+    kind = type(metric)
+    package = kind.__module__.partition(".")[0]
+    if package in ("torchmetrics", "super_gradients"):
+        _become(metric, _with_binary_target(kind, package == "super_gradients"))
+    elif _has_other_names(inspect.signature(metric.update)):
+        _become(metric, _by_position(kind))
+    _try_metric(metric, name)
     return metric
+
+
+def _become(metric: Metric, kind: type[Metric]) -> None:
+    """Let a metric be of a subclass with another ``update``."""
+    metric.__class__ = kind
+    metric.update = metric._wrap_update(kind.update.__get__(metric))  # type: ignore[method-assign]
+    metric._update_signature = inspect.signature(metric.update)  # by which arguments are chosen
+
+
+def _has_other_names(signature: inspect.Signature) -> bool:
+    anything = any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values())
+    return not anything and not {"preds", "target"} <= signature.parameters.keys()
+
+
+@functools.cache
+def _by_position(kind: type[Metric]) -> type[Metric]:
+    """Make a subclass that gets its two tensors by position, whatever it calls them."""
+
+    def update(self: Metric, preds: Tensor, target: Tensor) -> None:
+        kind.update(self, preds, target)
+
+    return type(kind.__name__, (kind,), {"update": update, "__module__": kind.__module__})
+
+
+def _try_metric(metric: Metric, name: str) -> None:
+    """Score two small masks with a copy of it."""
+    masks, target = _tried_masks()
+    try:
+        tried = metric.clone()
+        tried.sync_on_compute = False  # each rank tries its own
+        tried.update(**tried._filter_kwargs(preds=masks, target=target))
+        found = tried.compute()
+    except Exception as error:  # anybody's code
+        raise InputError(
+            f"metrics.names={name}: fails for masks and mattes [2, 1, 8, 8] "
+            f"({type(error).__name__}: {one_line(error)}); see docs/networks.md"
+        ) from error
+    names = getattr(metric, "component_names", None)
+    values = [found] if names is None else [_entry(found, one) for one in names]
+    if not all(isinstance(value, Tensor) and value.numel() == 1 for value in values):
+        raise InputError(
+            f"metrics.names={name}: gives {type(found).__name__}, not one number as a tensor (or "
+            "numbers by the names that its component_names list)"
+        )
+
+
+def _entry(found: object, name: str) -> object:
+    return found.get(name) if isinstance(found, Mapping) else None
+
+
+def _tried_masks() -> tuple[Tensor, Tensor]:
+    """Return a mask and a matte, float [2, 1, 8, 8], to try what takes both."""
+    target = torch.zeros(2, 1, 8, 8)
+    target[:, :, :4] = 1
+    return torch.full((2, 1, 8, 8), 0.4), target
 
 
 @functools.cache
@@ -455,9 +514,21 @@ def optimizer_params(config: Config) -> dict[str, Any]:
             f"optimizer.name={named.name}: it has no weight_decay; give train.weight_decay=0"
         )
     tried = nn.Parameter(torch.zeros(1))
-    parts.build(
+    optimizer = parts.build(
         lambda **given: factory([tried], lr=train.lr, **given), args, "optimizer.name", named.name
     )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(f"optimizer.name={named.name}: it is no torch.optim.Optimizer")
+    try:
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+        tried.grad = torch.zeros(1)
+        optimizer.step()
+    except Exception as error:  # anybody's code
+        raise InputError(
+            f"optimizer.name={named.name}: takes no plain step ({type(error).__name__}: "
+            f"{one_line(error)}); it has to work with groups of weights, their gradients and no "
+            "closure"
+        ) from error
     return {"optimizer": factory, "optimizer_params": args}
 
 
@@ -480,5 +551,19 @@ def schedule_params(config: Config) -> dict[str, Any]:
 
     args = {name: value for name, value in named.args.items() if name != "metric_name"}
     tried = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.train.lr)
-    parts.build(lambda **given: factory(tried, **given), args, "schedule.name", named.name)
+    schedule = parts.build(
+        lambda **given: factory(optimizer=tried, **given), args, "schedule.name", named.name
+    )
+    needs_value = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    try:
+        tried.step()
+        schedule.step(*([0.0] if needs_value else []))
+    except Exception as error:  # anybody's code
+        raise InputError(
+            f"schedule.name={named.name}: takes no step ({type(error).__name__}: "
+            f"{one_line(error)}); it has to work as those of torch.optim.lr_scheduler"
+        ) from error
+    rate = float(tried.param_groups[0]["lr"])
+    if not 0 <= rate < math.inf:
+        raise InputError(f"schedule.name={named.name}: gives a learning rate of {rate}")
     return {"lr_mode": torch_schedule(named.name, factory, named.args, named.each == "step")}

@@ -264,4 +264,28 @@ MUTATIONS = [
         "test_a_network_that_breaks_the_contract_is_refused_in_one_line",
         why="a mask is of floating point",
     ),
+    Mutation(
+        file="portrait_dist/training/components.py",
+        old="    elif _has_other_names(inspect.signature(metric.update)):",
+        new="    elif False:",
+        test="tests/unit/test_components.py::test_metrics_by_name_score_the_same_masks",
+        why="a metric gets mask and matte whatever it calls them",
+    ),
+    Mutation(
+        file="portrait_dist/training/components.py",
+        old="    _try_metric(metric, name)\n    return metric",
+        new="    return metric",
+        test="tests/unit/test_components.py::"
+        "test_a_metric_that_fails_or_would_depend_on_ranks_is_refused"
+        "[keys4-gives Tensor, not one number]",
+        why="a metric that gives no number is refused before anything starts",
+    ),
+    Mutation(
+        file="portrait_dist/training/components.py",
+        old="        optimizer.step()\n",
+        new="",
+        test="tests/unit/test_components.py::"
+        "test_optimisers_and_schedules_by_name_get_their_arguments_and_wrong_ones_are_named",
+        why="an optimiser that takes no plain step is refused before anything starts",
+    ),
 ]

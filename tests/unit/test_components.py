@@ -95,7 +95,7 @@ def test_metrics_by_name_score_the_same_masks() -> None:
     probabilities = torch.sigmoid(logits)
     names = (
         "torchmetrics.classification.BinaryJaccardIndex, torchmetrics.classification.BinaryF1Score,"
-        f"sg:BinaryIOU, {NETS}:Foreground"
+        f"sg:BinaryIOU, {NETS}:Foreground, {NETS}:Renamed"
     )
     found = metrics_of(
         f"metrics.names={names}",
@@ -103,8 +103,10 @@ def test_metrics_by_name_score_the_same_masks() -> None:
         "metrics.args.Foreground.scale=2.0",
     )
     for metric in found:
-        metric.update(preds=probabilities, target=target)
-    iou, jaccard, f1, binary, foreground = (metric.compute() for metric in found)
+        # As a collection of them is updated: each gets what its update has a name for.
+        given = metric._filter_kwargs(preds=probabilities, target=target, inputs=None)
+        metric.update(**given)
+    iou, jaccard, f1, binary, foreground, renamed = (metric.compute() for metric in found)
     assert isinstance(found[0], SoftIoU)
     assert float(jaccard) == pytest.approx(float(iou), abs=1e-6)
     assert float(binary["target_IOU"]) == pytest.approx(float(iou), abs=1e-6)
@@ -112,6 +114,7 @@ def test_metrics_by_name_score_the_same_masks() -> None:
     expected = 2 * (predicted & truth).sum() / (predicted.sum() + truth.sum())
     assert float(f1) == pytest.approx(float(expected), abs=1e-6)
     assert float(foreground) == pytest.approx(float(2 * probabilities.mean()), abs=1e-6)
+    assert float(renamed) == pytest.approx(float(probabilities.mean()), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +124,13 @@ def test_metrics_by_name_score_the_same_masks() -> None:
         (["metrics.names=torch.nn.L1Loss"], "no torchmetrics.Metric"),
         (["metrics.args.Nothing.x=1"], "there is no such metric"),
         (["metrics.names=SoftIoU"], "is listed twice"),
+        ([f"metrics.names={NETS}:Both"], "gives Tensor, not one number"),
+        ([f"metrics.names={NETS}:Failing"], r"fails for masks and mattes .*nothing to compute"),
     ],
 )
-def test_a_metric_that_would_depend_on_ranks_is_refused(keys: list[str], message: str) -> None:
+def test_a_metric_that_fails_or_would_depend_on_ranks_is_refused(
+    keys: list[str], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         metrics_of(*keys)
 
@@ -161,8 +168,13 @@ def test_optimisers_and_schedules_by_name_get_their_arguments_and_wrong_ones_are
     assert schedule["step_size"] == 2
     for keys, message in (
         (["optimizer.name=torch.optim.SGD", "optimizer.args.speed=1"], r"optimizer\.args\.NAME"),
+        (["optimizer.name=torch.optim.LBFGS", "train.weight_decay=0"], "no closure"),
+        (["optimizer.name=torch.optim.SparseAdam", "train.weight_decay=0"], "dense gradients"),
+        (["optimizer.name=torch.nn.Conv2d", "train.weight_decay=0"], r"optimizer\.name=torch"),
         (["schedule.name=torch.optim.lr_scheduler.StepLR"], "step_size"),
         (["schedule.name=sg:Cosine"], "none of this name"),
+        ([f"schedule.name={NETS}:Negative"], "gives a learning rate of -1"),
+        ([f"schedule.name={NETS}:Stepless"], "takes no step"),
     ):
         with pytest.raises(InputError, match=message):
             params_of(*keys)
