@@ -213,12 +213,23 @@ def _copied(network: nn.Module, where: str) -> nn.Module:
             "their numbers of channels"
         )
     try:
-        return copy.deepcopy(network).cpu()
+        own = copy.deepcopy(network).cpu()
     except Exception as error:  # anybody's code
         raise InputError(
             f"{where}: cannot be copied ({type(error).__name__}: {one_line(error)}), as the "
             "average of its weights is"
         ) from error
+    for module in own.modules():
+        if isinstance(module, nn.SyncBatchNorm):  # of a GPU's ranks, and this is one CPU
+            module.__class__ = _BatchNorm  # type: ignore[assignment]
+    return own
+
+
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation of any number of dimensions, as SyncBatchNorm is."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
 
 
 def _learn(network: nn.Module, images: Tensor, where: str) -> None:

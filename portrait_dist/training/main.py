@@ -122,7 +122,9 @@ def _train(
         made = distributed.on_every_rank(
             lambda: components.make(config, size, plan.batch_size, new=start.info is None)
         )
-        distributed.on_every_rank(lambda: refusals.check_network(config, made.network.module))
+        distributed.on_every_rank(
+            lambda: refusals.check_network(config, made.network.module, device)
+        )
         trainer = _make_trainer(config, plan, device, signals, made.network)
         if start.finished:
             distributed.on_every_rank(lambda: _complete(config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from portrait_dist import distributed
 from portrait_dist.config import Config
 from portrait_dist.errors import InputError
 
@@ -31,12 +32,22 @@ def check_device(config: Config, device: torch.device) -> None:
     )
 
 
-def check_network(config: Config, network: nn.Module) -> None:
-    """Compare the settings with the layers of a network.
+def check_network(config: Config, network: nn.Module, device: torch.device) -> None:
+    """Compare the settings and this rank's device with the layers of a network.
 
     Raises:
-        InputError: SyncBatchNorm for a network without batch normalisation.
+        InputError: SyncBatchNorm for a network without batch normalisation, or in one that ranks
+            train on CPUs.
     """
+    if (
+        device.type == "cpu"
+        and distributed.is_initialized()
+        and any(isinstance(one, nn.SyncBatchNorm) for one in network.modules())
+    ):
+        raise InputError(
+            f"model.name={config.model.name}: has SyncBatchNorm, which torch computes on GPUs "
+            "only; train it there, in one process, or with other layers"
+        )
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     if config.train.sync_bn and not any(isinstance(one, norms) for one in network.modules()):
         kind = f"model.norm={config.model.norm}" if config.model.name == "unet" else "this network"

@@ -46,6 +46,14 @@ def test_a_check_changes_neither_the_network_nor_the_random_state() -> None:
     assert network.training
 
 
+def test_syncbatchnorm_is_checked_on_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch computes it on GPUs only as soon as there are ranks."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4), nn.Conv2d(4, 1, 1))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert check(network, (32, 32)).output == "logits"
+    assert isinstance(network[1], nn.SyncBatchNorm)
+
+
 class Returns(nn.Module):
     def __init__(self, output: Any) -> None:
         super().__init__()

@@ -10,6 +10,8 @@ from portrait_dist.errors import InputError
 from portrait_dist.models import UNet
 from portrait_dist.training import refusals
 
+CPU = torch.device("cpu")
+
 
 def settings(*keys: str) -> config.Config:
     return config.load(None, ["data.shards=shards", *keys])
@@ -20,12 +22,21 @@ def test_sync_bn_is_refused_where_there_is_nothing_to_share() -> None:
         refusals.check_device(settings("train.sync_bn=true"), torch.device("cpu"))
     group = settings("train.sync_bn=true", "model.norm=group")
     with pytest.raises(InputError, match=r"and model\.norm=group has none"):
-        refusals.check_network(group, UNet(init_features=2, norm="group"))
+        refusals.check_network(group, UNet(init_features=2, norm="group"), CPU)
     named = settings("train.sync_bn=true", "model.name=torch.nn.Conv2d")
     with pytest.raises(InputError, match="and this network has none"):
-        refusals.check_network(named, torch.nn.Conv2d(3, 1, 1))
-    refusals.check_network(settings("train.sync_bn=true"), UNet(init_features=2))
-    refusals.check_network(settings("model.norm=group"), UNet(init_features=2, norm="group"))
+        refusals.check_network(named, torch.nn.Conv2d(3, 1, 1), CPU)
+    refusals.check_network(settings("train.sync_bn=true"), UNet(init_features=2), CPU)
+    refusals.check_network(settings("model.norm=group"), UNet(init_features=2, norm="group"), CPU)
+
+
+def test_ranks_on_cpus_refuse_a_network_with_syncbatchnorm(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.SyncBatchNorm(1))
+    refusals.check_network(settings("model.name=nets.py:Net"), network, CPU)  # alone
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(InputError, match=r"model\.name=nets\.py:Net: has SyncBatchNorm"):
+        refusals.check_network(settings("model.name=nets.py:Net"), network, CPU)
+    refusals.check_network(settings("model.name=nets.py:Net"), network, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("supported", [True, False])
