@@ -196,7 +196,13 @@ def check(
             min(batch_size, CHECKED_IMAGES), 3, *size, generator=torch.Generator().manual_seed(0)
         )
         tried = _copied(network, where)
+        before = _shapes(tried, where)
         _learn(tried.train(), images, f"{where}, in training")
+        if changed := sorted(dict(_shapes(tried, where).items() - before.items())):
+            raise InputError(
+                f"{where}: '{changed[0]}' has another shape after a step, which checkpoints and "
+                "the average of the weights cannot follow"
+            )
         with torch.no_grad():
             masks = [_try(tried.eval(), images[:1] * by, where)[0] for by in (1.0, STRONG)]
             found = _output_of(masks, where, output)
@@ -214,6 +220,9 @@ def _copied(network: nn.Module, where: str) -> nn.Module:
         )
     try:
         own = copy.deepcopy(network).cpu()
+        own.requires_grad_(requires_grad=False)  # as that of the average
+        for one, original in zip(own.parameters(), network.parameters(), strict=True):
+            one.requires_grad_(original.requires_grad)
     except Exception as error:  # anybody's code
         raise InputError(
             f"{where}: cannot be copied ({type(error).__name__}: {one_line(error)}), as the "
@@ -223,6 +232,22 @@ def _copied(network: nn.Module, where: str) -> nn.Module:
         if isinstance(module, nn.SyncBatchNorm):  # of a GPU's ranks, and this is one CPU
             module.__class__ = _BatchNorm  # type: ignore[assignment]
     return own
+
+
+def _shapes(network: nn.Module, where: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all that a checkpoint holds of a network."""
+    try:
+        state = network.state_dict()
+    except Exception as error:  # anybody's code
+        raise InputError(
+            f"{where}: has no state_dict ({type(error).__name__}: {one_line(error)})"
+        ) from error
+    if other := next((name for name, one in state.items() if not isinstance(one, Tensor)), None):
+        raise InputError(
+            f"{where}: '{other}' of its state_dict is no tensor (get_extra_state); keep it in a "
+            "buffer"
+        )
+    return {name: tuple(one.shape) for name, one in state.items()}
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -83,6 +83,23 @@ class Embeds(Computes):
         return self.layer(x) + self.table(torch.zeros(1, dtype=torch.int64))
 
 
+class Grows(Computes):
+    seen: Tensor
+
+    def __init__(self, output: Any) -> None:
+        super().__init__(output)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Any:
+        self.seen = torch.cat([self.seen, x.mean().detach()[None]])
+        return super().forward(x)
+
+
+class Extra(Computes):
+    def get_extra_state(self) -> Any:
+        return {"steps": 3}
+
+
 def spoilt(y: Tensor) -> Tensor:
     """Change in place what the gradient is computed from."""
     z = y.sigmoid()
@@ -106,6 +123,8 @@ def spoilt(y: Tensor) -> Tensor:
         (Computes(threading.Lock()), r"cannot be copied \(TypeError"),
         (nn.LazyConv2d(1, 1), r"has lazy layers"),
         (Embeds(), r"sparse gradients"),
+        (Grows(torch.relu), r"'seen' has another shape after a step"),
+        (Extra(torch.relu), r"'_extra_state' of its state_dict is no tensor"),
     ],
 )
 def test_a_network_that_breaks_the_contract_is_refused_in_one_line(
