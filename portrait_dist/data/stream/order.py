@@ -35,6 +35,17 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the increment of SplitMix64
 _MUL1, _MUL2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
+def _operand(value: int) -> Hashes:
+    """Return a number as an array without dimensions: twice as fast as a scalar with few values."""
+    return np.array(value, dtype=np.uint64)
+
+
+_STEPS = (_operand(30), _operand(_MUL1)), (_operand(27), _operand(_MUL2))
+_LAST_SHIFT, _HALF = _operand(31), _operand(32)
+_OFFSETS = np.array([number * _GOLDEN & _MASK for number in range(1, ROUNDS + 1)], dtype=np.uint64)
+"""A key of its own for each round: two equal rounds on equal halves would undo each other."""
+
+
 def whole_number(name: str, value: int, least: int, most: int = MAX_INT) -> int:
     """Return a whole number within bounds as an int.
 
@@ -53,18 +64,29 @@ def whole_number(name: str, value: int, least: int, most: int = MAX_INT) -> int:
     return number
 
 
-def mix(values: Hashes) -> Hashes:
+def mix(values: Hashes, scratch: Hashes | None = None) -> Hashes:
     """Scatter every bit of each value by SplitMix64's finaliser, a bijection of 64-bit numbers.
 
     Args:
         values: uint64 array; it is overwritten and returned.
+        scratch: uint64 array of the same shape, which is overwritten too.
     """
-    values ^= values >> np.uint64(30)
-    values *= np.uint64(_MUL1)
-    values ^= values >> np.uint64(27)
-    values *= np.uint64(_MUL2)
-    values ^= values >> np.uint64(31)
+    if scratch is None:
+        scratch = np.empty_like(values)
+    for shift, factor in _STEPS:
+        np.right_shift(values, shift, out=scratch)
+        values ^= scratch
+        values *= factor
+    np.right_shift(values, _LAST_SHIFT, out=scratch)
+    values ^= scratch
     return values
+
+
+def _mix_one(value: int) -> int:
+    """Do the same for one number below 2^64."""
+    value = (value ^ value >> 30) * _MUL1 & _MASK
+    value = (value ^ value >> 27) * _MUL2 & _MASK
+    return value ^ value >> 31
 
 
 def hash64(*parts: int) -> int:
@@ -74,8 +96,7 @@ def hash64(*parts: int) -> int:
     """
     result = 0
     for part in parts:
-        result = (result ^ (part & _MASK)) + _GOLDEN & _MASK
-        result = int(mix(np.array([result], dtype=np.uint64))[0])
+        result = _mix_one((result ^ (part & _MASK)) + _GOLDEN & _MASK)
     return result
 
 
@@ -111,23 +132,22 @@ def permute(values: Ints, size: int, secret: int | Hashes) -> Ints:
 
 def _feistel(values: Hashes, bits: int, secret: int | Hashes) -> Hashes:
     """Apply the network once: a bijection of 0..2^bits-1. Its halves differ by at most one bit."""
-    low_bits, high_bits = np.uint64(bits // 2), np.uint64(bits - bits // 2)
-    low = values & ((np.uint64(1) << low_bits) - np.uint64(1))
-    high = values >> low_bits
+    low_bits, high_bits = bits // 2, bits - bits // 2
+    low, high = values & np.uint64((1 << low_bits) - 1), values >> np.uint64(low_bits)
+    # Of each round; the sums wrap around 2^64, which arrays do without a word, unlike scalars.
+    keys = np.array(secret, dtype=np.uint64, ndmin=1) + _OFFSETS[:, None]
+    rounds = (high, low, _operand(64 - high_bits)), (low, high, _operand(64 - low_bits))
+    hashes, scratch = np.empty_like(low), np.empty_like(low)
     # Each round changes one half by a hash of the other. The same round undoes that, whatever the
     # hash, so any rounds together are a bijection; more rounds only mix better.
-    for number in range(ROUNDS):
-        # A key of its own for each round: two equal rounds on equal halves would undo each other.
-        offset = np.uint64((number + 1) * _GOLDEN & _MASK)
-        if isinstance(secret, int):
-            round_key: Hashes | np.uint64 = np.uint64((secret + int(offset)) & _MASK)
-        else:
-            round_key = secret + offset
-        if number % 2:
-            low ^= mix((high << np.uint64(32)) ^ round_key) >> (np.uint64(64) - low_bits)
-        else:
-            high ^= mix((low << np.uint64(32)) ^ round_key) >> (np.uint64(64) - high_bits)
-    return (high << low_bits) | low
+    for number, key in enumerate(keys):
+        half, other, shift = rounds[number % 2]
+        np.left_shift(other, _HALF, out=hashes)
+        hashes ^= key
+        mix(hashes, scratch)
+        hashes >>= shift
+        half ^= hashes
+    return (high << np.uint64(low_bits)) | low
 
 
 def within_blocks(positions: Ints, samples: int, block_samples: int, secret: int) -> Ints:
