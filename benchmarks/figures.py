@@ -89,6 +89,7 @@ def figures(results: Path = RESULTS) -> dict[str, str]:
         **_h200(_read(results, "2026-11-29-nvidia-h200.json")),
         **_recipes(_read(results, "2026-11-23-recipes.json")),
         **_choices(_read(results, "2026-11-30-recipe-choices.json")),
+        **_distillation(_read(results, "2026-11-30-distillation.json")),
         **_sizes(
             _read(results, "2026-11-30-amd-epyc-2-cores-sizes.json"),
             _read(results, "2026-11-30-recipe-choices.json"),
@@ -352,6 +353,19 @@ def _choice_line(label: str, difference: str, row: dict[str, Any]) -> str:
     cpu = f"{row['cpu_seconds_per_image'] * 1000:.1f}"
     other = f"{row['test_boundary_iou']:.3f} | {row['other_iou']:.3f}"
     return f"| {label} | {scores} | {other} | {cpu} |"
+
+
+def _distillation(part: dict[str, Any]) -> dict[str, str]:
+    lines = [
+        "| 8 features learn from | val IoU | test IoU | test boundary IoU | IoU on another source "
+        "| CPU ms an image |",
+        "|---" * 6 + "|",
+    ]
+    for row in part["rows"]:
+        scores = (row[name] for name in ("val_iou", "test_iou", "test_boundary_iou", "other_iou"))
+        cells = [row["name"], *(f"{score:.3f}" for score in scores)]
+        lines.append(f"| {' | '.join(cells)} | {row['cpu_seconds_per_image'] * 1000:.1f} |")
+    return {"distillation.table": "\n\n" + "\n".join(lines) + "\n\n"}
 
 
 def _sizes(part: dict[str, Any], choices: dict[str, Any]) -> dict[str, str]:
