@@ -70,8 +70,12 @@ def test_predict_computes_by_openvino_and_continues_only_its_own(
 class Branching(nn.Module):
     """Takes one of two ways by what the image holds; a trace knows one of them."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
     def forward(self, x: Tensor) -> Tensor:
-        mask = x[:, :1]
+        mask = x[:, :1] * self.scale
         return -mask if bool(x.any()) else mask
 
 
