@@ -135,6 +135,16 @@ class Renamed(Foreground):
         super().update(outputs, labels)
 
 
+class Seeing(Foreground):
+    """Takes the images too, as SuperGradients' loop has them."""
+
+    def update(  # type: ignore[override]
+        self, preds: Tensor, target: Tensor, inputs: Tensor
+    ) -> None:
+        assert inputs.shape[1] == 3
+        super().update(preds, target)
+
+
 class Both(Foreground):
     """Not one number."""
 

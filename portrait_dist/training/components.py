@@ -44,6 +44,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 TAKE_PROBABILITIES = ("BCELoss", "MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss")
 """Losses of torch that want values from 0 to 1; its others for masks take logits."""
 SHOWN_NAMES = 8
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -365,8 +366,16 @@ def _as_wanted(metric: object, name: str) -> Metric:
         _become(metric, _with_binary_target(kind, package == "super_gradients"))
     elif _has_other_names(inspect.signature(metric.update)):
         _become(metric, _by_position(kind))
-    _try_metric(metric, name)
+    if not _wants_more(inspect.signature(metric.update)):
+        _try_metric(metric, name)
     return metric
+
+
+def _wants_more(signature: inspect.Signature) -> bool:
+    """Whether it takes something of SuperGradients' loop too, such as ``inputs``."""
+    needed = {name for name, one in signature.parameters.items() if one.default is one.empty}
+    variadic = {name for name, one in signature.parameters.items() if one.kind in VARIADIC}
+    return bool(needed - variadic - {"preds", "target"})
 
 
 def _become(metric: Metric, kind: type[Metric]) -> None:

@@ -95,7 +95,7 @@ def test_metrics_by_name_score_the_same_masks() -> None:
     probabilities = torch.sigmoid(logits)
     names = (
         "torchmetrics.classification.BinaryJaccardIndex, torchmetrics.classification.BinaryF1Score,"
-        f"sg:BinaryIOU, {NETS}:Foreground, {NETS}:Renamed"
+        f"sg:BinaryIOU, {NETS}:Foreground, {NETS}:Renamed, {NETS}:Seeing"
     )
     found = metrics_of(
         f"metrics.names={names}",
@@ -104,9 +104,10 @@ def test_metrics_by_name_score_the_same_masks() -> None:
     )
     for metric in found:
         # As a collection of them is updated: each gets what its update has a name for.
-        given = metric._filter_kwargs(preds=probabilities, target=target, inputs=None)
+        images = torch.zeros(3, 3, 16, 16)
+        given = metric._filter_kwargs(preds=probabilities, target=target, inputs=images, epoch=1)
         metric.update(**given)
-    iou, jaccard, f1, binary, foreground, renamed = (metric.compute() for metric in found)
+    iou, jaccard, f1, binary, foreground, renamed, seeing = (metric.compute() for metric in found)
     assert isinstance(found[0], SoftIoU)
     assert float(jaccard) == pytest.approx(float(iou), abs=1e-6)
     assert float(binary["target_IOU"]) == pytest.approx(float(iou), abs=1e-6)
@@ -115,6 +116,7 @@ def test_metrics_by_name_score_the_same_masks() -> None:
     assert float(f1) == pytest.approx(float(expected), abs=1e-6)
     assert float(foreground) == pytest.approx(float(2 * probabilities.mean()), abs=1e-6)
     assert float(renamed) == pytest.approx(float(probabilities.mean()), abs=1e-6)
+    assert float(seeing) == float(renamed)
 
 
 @pytest.mark.parametrize(
