@@ -103,7 +103,24 @@ def one_round(
     ):
         times.wrap(owner, name, part)
     times.begin_steps_at(Augment, "__call__")
-    settings = {
+    if kind == "plain":
+        torch.backends.mkldnn.set_flags(_enabled=False)
+    settings = settings_of(shards, root, steps, batch, device, kind)
+    values = [f"{name}={value}" for name, value in settings.items()]
+    sys.argv = ["portrait-dist", "train", "--recipe", "aisegment_unet", *values, "--json"]
+    try:
+        cli.main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    return times.lower_quartiles()
+
+
+def settings_of(
+    shards: str, root: str, steps: int, batch: int, device: str, kind: str
+) -> dict[str, object]:
+    """Return the settings of the training, whose tensors are tiny."""
+    return {
         "data.shards": shards,
         "run.root": root,
         "run.name": "parts",
@@ -117,20 +134,10 @@ def one_round(
         "train.pictures": 0,
         "train.precision": "fp32",
         "train.compile": str(kind == "compiled").lower(),
+        # The plain kernels copy images that are channels-last.
+        "train.channels_last": str(kind != "plain").lower(),
         "model.init_features": 2,
     }
-    if kind == "plain":
-        torch.backends.mkldnn.set_flags(_enabled=False)
-        # The plain kernels copy images that are channels-last.
-        settings["train.channels_last"] = "false"
-    values = [f"{name}={value}" for name, value in settings.items()]
-    sys.argv = ["portrait-dist", "train", "--recipe", "aisegment_unet", *values, "--json"]
-    try:
-        cli.main()
-    except SystemExit as end:
-        if end.code:
-            raise
-    return times.lower_quartiles()
 
 
 if __name__ == "__main__":

@@ -373,9 +373,10 @@ def _as_wanted(metric: object, name: str) -> Metric:
 
 def _wants_more(signature: inspect.Signature) -> bool:
     """Whether it takes something of SuperGradients' loop too, such as ``inputs``."""
-    needed = {name for name, one in signature.parameters.items() if one.default is one.empty}
-    variadic = {name for name, one in signature.parameters.items() if one.kind in VARIADIC}
-    return bool(needed - variadic - {"preds", "target"})
+    return any(
+        one.default is one.empty and one.kind not in VARIADIC and name not in ("preds", "target")
+        for name, one in signature.parameters.items()
+    )
 
 
 def _become(metric: Metric, kind: type[Metric]) -> None:
