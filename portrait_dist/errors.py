@@ -129,7 +129,19 @@ def shorten(value: object) -> str:
 
 def one_line(error: BaseException, most: int = 200) -> str:
     """Return an error's message in one line of at most ``most`` characters, or else its type."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    return _joined(str(error), most) or type(error).__name__
+
+
+def kind_and_message(error: BaseException, most: int = 300) -> str:
+    """Return the class and message of an error in one line of at most ``most`` characters.
+
+    For errors of foreign code, whose messages alone may say little: ``KeyError: 'mask'``.
+    """
+    return _joined(f"{type(error).__name__}: {error}", most)
+
+
+def _joined(lines: str, most: int) -> str:
+    text = " ".join(lines.split())
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

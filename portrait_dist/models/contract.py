@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from portrait_dist.errors import InputError, one_line
+from portrait_dist.errors import InputError, kind_and_message
 
 Output = Literal["logits", "probabilities"]
 MAIN_NAMES = ("out", "logits", "mask", "pred")
@@ -225,7 +225,7 @@ def _copied(network: nn.Module, where: str) -> nn.Module:
             one.requires_grad_(original.requires_grad)
     except Exception as error:  # anybody's code
         raise InputError(
-            f"{where}: cannot be copied ({type(error).__name__}: {one_line(error)}), as the "
+            f"{where}: cannot be copied ({kind_and_message(error)}), as the "
             "average of its weights is"
         ) from error
     for module in own.modules():
@@ -239,9 +239,7 @@ def _shapes(network: nn.Module, where: str) -> dict[str, tuple[int, ...]]:
     try:
         state = network.state_dict()
     except Exception as error:  # anybody's code
-        raise InputError(
-            f"{where}: has no state_dict ({type(error).__name__}: {one_line(error)})"
-        ) from error
+        raise InputError(f"{where}: has no state_dict ({kind_and_message(error)})") from error
     if other := next((name for name, one in state.items() if not isinstance(one, Tensor)), None):
         raise InputError(
             f"{where}: '{other}' of its state_dict is no tensor (get_extra_state); keep it in a "
@@ -270,9 +268,7 @@ def _learn(network: nn.Module, images: Tensor, where: str) -> None:
             sums = [mask.float().sum() for mask in masks if mask.requires_grad]
             torch.stack(sums).sum().backward()
         except Exception as error:  # anybody's code
-            raise InputError(
-                f"{where}: has no gradient ({type(error).__name__}: {one_line(error)})"
-            ) from error
+            raise InputError(f"{where}: has no gradient ({kind_and_message(error)})") from error
     gradients = (weight.grad for weight in network.parameters() if weight.grad is not None)
     if any(gradient.layout != torch.strided for gradient in gradients):
         raise InputError(f"{where}: gives sparse gradients; build its embeddings with sparse=False")
@@ -288,7 +284,7 @@ def _try(network: nn.Module, images: Tensor, where: str) -> list[Tensor]:
         raise InputError(f"{where}: {error}; see docs/networks.md") from error
     except Exception as error:  # anybody's code
         raise InputError(
-            f"{where}: fails for images {shape} ({type(error).__name__}: {one_line(error)}); "
+            f"{where}: fails for images {shape} ({kind_and_message(error)}); "
             "see docs/networks.md, or pack another --size"
         ) from error
     main = masks[0]

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from portrait_dist.errors import InputError, nearest, one_line, shorten
+from portrait_dist.errors import InputError, kind_and_message, nearest, shorten
 
 Factory = Callable[..., Any]
 
@@ -95,7 +95,7 @@ def build(factory: Factory, args: Mapping[str, Any], setting: str, name: str) ->
         section = setting.partition(".")[0]
         raise InputError(
             f"{setting}={shorten(name)}: cannot be built with {shorten(given)} "
-            f"({type(error).__name__}: {one_line(error)}); arguments are {section}.args.NAME=VALUE"
+            f"({kind_and_message(error)}); arguments are {section}.args.NAME=VALUE"
         ) from error
 
 
@@ -163,10 +163,7 @@ def _module(path: str, setting: str, name: str) -> ModuleType:
 
 
 def _failed(setting: str, name: str, error: Exception) -> InputError:
-    return InputError(
-        f"{setting}={shorten(name)}: importing it failed "
-        f"({type(error).__name__}: {one_line(error)})"
-    )
+    return InputError(f"{setting}={shorten(name)}: importing it failed ({kind_and_message(error)})")
 
 
 def _find_modules_in(folder: Path) -> None:

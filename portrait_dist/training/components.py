@@ -28,7 +28,7 @@ from torchmetrics import Metric
 
 from portrait_dist import checkpoints, distributed
 from portrait_dist.config import Config, MetricsConfig
-from portrait_dist.errors import InputError, one_line
+from portrait_dist.errors import InputError, kind_and_message
 from portrait_dist.losses import CustomSegLoss, SoftIoULoss
 from portrait_dist.metrics import SoftIoU
 from portrait_dist.models import Contract, UNet, build, check
@@ -314,7 +314,7 @@ def _try_loss(loss: MaskLoss, name: str) -> None:
         except Exception as error:  # anybody's code
             raise InputError(
                 f"loss.name={name}: fails for masks and targets [2, 1, 8, 8] "
-                f"({type(error).__name__}: {one_line(error)}); see docs/networks.md"
+                f"({kind_and_message(error)}); see docs/networks.md"
             ) from error
     if value.numel() != 1 or mask.grad is None:
         raise InputError(f"loss.name={name}: gives no scalar that depends on the mask")
@@ -412,7 +412,7 @@ def _try_metric(metric: Metric, name: str) -> None:
     except Exception as error:  # anybody's code
         raise InputError(
             f"metrics.names={name}: fails for masks and mattes [2, 1, 8, 8] "
-            f"({type(error).__name__}: {one_line(error)}); see docs/networks.md"
+            f"({kind_and_message(error)}); see docs/networks.md"
         ) from error
     names = getattr(metric, "component_names", None)
     values = [found] if names is None else [_entry(found, one) for one in names]
@@ -535,9 +535,8 @@ def optimizer_params(config: Config) -> dict[str, Any]:
         optimizer.step()
     except Exception as error:  # anybody's code
         raise InputError(
-            f"optimizer.name={named.name}: takes no plain step ({type(error).__name__}: "
-            f"{one_line(error)}); it has to work with groups of weights, their gradients and no "
-            "closure"
+            f"optimizer.name={named.name}: takes no plain step ({kind_and_message(error)}); "
+            "it has to work with groups of weights, their gradients and no closure"
         ) from error
     return {"optimizer": factory, "optimizer_params": args}
 
@@ -570,8 +569,8 @@ def schedule_params(config: Config) -> dict[str, Any]:
         schedule.step(*([0.0] if needs_value else []))
     except Exception as error:  # anybody's code
         raise InputError(
-            f"schedule.name={named.name}: takes no step ({type(error).__name__}: "
-            f"{one_line(error)}); it has to work as those of torch.optim.lr_scheduler"
+            f"schedule.name={named.name}: takes no step ({kind_and_message(error)}); it has "
+            "to work as those of torch.optim.lr_scheduler"
         ) from error
     rate = float(tried.param_groups[0]["lr"])
     if not 0 <= rate < math.inf:

@@ -114,10 +114,24 @@ MUTATIONS = [
     ),
     Mutation(
         file=ORDER,
-        old="return permute(positions, self.samples, hash64(self.seed, epoch))",
-        new="return permute(positions, self.samples, hash64(self.seed, epoch + 1))",
+        old="found = permute(positions, self.samples, hash64(self.seed, epoch))[None]",
+        new="found = permute(positions, self.samples, hash64(self.seed, epoch + 1))[None]",
         test="tests/unit/test_order.py::test_the_order_of_today_is_the_order_of_tomorrow",
         why="an older release's run resumes with the same order",
+    ),
+    Mutation(
+        file=ORDER,
+        old="return kept[epoch - first].copy()",
+        new="return kept[0].copy()",
+        test="tests/unit/test_order.py::test_epochs_in_a_row_have_the_order_that_each_has_alone",
+        why="orders of short epochs that are found together are each epoch's own",
+    ),
+    Mutation(
+        file=ORDER,
+        old="        return found[0].copy()",
+        new="        return found[0]",
+        test="tests/unit/test_order.py::test_epochs_in_a_row_have_the_order_that_each_has_alone",
+        why="a caller who writes to an order spoils no later one",
     ),
     Mutation(
         file=ORDER,

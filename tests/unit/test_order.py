@@ -88,6 +88,28 @@ def test_a_position_means_the_same_sample_whatever_is_asked_with_it(
     assert len(other_epoch_between) == len(some)
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=seeds,
+    count=st.integers(1, 700),
+    asked=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 2)), min_size=1, max_size=40),
+    data=st.data(),
+)
+def test_epochs_in_a_row_have_the_order_that_each_has_alone(
+    seed: int, count: int, asked: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    """Those of few positions are found several at a time."""
+    order = Order(count, seed)
+    some = np.array(data.draw(st.lists(st.integers(0, count - 1), max_size=20)), dtype=np.int64)
+    kinds = some, np.arange(count), np.arange(min(count, 80))
+    steps = [*((epoch, 2) for epoch in range(15)), *asked, (2**63 - 2, 0), (2**63 - 1, 0)]
+    for epoch, kind in steps:
+        found = order.samples_at(epoch, kinds[kind])
+        alone = permute(kinds[kind], count, hash64(order.seed, epoch))
+        assert np.array_equal(found, alone)
+        found[:] = -1  # what was handed out is the caller's
+
+
 @pytest.mark.parametrize("kind", ["full", "block"])
 def test_epochs_and_seeds_differ_as_sequences(kind: str) -> None:
     count = 1000

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import queue
 import threading
@@ -81,7 +82,7 @@ class BufferPool:
         """Return a uint8 tensor of this shape with any content."""
         if self._pin:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         free = self._free.setdefault(size, [])
         # Popped without a look at the length first: a finaliser may run between the two.
         with contextlib.suppress(IndexError):

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
-from portrait_dist.errors import InputError, one_line
+from portrait_dist.errors import InputError, kind_and_message
 
 Transform = Callable[..., Any]
 """A transform of torchvision.transforms.v2, one of albumentations, or any
@@ -96,9 +96,7 @@ class SampleTransforms:
             found = self._call((image, mask), np.random.SeedSequence((self._seed, epoch, position)))
             new_image, new_mask = (np.asarray(one) for one in found)
         except Exception as error:  # anybody's code
-            raise InputError(
-                f"{self._name}: {key}: {type(error).__name__}: {one_line(error)}"
-            ) from error
+            raise InputError(f"{self._name}: {key}: {kind_and_message(error)}") from error
         for new, old, what in ((new_image, image, "image"), (new_mask, mask, "mask")):
             if new.shape != old.shape or new.dtype != np.uint8:
                 raise InputError(

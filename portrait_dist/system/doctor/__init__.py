@@ -12,8 +12,9 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from portrait_dist.errors import kind_and_message
 from portrait_dist.system.doctor import gpu, machine, network, software, storage
-from portrait_dist.system.doctor.check import FAIL, OK, WARN, Check, one_line
+from portrait_dist.system.doctor.check import FAIL, OK, WARN, Check
 
 __all__ = ["FAIL", "OK", "WARN", "Check", "all_checks", "diagnose", "run_checks"]
 
@@ -66,6 +67,6 @@ def run_checks(checks: Mapping[str, Callable[[], Check]]) -> Iterator[Check]:
             yield Check(
                 name,
                 FAIL,
-                f"the check itself broke ({one_line(error)})",
+                f"the check itself broke ({kind_and_message(error)})",
                 "what it needs is missing or broken; fix that first",
             )

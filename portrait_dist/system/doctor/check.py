@@ -26,11 +26,6 @@ class Check:
     advice: str = ""
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
-    """Return class and message of an error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
-
-
 def output(*command: str) -> str:
     """Return what a program prints; empty where it is not there, fails or hangs."""
     try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from portrait_dist.errors import kind_and_message
 from portrait_dist.system import info
-from portrait_dist.system.doctor.check import FAIL, GB, OK, WARN, Check, one_line, output
+from portrait_dist.system.doctor.check import FAIL, GB, OK, WARN, Check, output
 
 
 def check_gpu(required: bool = False) -> Check:
@@ -51,7 +52,7 @@ def _cuda_error() -> str:
     try:
         torch.cuda.init()
     except Exception as error:
-        return one_line(error)
+        return kind_and_message(error)
     return "torch sees no GPU"
 
 
@@ -81,7 +82,7 @@ def _try_gpus() -> Check:
                     "take it out of use",
                 )
         except RuntimeError as error:
-            found = f"GPU {number} ({name}) does not compute: {one_line(error)}"
+            found = f"GPU {number} ({name}) does not compute: {kind_and_message(error)}"
             return Check("gpu", FAIL, found, _driver_advice())
     memory = [torch.cuda.mem_get_info(number) for number in range(len(names))]
     total = ", ".join(

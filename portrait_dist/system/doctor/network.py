@@ -7,7 +7,8 @@ import shutil
 import socket
 
 from portrait_dist import distributed
-from portrait_dist.system.doctor.check import FAIL, OK, WARN, Check, one_line, output
+from portrait_dist.errors import kind_and_message
+from portrait_dist.system.doctor.check import FAIL, OK, WARN, Check, output
 
 
 def check_process_group() -> Check:
@@ -33,7 +34,9 @@ def check_process_group() -> Check:
                 f"let the name '{socket.gethostname()}' lead to this machine (/etc/hosts), "
                 "or set GLOO_SOCKET_IFNAME=lo"
             )
-            return Check("processes", FAIL, f"gloo does not start: {one_line(error)}", advice)
+            return Check(
+                "processes", FAIL, f"gloo does not start: {kind_and_message(error)}", advice
+            )
     two_nodes = os.environ | {"LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2"}
     card = os.environ.get("GLOO_SOCKET_IFNAME") or distributed.gloo_interface(two_nodes)
     gloo = f"gloo ({card or 'no card found'} towards other nodes)"

@@ -9,8 +9,9 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path
 
+from portrait_dist.errors import kind_and_message
 from portrait_dist.system import info
-from portrait_dist.system.doctor.check import FAIL, OK, WARN, Check, one_line
+from portrait_dist.system.doctor.check import FAIL, OK, WARN, Check
 
 
 def check_python() -> Check:
@@ -62,7 +63,7 @@ def check_training() -> Check:
         return Check(
             "training",
             FAIL,
-            f"the trainer does not import ({one_line(error)})",
+            f"the trainer does not import ({kind_and_message(error)})",
             "install the locked environment again: 'uv sync'",
         )
     return Check("training", OK, "SuperGradients imports")
