@@ -83,6 +83,7 @@ def run_stage(
         for event in validated
     ]
     command = " ".join(["portrait-dist train", *settings, f"train.max_epochs={epochs}"])
+    command = command.replace(f"{work}/", "")
     print(f"  {stage.side} px: val IoU {rows[-1]['val_iou']:.4f} after {epochs} epochs", flush=True)
     best = str(trained["checkpoint"])
     scores = scores_of(best, shards, "test")

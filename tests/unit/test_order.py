@@ -110,6 +110,24 @@ def test_epochs_in_a_row_have_the_order_that_each_has_alone(
         found[:] = -1  # what was handed out is the caller's
 
 
+def test_threads_that_ask_for_different_positions_get_their_own_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order, equal = Order(1000, 3), np.array_equal
+    mine, other = np.arange(20), np.arange(500, 520)
+    order.samples_at(4, mine)
+
+    def while_another_thread_asks(first: np.ndarray, second: np.ndarray) -> bool:
+        monkeypatch.setattr(np, "array_equal", equal)
+        found = equal(first, second)
+        order.samples_at(4, other)
+        return found
+
+    monkeypatch.setattr(np, "array_equal", while_another_thread_asks)
+    found = order.samples_at(4, mine)
+    assert np.array_equal(found, Order(1000, 3).samples_at(4, mine))
+
+
 @pytest.mark.parametrize("kind", ["full", "block"])
 def test_epochs_and_seeds_differ_as_sequences(kind: str) -> None:
     count = 1000

@@ -238,8 +238,9 @@ class Order:
         epochs of five batches the decoders would wait for one such call after the other.
         """
         epochs = 1
-        if self._ahead is not None and np.array_equal(self._ahead[1], positions):
-            first, _, kept = self._ahead
+        ahead = self._ahead  # read once: another thread may replace it
+        if ahead is not None and np.array_equal(ahead[1], positions):
+            first, _, kept = ahead
             if first <= epoch < first + len(kept):
                 return kept[epoch - first].copy()
             if epoch == first + len(kept):
