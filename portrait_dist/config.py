@@ -224,6 +224,16 @@ class DataConfig:
         Doc("how long a server of remote shards that does not answer is waited for, seconds"),
     ] = 1800.0
 
+    @property
+    def asked_shape(
+        self,
+    ) -> tuple[tuple[int, int] | None, Literal["squash", "letterbox", "cover"] | None]:
+        """(H, W) of the batches and how images are brought to it; None: as packed."""
+        return (
+            (self.size, self.size) if self.size else None,
+            None if self.fit == "auto" else self.fit,
+        )
+
 
 Args = dict[str, Any]
 """Arguments of a part that has a name: plain values by argument, set as ``SECTION.args.NAME``."""

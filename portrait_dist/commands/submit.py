@@ -13,7 +13,7 @@ import click
 from portrait_dist.commands import command, options
 
 if TYPE_CHECKING:
-    from portrait_dist.slurm.steps import StepJob, StepsSubmission
+    from portrait_dist.slurm.steps import Packed, StepJob, StepsSubmission
     from portrait_dist.slurm.submit import Request, Submission
 
 Function = TypeVar("Function", bound=Callable[..., object])
@@ -331,7 +331,7 @@ def submit_pipeline(
     on_cpus = _request(slurm | {"gpus_per_node": 0, "cpus_per_node": pack_cpus})
     packing = _packing((f"--data={data}", f"--out={shards}", *others), on_cpus, parts)
     jobs, loaded = steps.pipeline(
-        packing.jobs, recipe, settings, request, packing.train_samples, evaluate_split
+        packing.jobs, recipe, settings, request, packing.packed, evaluate_split
     )
     run = loaded.run_dir
     # Not of the shards: only the run's folder says how far its training is.
@@ -340,11 +340,11 @@ def submit_pipeline(
 
 @dataclass(frozen=True)
 class _Packing:
-    """A packing that was checked: its jobs, where it goes, how many pairs will train."""
+    """A packing that was checked: its jobs, where it goes, and what it will give."""
 
     jobs: list[StepJob]
     out: Path
-    train_samples: int
+    packed: Packed
 
 
 def _packing(arguments: tuple[str, ...], request: Request, parts: int) -> _Packing:
@@ -360,7 +360,8 @@ def _packing(arguments: tuple[str, ...], request: Request, parts: int) -> _Packi
     names = ("data", "out", "size", "samples_per_shard", "codec", "quality", "fit")
     plan = writer.plan_pack(**{name: given[name] for name in names})
     jobs = steps.in_parts("pack", arguments, request, parts, plan.shards)
-    return _Packing(jobs, given["out"], plan.samples["train"])
+    packed = steps.Packed(plan.samples["train"], (given["size"], given["fit"]))
+    return _Packing(jobs, given["out"], packed)
 
 
 def _parsed(

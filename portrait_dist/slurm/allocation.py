@@ -21,8 +21,10 @@ class Allocation:
     """What SLURM gave this job.
 
     Args:
-        job: SLURM's number of the job.
-        label: the job in file names: ``123``, or ``120_3`` for task 3 of the array job 120.
+        job: SLURM's number of the job. One task of an array has the number of the array, by which
+            SLURM's commands mean all of its tasks.
+        label: the job for SLURM's commands and in file names: ``123``, or ``120_3`` for task 3 of
+            the array job 120.
         array_task: number of the task in an array job, else None.
         restarts: how often the job was requeued.
         nodes: number of nodes.
@@ -131,9 +133,9 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def job_state(job: int) -> str:
+def job_state(label: str) -> str:
     """Return SLURM's state of a job, such as ``RUNNING``; empty where it does not answer."""
-    state = re.search(r"JobState=(\S+)", scontrol("show", "job", str(job)).stdout)
+    state = re.search(r"JobState=(\S+)", scontrol("show", "job", label).stdout)
     return state.group(1) if state else ""
 
 

@@ -126,14 +126,14 @@ def _values(arguments: Sequence[str]) -> list[str]:
 
 def _named_folders(arguments: Sequence[str]) -> list[str]:
     """Return the folders of what arguments name, or those in which it will be made."""
-    found = []
+    found, here = [], f"{os.path.realpath('.')}/"
     for value in _values(arguments):
         path = Path(value).absolute()
         if is_address(value) or value.startswith("-"):
             continue
-        if not os.path.isabs(value) and not os.path.exists(path):
+        if not os.path.isabs(value) and os.path.realpath(path).startswith(here):
             continue  # no path, or one below the working directory
-        there = next(one for one in (path, *path.parents) if one.is_dir())
+        there = next(one for one in (path, *path.parents) if os.path.isdir(one))
         if there != there.parent:
             found.append(str(there))
     return found

@@ -297,7 +297,7 @@ def attempt_without_training(
     for report in sick:
         log(f"sick {report.describe()}")
     received = relay.received[:1]
-    cancelled = "SIGTERM" in relay.received and job_state(allocation.job).startswith("CANCELLED")
+    cancelled = "SIGTERM" in relay.received and job_state(allocation.label).startswith("CANCELLED")
     return Attempt(
         exit_code=Stopped.exit_code if received else PortraitDistError.exit_code,
         signal_name=received[0] if received else "",
@@ -336,7 +336,8 @@ def supervise(
         exit_code=exit_code if exit_code >= 0 else 128 - exit_code,
         signal_name=relay.received[0] if relay.received else "",
         last=events[-1] if events else None,
-        cancelled="SIGTERM" in relay.received and job_state(allocation.job).startswith("CANCELLED"),
+        cancelled="SIGTERM" in relay.received
+        and job_state(allocation.label).startswith("CANCELLED"),
         progressed=folder.checkpoint_time() != newest and made_progress(events),
         failed_node=first_failed_node(logs / FAILURES, allocation, events),
     )
@@ -455,9 +456,9 @@ def requeue(allocation: Allocation, excluded: Sequence[str] = ()) -> int:
     """
     # Planned before the requeue, after which SLURM ends this process's children.
     exclusion = plan_exclusion(allocation, excluded) if excluded else None
-    asked = scontrol("requeue", str(allocation.job))
+    asked = scontrol("requeue", allocation.label)
     if asked.returncode:
-        state = job_state(allocation.job)
+        state = job_state(allocation.label)
         # SLURM was faster (a lost node, preemption) and refuses a second requeue.
         if state in REQUEUED_BY_SLURM:
             log(f"SLURM requeues it ({state})")

@@ -204,7 +204,7 @@ def plan_exclusion(allocation: Allocation, nodes: Sequence[str]) -> Exclusion:
         allocation: what SLURM gave the job.
         nodes: names of the nodes.
     """
-    shown = scontrol("show", "job", str(allocation.job), "--oneliner").stdout
+    shown = scontrol("show", "job", allocation.label, "--oneliner").stdout
     before = _node_names(_field(shown, "ExcNodeList"))
     excluded = [*before, *(node for node in nodes if node not in before)]
     if set(nodes) & set(_node_names(_field(shown, "ReqNodeList"))):
@@ -227,7 +227,7 @@ def exclude(allocation: Allocation, exclusion: Exclusion) -> str:
     nodes = f"ExcNodeList={','.join(exclusion.nodes)}"
     problem = ""
     for _ in range(TRIES):
-        asked = scontrol("update", f"JobId={allocation.job}", nodes)
+        asked = scontrol("update", f"JobId={allocation.label}", nodes)
         if asked.returncode == 0:
             return ""
         problem = " ".join(asked.stderr.split()) or "scontrol update failed"

@@ -142,7 +142,7 @@ def run_command(command: Sequence[str], allocation: Allocation) -> Ended:
     printed, _ = child.communicate()
     print(printed, end="", flush=True)
     code = child.returncode
-    cancelled = "SIGTERM" in received and job_state(allocation.job).startswith("CANCELLED")
+    cancelled = "SIGTERM" in received and job_state(allocation.label).startswith("CANCELLED")
     return Ended(
         code if code >= 0 else 128 - code, _error(printed), (received or [""])[0], cancelled
     )

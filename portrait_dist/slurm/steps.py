@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from portrait_dist import config
+from portrait_dist.data.shards.sets import shape_of_batches
 from portrait_dist.errors import InputError
+from portrait_dist.preprocessing import Fit
 from portrait_dist.runs.folder import BEST
 from portrait_dist.runs.scores import scores_file
 from portrait_dist.runs.steps import QueuedStep, write_record
@@ -69,6 +71,19 @@ class StepJob:
     settings: config.Config | None = None
 
 
+@dataclass(frozen=True)
+class Packed:
+    """What a packing will give.
+
+    Args:
+        train_samples: number of training pairs.
+        stored: size in pixels (H, W), None for the original one, and fit of the images.
+    """
+
+    train_samples: int
+    stored: tuple[tuple[int, int] | None, Fit]
+
+
 def in_parts(
     command: str, arguments: Sequence[str], request: Request, parts: int, units: int
 ) -> list[StepJob]:
@@ -109,7 +124,7 @@ def pipeline(
     recipe: str,
     overrides: Sequence[str],
     request: Request,
-    train_samples: int,
+    packed: Packed,
     split: str,
 ) -> tuple[list[StepJob], config.Config]:
     """Return pack → train → evaluate → report.
@@ -119,14 +134,15 @@ def pipeline(
         recipe: name or file of the recipe.
         overrides: ``key=value`` settings of the training.
         request: for the training; the jobs after it take one node of that kind.
-        train_samples: number of training pairs.
+        packed: what the training gets.
         split: what is evaluated.
 
     Raises:
         InputError: what would make the training fail.
     """
     settings = config.load(recipe, overrides)
-    make_plan(settings, train_samples, request.ranks)
+    shape_of_batches(packed.stored, settings.data.asked_shape, settings.data.shards)
+    make_plan(settings, packed.train_samples, request.ranks)
     check_run_folder(settings)
     run, one = settings.run_dir, replace(request, nodes=1)
     scored = [f"--checkpoint={run / BEST}", f"--data={settings.data.shards}", f"--split={split}"]

@@ -15,7 +15,7 @@ from portrait_dist import config, files
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.runs.folder import RunFolder
 from portrait_dist.slurm.container import container_of
-from portrait_dist.slurm.sweep import combinations, run_name
+from portrait_dist.slurm.sweep import combinations, task_overrides
 from portrait_dist.training.plan import Plan, make_plan
 
 # In a checkout the scripts stand beside the package, in an installed wheel inside it.
@@ -102,16 +102,16 @@ def submit(
     Raises:
         InputError: what would make the job fail, or what sbatch says; nothing is queued then.
     """
-    tasks = combinations(request.array)
-    settings = [config.load(recipe, [*overrides, *task]) for task in tasks]
-    plans = [check(one, request.ranks) for one in settings]
-    command = sbatch_command(recipe, overrides, request, settings[0])
-    names = [
-        run_name(one, task) if task else one.run_dir.name
-        for one, task in zip(settings, tasks, strict=True)
+    settings = config.load(recipe, overrides)
+    # As the job's tasks have them: each with a run of its own.
+    tasks = [
+        config.load(recipe, task_overrides(overrides, settings, task))
+        for task in combinations(request.array)
     ]
-    run_dirs = [str(one.run_dir.parent / name) for one, name in zip(settings, names, strict=True)]
-    job = None if dry_run else queue(command, log_folder(settings[0]))
+    plans = [check(one, request.ranks) for one in tasks]
+    command = sbatch_command(recipe, overrides, request, settings)
+    run_dirs = [str(one.run_dir) for one in tasks]
+    job = None if dry_run else queue(command, log_folder(settings))
     shown = "JOB" if job is None else str(job)
     log = f"{shown}_*.log" if request.array else f"{shown}.log"
     return Submission(
@@ -123,7 +123,7 @@ def submit(
         global_batch=plans[0].global_batch,
         batches_per_epoch=plans[0].batches_per_epoch,
         steps_per_epoch=plans[0].steps_per_epoch,
-        logs=str(log_folder(settings[0]) / log),
+        logs=str(log_folder(settings) / log),
         watch=f"portrait-dist status {shlex.quote(run_dirs[0])}",
         stop=f"scancel {shown}",
         resume=shlex.join(command),
@@ -154,7 +154,7 @@ def sbatch_command(
         recipe: name or file of the recipe.
         overrides: ``key=value`` settings.
         request: what to ask SLURM for.
-        settings: of the first run.
+        settings: of the run, without what differs in an array.
         after: options that make it wait for another job.
     """
     tasks = len(combinations(request.array))
@@ -166,6 +166,7 @@ def sbatch_command(
         arguments=[*sweeps, "--recipe", recipe, *overrides],
         array=f"0-{tasks - 1}" if request.array else "",
         after=after,
+        named=[settings.run.root, settings.data.shards],  # a recipe may name them
     )
 
 
@@ -177,6 +178,7 @@ def sbatch_line(
     arguments: Sequence[str],
     array: str = "",
     after: Sequence[str] = (),
+    named: Sequence[str] = (),
 ) -> list[str]:
     """Return sbatch with its options, the script and the script's arguments.
 
@@ -187,11 +189,12 @@ def sbatch_line(
         arguments: of the script.
         array: sbatch's ``--array``.
         after: options that make it wait for another job.
+        named: what a container has to see, besides what the arguments name.
 
     Raises:
         InputError: an image or a folder for it that is not there.
     """
-    container = container_of(request.container, request.mounts, arguments)
+    container = container_of(request.container, request.mounts, [*arguments, *named])
     arguments = [*(container.arguments() if container else []), *arguments]
     wanted = {
         "job-name": name,
@@ -223,29 +226,31 @@ def check(settings: config.Config, ranks: int) -> Plan:
         ranks: number of ranks.
 
     Raises:
-        InputError: shards that cannot be read or do not fill a global batch, or a run folder that
-            cannot be written.
+        InputError: shards that cannot be read, have another size, or do not fill a global batch,
+            or a run folder that cannot be written.
     """
-    plan = make_plan(settings, _train_samples(settings.data.shards), ranks)
+    plan = make_plan(settings, _train_samples(settings.data), ranks)
     check_run_folder(settings)
     return plan
 
 
-def _train_samples(location: str) -> int:
+def _train_samples(data: config.DataConfig) -> int:
     """Count the training samples; local shards must be there, readable and of the right length."""
-    if not location:
+    if not data.shards:
         raise InputError(
             "data.shards is not given: add data.shards=DIR, the folder that 'portrait-dist pack' "
             "wrote"
         )
     from portrait_dist.data.shards.cache import Cache, DownloadOptions
-    from portrait_dist.data.shards.sets import ShardSets, open_shards
+    from portrait_dist.data.shards.sets import ShardSets, open_shards, shape_of_batches
 
     cache = Cache(downloads=DownloadOptions(wait_for_server_seconds=10.0))
     try:
-        sets = [open_shards(location, split, cache=cache) for split in ("train", "val")]
+        sets = [open_shards(data.shards, split, cache=cache) for split in ("train", "val")]
     except DamagedDataError as error:
         raise InputError(str(error)) from error
+    for one in sets:
+        shape_of_batches((one.size, one.fit), data.asked_shape, one.shown)
     single = [
         shards
         for one in sets

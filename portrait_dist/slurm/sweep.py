@@ -25,6 +25,12 @@ def combinations(choices: Sequence[str]) -> list[list[str]]:
             raise InputError(
                 f"--array '{choice}': write key=value,value, for example train.lr=1e-3,3e-4"
             )
+        if key == "run.name":
+            raise InputError(
+                f"--array '{choice}': the tasks' runs are named by the values of other keys"
+            )
+        if len(set(values.split(","))) < len(values.split(",")):
+            raise InputError(f"--array '{choice}': gives a value twice; two tasks would be one run")
         columns.append([f"{key}={value}" for value in values.split(",")])
     return [list(row) for row in itertools.product(*columns)]
 
@@ -58,13 +64,23 @@ def task_arguments(arguments: Sequence[str], task: int | None) -> list[str]:
             f"sbatch --array=0-{len(rows) - 1} …"
         )
     recipe, overrides = split_arguments(rest)
-    name = run_name(config.load(recipe, overrides), rows[task])
-    return [*rest, *rows[task], f"run.name={name}"]
+    return task_overrides(rest, config.load(recipe, overrides), rows[task])
 
 
-def run_name(settings: config.Config, overrides: Sequence[str]) -> str:
-    """Return the name of the run of one task of a sweep: ``first-train.lr=1e-3``."""
-    return f"{settings.run_dir.name}-{','.join(overrides).replace('/', '_')}"
+def task_overrides(
+    overrides: Sequence[str], settings: config.Config, task: Sequence[str]
+) -> list[str]:
+    """Return the overrides of one task of a sweep, whose run is ``first-train.lr=1e-3``.
+
+    Args:
+        overrides: of all tasks.
+        settings: which these make.
+        task: its own, of :func:`combinations`; empty where there is no sweep.
+    """
+    if not task:
+        return list(overrides)
+    name = f"{settings.run_dir.name}-{','.join(task).replace('/', '_')}"
+    return [*overrides, *task, f"run.name={name}"]
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:

@@ -267,8 +267,8 @@ class _LoaderOptions(StreamKeywords, total=False):
 
 
 def _loader_options(config: Config, device: torch.device) -> _LoaderOptions:
-    data = config.data
-    cache = None
+    data, cache = config.data, None
+    size, fit = data.asked_shape
     if any_address(data.shards) or data.cache_dir:  # which also keeps the indexes of foreign tars
         from portrait_dist.data.shards.cache import Cache, DownloadOptions
 
@@ -283,8 +283,8 @@ def _loader_options(config: Config, device: torch.device) -> _LoaderOptions:
         "prefetch": data.prefetch_batches,
         "cache": cache,
         "pin_memory": device.type == "cuda",
-        "size": (data.size, data.size) if data.size else None,
-        "fit": None if data.fit == "auto" else data.fit,
+        "size": size,
+        "fit": fit,
         "on_damage": data.on_damage,
         "order": data.order,
         "block_samples": data.block_samples,

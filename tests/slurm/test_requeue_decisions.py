@@ -31,6 +31,7 @@ from portrait_dist.slurm.job import (
 from portrait_dist.slurm.node import launch_config
 from portrait_dist.slurm.node_check import NodeReport
 from portrait_dist.slurm.sweep import combinations, split_arguments, task_arguments
+from tests.slurm.cluster import Cluster
 
 JOB = {
     "SLURM_JOB_ID": "123",
@@ -347,6 +348,27 @@ def test_a_sweep_trains_every_combination_in_a_run_of_its_own() -> None:
             task_arguments(arguments, wrong)
     with pytest.raises(InputError, match="write key=value,value"):
         combinations(["train.lr"])
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(300)
+def test_the_task_that_has_the_arrays_own_number_requeues_itself_alone(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """SLURM's commands take a bare number for all tasks of the array."""
+    command = f"{sys.executable} -m tests.array_job {tmp_path}"
+    options = ("--array=0-1", "--ntasks=1", f"--output={tmp_path}/%a.log", "--requeue")
+    array = cluster.sbatch(*options, "--wrap", command, cwd=Path(__file__).parents[2])
+    ended = [cluster.wait(f"{array}_{task}") for task in (0, 1)]
+    logs = [(tmp_path / f"{task}.log").read_text() for task in (0, 1)]
+    assert [one["JobState"] for one in ended] == ["COMPLETED", "COMPLETED"], logs
+    starts = sorted(path.name for path in tmp_path.glob("?-?"))
+    alone = next(path for path in tmp_path.glob("?-1"))
+    assert starts == sorted(["0-0", "1-0", alone.name]), logs
+    before = tmp_path / alone.name.replace("-1", "-0")
+    assert alone.read_text() != before.read_text(), "its first node is excluded"
+    excluded = [one["ExcNodeList"] for one in ended if one["ArrayTaskId"] != alone.name[0]]
+    assert excluded == ["(null)"], "of the other task nothing is changed"
 
 
 def test_tasks_of_an_array_have_labels_and_ports_of_their_own() -> None:

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from portrait_dist.config import load
 from portrait_dist.errors import InputError
 from portrait_dist.slurm.container import Container, container_of, split_arguments
 from portrait_dist.slurm.submit import Request, Submission, submit
+from portrait_dist.slurm.sweep import split_arguments as split_train_arguments
+from portrait_dist.slurm.sweep import task_arguments
 
 
 def _dry(shards: Path, root: Path, *overrides: str, **request: Any) -> Submission:
@@ -66,8 +69,38 @@ def test_a_sweep_becomes_an_array_job(tiny_shards: Path, tmp_path: Path) -> None
     assert "--sweep train.lr=1e-3,3e-4 --sweep train.seed=1,2,3" in result.command
     assert "/slurm/%A_%a.log" in result.command
     assert len(set(result.run_dirs)) == 6
+    words = shlex.split(result.command)
+    own = task_arguments(words[words.index(result.script) + 1 :], 4)
+    assert result.run_dirs[4] == str(load(*split_train_arguments(own)).run_dir)
     with pytest.raises(InputError, match=r"train.lr is above 0, not -1"):
         _dry(tiny_shards, tmp_path, array=("train.lr=1e-3,-1",))
+
+
+def test_a_sweep_is_checked_with_the_runs_that_its_tasks_have(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    runs, once = tmp_path / "runs", ("run.name=s", "run.resume=false")
+    (runs / "s").mkdir(parents=True)
+    (runs / "s" / "ckpt_latest.pth").touch()
+    sweep = ("train.seed=1,2",)
+    assert len(_dry(tiny_shards, runs, *once, array=sweep).run_dirs) == 2
+    (runs / "s-train.seed=2").mkdir()
+    (runs / "s-train.seed=2" / "ckpt_latest.pth").touch()
+    with pytest.raises(InputError, match=r"s-train.seed=2: the run exists"):
+        _dry(tiny_shards, runs, *once, array=sweep)
+    with pytest.raises(InputError, match=r"gives a value twice"):
+        _dry(tiny_shards, tmp_path, array=("train.seed=1,1",))
+    with pytest.raises(InputError, match=r"named by the values of other keys"):
+        _dry(tiny_shards, tmp_path, array=("run.name=a,b",))
+
+
+def test_shards_of_another_size_or_fit_are_said_before_queueing(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"packed at 32x32, asked for 64x64"):
+        _dry(tiny_shards, tmp_path, "data.size=64")
+    with pytest.raises(InputError, match=r"packed with --fit squash, asked for cover"):
+        _dry(tiny_shards, tmp_path, "data.fit=cover")
 
 
 def test_unknown_keys_and_too_large_batches_are_said_before_queueing(
@@ -132,6 +165,9 @@ def test_a_container_sees_the_folders_that_the_job_names_at_their_own_paths(
     assert container == Container(image, tuple(sorted([str(tmp_path), str(tiny_shards)])))
     apart = container_of(image, ["linked"], [f"run.root={work}/runs", "train.lr=1", "-x", "s3://b"])
     assert apart == Container(image, (str(photos), str(work))), "what a link leads to is there too"
+    for one in ("run.root=../photos/new/runs", "run.root=linked/new", "--out=../photos/new/*.jpg"):
+        outside = container_of(image, [], [one, "../" + "x" * 5000])
+        assert outside == Container(image, (str(tmp_path),)), one
     assert container.python(8) == [
         f"--container-image={image}",
         f"--container-mounts={','.join(f'{path}:{path}' for path in container.mounts)}",

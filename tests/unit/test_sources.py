@@ -259,6 +259,45 @@ def test_a_split_file_of_ones_own_decides_and_leaves_out_what_it_does_not_name(
     assert not (tmp_path / "x").exists()
 
 
+def test_a_split_file_that_names_no_pair_is_refused(tmp_path: Path) -> None:
+    raw = images_and_masks(tmp_path / "raw")
+    for number, text in enumerate(['{"splits": {}}', '{"train": [], "val": []}']):
+        (tmp_path / f"{number}.json").write_text(text)
+        refused = call(
+            *("prepare", "--raw", raw, "--out", tmp_path / "x"),
+            *("--split-file", tmp_path / f"{number}.json"),
+        )
+        assert_one_line(refused, 2, "names no pair")
+        assert not (tmp_path / "x").exists()
+
+
+def test_a_split_file_of_json_lines_takes_keys_as_well_as_images(tmp_path: Path) -> None:
+    (tmp_path / "s.jsonl").write_text(
+        '{"key": "a", "split": "train"}\n\n{"image": "b/c.jpg", "split": "val"}\n'
+    )
+    assert lists.read_split_file(tmp_path / "s.jsonl") == {"a": "train", "c": "val"}
+    (tmp_path / "s.jsonl").write_text('{"split": "train"}\n')
+    with pytest.raises(PortraitDistError, match="line 1: give a key and a split"):
+        lists.read_split_file(tmp_path / "s.jsonl")
+
+
+@pytest.mark.parametrize("mode", ["link", "reference"])
+def test_spaces_and_line_ends_in_names_are_part_of_them(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = images_and_masks(tmp_path / "raw\nof two\r\nlines ")
+    for path in raw.glob("*/p0[0-4].*"):
+        path.rename(path.with_name(f" {path.name}"))
+    data, shards = tmp_path / "data", tmp_path / "shards"
+    for _ in range(2):  # the second time it is compared with what is there
+        made = call("prepare", "--raw", raw, "--out", data, "--mode", mode)
+        assert made.exit_code == 0, made.stderr
+    packed = call("pack", "--data", data, "--out", shards, "--size", "16")
+    assert packed.exit_code == 0, packed.stderr
+    found = [key for name in SPLITS for key in split.read_split(data).splits[name]]
+    assert sorted(found) == sorted([*(f" {key}" for key in KEYS[:5]), *KEYS[5:]])
+
+
 def test_splits_of_the_source_are_overruled_by_split_by_sample(tmp_path: Path) -> None:
     raw = split_folders(tmp_path / "raw")
     options = ("--split-by", "sample", "--val-fraction", "0.25", "--test-fraction", "0.25")
@@ -361,6 +400,18 @@ def test_a_list_names_the_files_of_a_tree_in_place_of_a_walk(tmp_path: Path) -> 
     found = layouts.find_pairs(raw, tmp_path / "names.txt").pairs
     walked = layouts.find_pairs(raw).pairs
     assert list(found) == [pair for pair in walked if "p05" not in pair.key]
+
+
+@pytest.mark.parametrize("mode", ["link", "reference"])
+def test_a_list_may_name_files_as_find_prints_them(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = images_and_masks(tmp_path / "raw")
+    monkeypatch.chdir(tmp_path)
+    names = sorted(str(path.relative_to(tmp_path)) for path in raw.rglob("*") if path.is_file())
+    Path("names.txt").write_text("\n".join(names))
+    options = ("--list", "names.txt", "--mode", mode, "--out", mode, "--json")
+    assert call("prepare", "--raw", "raw", *options).json["pairs"] == len(KEYS)
 
 
 def test_a_source_at_an_address_is_packed_where_it_is(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from portrait_dist.data.shards.cache import Cache
 from portrait_dist.data.shards.foreign import ForeignShardSet, is_foreign
 from portrait_dist.data.shards.reader import Encoded, NoSplitError, ShardSet
 from portrait_dist.errors import InputError
-from portrait_dist.preprocessing import Fit
+from portrait_dist.preprocessing import DEFAULT_SIZE, Fit
 from portrait_dist.system.address import (
     WeightedLocation,
     is_address,
@@ -29,7 +29,7 @@ from portrait_dist.system.address import (
     split_members,
 )
 
-__all__ = ["AnyShards", "Part", "ShardSets", "open_shards"]
+__all__ = ["AnyShards", "Part", "ShardSets", "open_shards", "shape_of_batches"]
 
 
 MOST_VERSIONS = 10_000
@@ -293,3 +293,34 @@ def _common_size(sets: Sequence[ShardSet]) -> tuple[tuple[int, int] | None, Fit]
                 "them again as the other, or with --size original for any size"
             )
     return (packed[0].size, packed[0].fit) if packed else (None, "squash")
+
+
+def shape_of_batches(
+    stored: tuple[tuple[int, int] | None, Fit],
+    asked: tuple[tuple[int, int] | None, Fit | None],
+    where: str,
+) -> tuple[tuple[int, int], Fit]:
+    """Return (H, W) of the batches, and how images of another shape are, or were, brought to it.
+
+    Args:
+        stored: size and fit with which the shards are, or will be, packed; size None: original.
+        asked: of the training; None: as packed.
+        where: the shards, for messages.
+
+    Raises:
+        InputError: the images are stored at another size, or fitted in another way.
+    """
+    (packed, packed_fit), (size, fit) = stored, asked
+    if packed is None:
+        return size or DEFAULT_SIZE, fit or "squash"
+    if size is not None and tuple(size) != tuple(packed):
+        raise InputError(
+            f"{where}: packed at {packed[0]}x{packed[1]}, asked for {size[0]}x{size[1]}; "
+            "pack again at that size, or with --size original for any size"
+        )
+    if fit is not None and fit != packed_fit:
+        raise InputError(
+            f"{where}: packed with --fit {packed_fit}, asked for {fit}; pack again with "
+            f"--fit {fit}, or with --size original for any"
+        )
+    return (int(packed[0]), int(packed[1])), packed_fit

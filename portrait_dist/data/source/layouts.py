@@ -78,7 +78,7 @@ class Section:
     deep: bool = True
 
 
-def find_pairs(raw: str | Path, names: Path | None = None) -> PairReport:
+def find_pairs(raw: str | Path, names: Path | None = None, given: str = "") -> PairReport:
     """Find the pairs of a source of any layout; only names are looked at.
 
     Hidden files, files where folders are expected and files of other types are ignored. Of files
@@ -87,6 +87,7 @@ def find_pairs(raw: str | Path, names: Path | None = None) -> PairReport:
     Args:
         raw: folder, address, or a list: a file that ends in .csv, .tsv or .jsonl.
         names: a file that names the files below ``raw``, one a line, in place of listing them.
+        given: ``raw`` as that file may write it, where that is not the same.
 
     Raises:
         InputError: no known layout, no pair in it, one key on different files, or something that
@@ -99,7 +100,7 @@ def find_pairs(raw: str | Path, names: Path | None = None) -> PairReport:
         return report
     if not is_address(raw) and names is None:
         _check_folder(Path(raw))
-    tree = open_tree(raw, names)
+    tree = open_tree(raw, names, given)
     layout, sections = _recognised(tree)
     if layout == "aisegment":
         report = _aisegment(tree)

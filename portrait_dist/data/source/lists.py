@@ -99,8 +99,13 @@ def read_lists(tree: Tree, names: Iterable[str]) -> PairReport:
     return _report(rows, tree.shown)
 
 
-def read_rows(location: Location) -> Iterator[Row]:
+def read_rows(location: Location, *, as_written: bool = False) -> Iterator[Row]:
     """Yield the lines of a list.
+
+    Args:
+        location: of the list.
+        as_written: of :func:`write_tables`: spaces around a path and line ends in it are its own;
+            elsewhere they are slips of the one who wrote the list.
 
     Raises:
         InputError: it cannot be read, or a line cannot be understood.
@@ -111,7 +116,7 @@ def read_rows(location: Location) -> Iterator[Row]:
             if str(location).lower().endswith(".jsonl"):
                 yield from _json_rows(text, location)
             else:
-                yield from _csv_rows(text, location)
+                yield from _csv_rows(text, location, as_written)
     except OSError as error:
         raise InputError(
             f"{shown(location)}: cannot be read ({error.strerror or error}); give another list"
@@ -120,7 +125,7 @@ def read_rows(location: Location) -> Iterator[Row]:
         raise InputError(f"{shown(location)}: is no text in UTF-8 ({error})") from error
 
 
-def _csv_rows(text: io.TextIOWrapper, location: Location) -> Iterator[Row]:
+def _csv_rows(text: io.TextIOWrapper, location: Location, as_written: bool) -> Iterator[Row]:
     first = text.readline(LONGEST_LINE)
     delimiter = next((mark for mark in ("\t", ";", ",") if mark in first), ",")
     lines = csv.reader(itertools.chain([first], text), delimiter=delimiter)
@@ -133,10 +138,10 @@ def _csv_rows(text: io.TextIOWrapper, location: Location) -> Iterator[Row]:
             columns = named or {"image": 0, "mask": 1, "split": 2}
             if named:
                 continue
-        values = {
-            name: cells[number].strip() for name, number in columns.items() if number < len(cells)
-        }
-        yield _row(lines.line_num, values, location)
+        values = {name: cells[number] for name, number in columns.items() if number < len(cells)}
+        if not as_written:
+            values = {name: value.strip() for name, value in values.items()}
+        yield _row(lines.line_num, values, location, as_written=as_written)
 
 
 def _named(cells: list[str]) -> dict[str, int]:
@@ -148,6 +153,14 @@ def _named(cells: list[str]) -> dict[str, int]:
 
 
 def _json_rows(text: io.TextIOWrapper, location: Location) -> Iterator[Row]:
+    for number, values in _json_values(text, location):
+        yield _row(number, values, location)
+
+
+def _json_values(
+    text: Iterable[str], location: Location
+) -> Iterator[tuple[int, Mapping[str, str]]]:
+    """Yield the number of each line that is not empty, and its values by column."""
     for number, line in enumerate(text, start=1):
         if not line.strip():
             continue
@@ -159,22 +172,26 @@ def _json_rows(text: io.TextIOWrapper, location: Location) -> Iterator[Row]:
                 f"{shown(location)}, line {number}: is no JSON object such as "
                 '{"image": "a.jpg", "mask": "a.png"}'
             ) from error
-        values = {
-            name: str(lower[one])
-            for name, known in COLUMNS.items()
-            for one in known
-            if lower.get(one) is not None
-        }
-        yield _row(number, values, location)
+        yield (
+            number,
+            {
+                name: str(lower[one])
+                for name, known in COLUMNS.items()
+                for one in known
+                if lower.get(one) is not None
+            },
+        )
 
 
-def _row(line: int, values: Mapping[str, str], location: Location) -> Row:
+def _row(
+    line: int, values: Mapping[str, str], location: Location, *, as_written: bool = False
+) -> Row:
     where = f"{shown(location)}, line {line}"
     if not values.get("image"):
         raise InputError(f"{where}: names no image; give columns image, mask and split")
     if any("\0" in value for value in values.values()):
         raise InputError(f"{where}: holds a NUL character, which no path can have; correct it")
-    if any("\n" in value or "\r" in value for value in values.values()):
+    if not as_written and any("\n" in value or "\r" in value for value in values.values()):
         raise InputError(f"{where}: a quotation mark is not closed; close or remove it")
     if (longest := max(map(len, values.values()))) > LONGEST_PATH:
         raise InputError(
@@ -269,7 +286,8 @@ def write_tables(tables: Mapping[str, PairTable]) -> Iterator[str]:
     for split, table in tables.items():
         for key, image, matte in table.rows():
             line = f"{key},{split},{image},{matte}\n"
-            if line.count(",") == 3 and '"' not in line and "\r" not in line:
+            plain = line.count(",") == 3 and line.count("\n") == 1
+            if plain and '"' not in line and "\r" not in line:
                 buffer.write(line)
             else:
                 writer.writerow([key, split, image, matte])
@@ -291,7 +309,7 @@ def read_tables(path: Path, splits: Iterable[str], masks: str) -> dict[str, Pair
     }
     compact = _Compact()
     try:
-        for row in read_rows(path):
+        for row in read_rows(path, as_written=True):
             if not (row.key and row.split and row.mask):
                 raise InputError(f"{path}, line {row.line}: has no key, split or mask")
             keys, images, mattes = columns[row.split]
@@ -321,7 +339,7 @@ def read_split_file(path: Path) -> dict[str, str]:
     the key) and ``split``.
 
     Raises:
-        InputError: it cannot be read or understood, or gives a key to two splits.
+        InputError: it cannot be read or understood, gives a key to two splits, or names none.
     """
     if path.suffix.lower() == ".json":
         entries = _json_split(path)
@@ -333,6 +351,8 @@ def read_split_file(path: Path) -> dict[str, str]:
             raise InputError(
                 f"{path}: gives '{shorten(key)}' to {found[key]} and to {split}; keep one"
             )
+    if not found:  # not the same as no file: then the pairs are split by chance
+        raise InputError(f"{path}: names no pair; give the keys of each split")
     return found
 
 
@@ -352,16 +372,19 @@ def _json_split(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _table_split(path: Path) -> Iterator[tuple[str, str]]:
-    if path.suffix.lower() == ".jsonl":
-        for row in read_rows(path):
-            yield _key_and_split(row.key or _stem(row.image), row.split, path, row.line)
-        return
     try:
         text = read_regular(path, MOST_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is no text in UTF-8 ({error.reason})") from error
+    if path.suffix.lower() == ".jsonl":
+        for number, values in _json_values(io.StringIO(text), path):
+            key = values.get("key") or _stem(values.get("image", ""))
+            if not key:
+                raise InputError(f"{path}, line {number}: give a key and a split")
+            yield _key_and_split(key, values.get("split", ""), path, number)
+        return
     lines = [line for line in text.splitlines() if line.strip()]
     mark = next((one for one in ("\t", ";", ",") if lines and one in lines[0]), ",")
     rows = list(csv.reader(lines, delimiter=mark))

@@ -292,7 +292,7 @@ def prepare(
     mode, folder = _mode_for(raw, mode), Path(os.path.realpath(out))
     given = lists.read_split_file(split_file) if split_file else {}
     settings = SplitSettings(seed, val_fraction, test_fraction, split_by or "")
-    report = find_pairs(_written_down(raw, mode), names)
+    report = find_pairs(_written_down(raw, mode), names, str(raw))
     split, report.pairs = _split_of(report, folder, redact(str(raw)), settings, given)
     split = _where_prepared(split, mode)
     _check_and_write(report.pairs, split, mode, check)

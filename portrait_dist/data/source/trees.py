@@ -173,15 +173,17 @@ class ListedTree:
     """A tree whose files a text names, one path a line; nothing is listed or looked at.
 
     Args:
-        root: what the paths are relative to; absolute ones lie below it.
+        root: what the paths are relative to; or they begin with it.
         names: the text's file.
+        given: the root as the user wrote it, with which they may begin too; empty: ``root``.
 
     Raises:
         InputError: the file cannot be read, or a path lies outside of the root.
     """
 
-    def __init__(self, root: str, names: Path) -> None:
+    def __init__(self, root: str, names: Path, given: str = "") -> None:
         self.root = root.rstrip("/") or root
+        self._beginnings = {f"{self.root}/", f"{(given or root).rstrip('/')}/"}
         self.shown = redact(self.root)
         # Names of a folder are one text: 10^6 strings take 70 MB, their text 25.
         texts: dict[str, bytearray] = defaultdict(bytearray)
@@ -198,8 +200,10 @@ class ListedTree:
                 self._folders[folder].add(name)
 
     def _relative(self, line: str, names: Path) -> str:
-        if line.startswith(f"{self.root}/"):
-            line = line[len(self.root) + 1 :]
+        for beginning in self._beginnings:
+            if line.startswith(beginning):
+                line = line[len(beginning) :]
+                break
         line = line.removeprefix("./")
         if "\0" in line:
             raise InputError(
@@ -231,16 +235,17 @@ class ListedTree:
         return found
 
 
-def open_tree(root: str | Path, names: Path | None = None) -> Tree:
+def open_tree(root: str | Path, names: Path | None = None, given: str = "") -> Tree:
     """Open a tree on a disk or at an address.
 
     Args:
         root: folder or address.
         names: a file that names its files, one a line, in place of listing it.
+        given: the root as that file may write it.
 
     Raises:
         InputError: it is not there, or cannot be read.
     """
     if names is not None:
-        return ListedTree(str(root), names)
+        return ListedTree(str(root), names, given)
     return RemoteTree(str(root)) if is_address(root) else LocalTree(root)

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from portrait_dist import distributed
-from portrait_dist.data.shards.sets import AnyShards, ShardSets, open_shards
+from portrait_dist.data.shards.sets import AnyShards, ShardSets, open_shards, shape_of_batches
 from portrait_dist.data.stream.mixing import MixedOrder, Source
 from portrait_dist.data.stream.order import BatchPlan, Ints, Order, whole_number
 from portrait_dist.data.stream.transforms import SampleTransforms, Transform
 from portrait_dist.errors import DamagedDataError, InputError, one_line
-from portrait_dist.preprocessing import DEFAULT_SIZE, FITS, Fit
+from portrait_dist.preprocessing import FITS, Fit
 
 if TYPE_CHECKING:
     from portrait_dist.data.shards.cache import Cache
@@ -160,8 +160,10 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
         train = split == "train"
         self.location, self.split, self.cache = shards, split, options.cache
         self.shards = open_shards(shards, split, cache=options.cache)
-        self.size = _batch_size_in_pixels(self.shards.size, options.size, self.shards.shown)
-        self.fit = _fit_of(self.shards, options.fit)
+        stored = (self.shards.size, self.shards.fit)
+        self.size, self.fit = shape_of_batches(
+            stored, (options.size, options.fit), self.shards.shown
+        )
         # Scores must not depend on a shortcut of the decoder; training may take it.
         self.exact = not train if options.exact is None else options.exact
         self.on_damage = options.on_damage
@@ -392,29 +394,3 @@ def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int,
 
         return dist.get_rank(), dist.get_world_size()
     return distributed.rank(), distributed.world_size()
-
-
-def _fit_of(shards: AnyShards, asked: Fit | None) -> Fit:
-    """Return how images of another shape are, or were, brought to the size of the batches."""
-    if shards.size is None:
-        return asked or "squash"
-    if asked is not None and asked != shards.fit:
-        raise InputError(
-            f"{shards.shown}: packed with --fit {shards.fit}, asked for {asked}; pack again with "
-            f"--fit {asked}, or with --size original for any"
-        )
-    return shards.fit
-
-
-def _batch_size_in_pixels(
-    packed: tuple[int, int] | None, asked: tuple[int, int] | None, where: str
-) -> tuple[int, int]:
-    """Return (H, W) of the batches."""
-    if packed is None:
-        return asked or DEFAULT_SIZE
-    if asked is not None and tuple(asked) != tuple(packed):
-        raise InputError(
-            f"{where}: packed at {packed[0]}x{packed[1]}, asked for {asked[0]}x{asked[1]}; "
-            "pack again at that size, or with --size original for any size"
-        )
-    return int(packed[0]), int(packed[1])
