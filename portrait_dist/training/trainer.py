@@ -292,10 +292,11 @@ class PortraitTrainer(AdaptedTrainer):
             with EpochProgress(title, total, done, show) as progress, contextlib.closing(batches):
                 hooks = _TrainingHooks(self, context, learner, batches, progress, health)
                 loop.train_epoch(learner, batches, hooks, done=done)
+                if batches.gave_up:  # saved before the loader's threads are waited for
+                    health.enter(Activity.OTHER)
+                    self._stop_without_server(context, batches.position)
             # What follows waits for the other ranks and for files, which is no stalled step.
             health.enter(Activity.OTHER)
-            if batches.gave_up:
-                self._stop_without_server(context, batches.position)
             if self.torch_device.type == "cuda":
                 # The host is some steps ahead; the rate counts finished ones. _reduce waits anyway.
                 torch.cuda.synchronize(self.torch_device)

@@ -22,6 +22,7 @@ import hashlib
 import http.client
 import io
 import logging
+import math
 import os
 import random
 import socket
@@ -35,7 +36,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from portrait_dist.errors import InputError, UnreachableError
@@ -49,6 +50,10 @@ REFUSED = range(300, 429)
 """HTTP answers that stay the same: redirects that lead nowhere, 400, 401, 403, …. 5xx pass."""
 PASSING = (408, 425)
 """Answers below 429 that pass: a timeout, and "too early"."""
+CONNECTION_SECONDS = 10.0
+"""For a connection to be there; a host that does not answer is asked again."""
+WATCH_SECONDS = 0.2
+"""Between two looks at whether a download is still needed."""
 ATTEMPTS_FOR_A_NAME = 5
 """Attempts for a host name that does not exist, and for credentials that are missing."""
 
@@ -136,7 +141,7 @@ def download(
         size: bytes of the file, where known.
         limit: bytes that are written at most, where ``size`` is not known.
         options: times and rates.
-        cancelled: ends the wait for a server when it is set.
+        cancelled: ends the download when it is set; what has arrived is kept.
 
     Raises:
         FetchError: not there, or its content is another.
@@ -167,7 +172,7 @@ def _download(
 ) -> None:
     for _ in range(2):  # the beginning of another file shows only in the hash: then once afresh
         retry(
-            lambda: _copy(address, file, size, limit, options),
+            lambda: _copy(address, file, size, limit, options, cancelled),
             address,
             options,
             cancelled,
@@ -257,6 +262,8 @@ def retry(
         try:
             return attempt()
         except Exception as error:  # fsspec's file systems raise kinds of their own
+            if cancelled.is_set():
+                break
             failures += 1
             if (lasting := _lasting(error, address, failures)) is not None:
                 raise lasting from error
@@ -324,18 +331,24 @@ def _report(address: str, reason: str, left: float, options: DownloadOptions) ->
 
 
 def _copy(
-    address: str, file: io.FileIO, size: int | None, limit: int, options: DownloadOptions
+    address: str,
+    file: io.FileIO,
+    size: int | None,
+    limit: int,
+    options: DownloadOptions,
+    cancelled: threading.Event | None,
 ) -> None:
     """Append what is missing; never more than ``size`` or ``limit`` bytes.
 
     Raises:
+        CancelledDownloadError: ``cancelled`` was set.
         FetchError: the server has a file of another length.
         ConnectionError: cut off, or too slow.
     """
     start = _length(file)
     if size is not None and start > size:  # no beginning of this file
         start = 0
-    with _open(address, start, options) as answer:
+    with _open(address, start, options, cancelled) as answer:
         expected = size if size is not None else answer.total
         if answer.total not in (None, expected) or (expected or 0) > max(limit, size or 0):
             raise FetchError(
@@ -354,7 +367,12 @@ def _copy(
                 while chunk:  # an unbuffered file may take a part of it
                     written = file.write(chunk)
                     length, chunk = length + written, chunk[written:]
+            if cancelled and cancelled.is_set():
+                break
             pace.check(length)
+        # A connection that was shut down ends like one whose file is whole.
+        if cancelled and cancelled.is_set():
+            raise CancelledDownloadError
         with _local_disk():
             # Before the rename that makes it a shard: a crash must not leave a name without its
             # bytes.
@@ -412,14 +430,69 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _open(address: str, start: int, options: DownloadOptions) -> Iterator[_Answer]:
+def _open(
+    address: str,
+    start: int,
+    options: DownloadOptions,
+    cancelled: threading.Event | None = None,
+) -> Iterator[_Answer]:
     """Open a file from byte ``start``, or from its beginning where the server cannot do that."""
     if urlsplit(address).scheme in ("http", "https"):
-        answer = _open_http(address, start, options.timeout_seconds)
-    else:
-        answer = _open_fsspec(address, start)
+        with _Watch(options.timeout_seconds, cancelled) as watch:
+            answer = _open_http(address, start, options.timeout_seconds, watch)
+            with contextlib.closing(answer.stream):
+                yield answer
+        return
+    answer = _open_fsspec(address, start)
     with contextlib.closing(answer.stream):
         yield answer
+
+
+class _Watch:
+    """Shut connections down whose head takes too long, or that nobody needs any more.
+
+    A socket's timeout is for each piece that arrives, so a head that drips would have no end; and
+    only shutting the socket down wakes a thread that reads from it, closing does not.
+
+    Args:
+        seconds: from a connection to the whole head of its answer.
+        cancelled: set where nobody needs the answer any more.
+    """
+
+    def __init__(self, seconds: float, cancelled: threading.Event | None) -> None:
+        self._seconds, self._cancelled = seconds, cancelled or threading.Event()
+        self._connection: socket.socket | None = None
+        self._deadline = math.inf
+        self._done = threading.Event()
+        self._expired = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def begin(self, connection: socket.socket) -> None:
+        """Watch a connection, in place of one that redirected to it."""
+        self._deadline = time.monotonic() + self._seconds
+        first, self._connection = self._connection is None, connection
+        if first:
+            threading.Thread(target=self._look, name="download-watch", daemon=True).start()
+
+    def head_is_there(self) -> bool:
+        """Watch the body; returns False where the head took too long."""
+        self._deadline = math.inf
+        return not self._expired
+
+    def _look(self) -> None:
+        while not self._done.wait(WATCH_SECONDS):
+            late = time.monotonic() > self._deadline
+            if late or self._cancelled.is_set():
+                self._expired = self._expired or late
+                connection = self._connection
+                with contextlib.suppress(OSError):
+                    if connection is not None:
+                        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
@@ -435,6 +508,8 @@ class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
         newurl: str,
     ) -> urllib.request.Request | None:
         following = super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
+        if following:
+            following.watch = req.watch  # type: ignore[attr-defined]
         old, new = urlsplit(req.full_url), urlsplit(newurl)
         password = req.unredirected_hdrs.get("Authorization")
         if following and password and (old.scheme, old.netloc) == (new.scheme, new.netloc):
@@ -442,47 +517,47 @@ class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
         return following
 
 
-class _BoundedHead(http.client.HTTPConnection):
-    """Limits the time until the whole head of an answer is there.
+class _Request(urllib.request.Request):
+    """A request whose connections are watched."""
 
-    The timeout of a socket is for each piece that arrives, so a head that drips would have no end.
-    """
+    watch: _Watch
+
+
+class _WatchedConnection(http.client.HTTPConnection):
+    """Bounds the time until a connection is there, and lets a watch bound that of the head."""
+
+    def __init__(self, *args: Any, watch: _Watch, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._watch = watch
+
+    def connect(self) -> None:
+        """Connect, in less time than an answer may take."""
+        timeout, self.timeout = self.timeout, min(self.timeout or math.inf, CONNECTION_SECONDS)
+        super().connect()
+        self.sock.settimeout(timeout)
+        self._watch.begin(self.sock)
 
     def getresponse(self) -> http.client.HTTPResponse:
-        """Return the answer, or fail when its head takes longer than ``timeout`` seconds."""
-        expired = threading.Event()
-        # Only shutting the socket down wakes a thread that reads from it; closing does not.
-        timer = threading.Timer(self.timeout or 0.0, _shut_down, [self.sock, expired])
-        timer.daemon = True
-        timer.start()
-        try:
-            response = super().getresponse()
-        finally:
-            timer.cancel()
-        if expired.is_set():  # http.client takes the end of the stream for the end of the head
+        """Return the answer, or fail where its head takes too long."""
+        response = super().getresponse()
+        if not self._watch.head_is_there():  # http.client takes the stream's end for the head's
             response.close()
             raise TimeoutError("the head of the answer took too long")
         return response
 
 
-class _BoundedSecureHead(_BoundedHead, http.client.HTTPSConnection):
+class _WatchedSecureConnection(_WatchedConnection, http.client.HTTPSConnection):
     """The same over TLS."""
 
 
-def _shut_down(connection: socket.socket, expired: threading.Event) -> None:
-    expired.set()
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-
-
 class _HttpHandler(urllib.request.HTTPHandler):
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_BoundedHead, req)
+    def http_open(self, req: _Request) -> http.client.HTTPResponse:  # type: ignore[override]
+        return self.do_open(functools.partial(_WatchedConnection, watch=req.watch), req)
 
 
 class _HttpsHandler(urllib.request.HTTPSHandler):
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_BoundedSecureHead, req)
+    def https_open(self, req: _Request) -> http.client.HTTPResponse:  # type: ignore[override]
+        return self.do_open(functools.partial(_WatchedSecureConnection, watch=req.watch), req)
 
 
 @functools.cache
@@ -490,8 +565,9 @@ def _opener() -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(_SameHostRedirects, _HttpHandler, _HttpsHandler)
 
 
-def _open_http(address: str, start: int, timeout: float) -> _Answer:
+def _open_http(address: str, start: int, timeout: float, watch: _Watch) -> _Answer:
     request = _request(address)
+    request.watch = watch
     if start:
         request.add_header("Range", f"bytes={start}-")
     try:
@@ -521,13 +597,13 @@ def _open_http(address: str, start: int, timeout: float) -> _Answer:
     )
 
 
-def _request(address: str) -> urllib.request.Request:
+def _request(address: str) -> _Request:
     """Build a request without user name and password in its address."""
     check_address(address)
     parts = urlsplit(address)
     user, at, host = parts.netloc.rpartition("@")
     bare = urlunsplit(parts._replace(netloc=host, fragment=""))
-    request = urllib.request.Request(quote(bare, safe=string.punctuation))
+    request = _Request(quote(bare, safe=string.punctuation))
     if at:
         token = base64.b64encode(unquote(user if ":" in user else f"{user}:").encode()).decode()
         # Unredirected: urllib would carry a plain header to whatever host it is sent on to.
@@ -553,7 +629,7 @@ def _open_fsspec(address: str, start: int) -> _Answer:
         raise InputError(
             f"{redact(address)}: {scheme}:// cannot be opened here ({_reason(error)}); {hint}"
         ) from error
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise AbsentError("is not there") from error
     except PermissionError as error:
         raise InputError(f"{redact(address)}: may not be read; give credentials for it") from error

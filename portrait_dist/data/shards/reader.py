@@ -140,7 +140,6 @@ class ShardSet:
 
     Attributes:
         shown: the location without secrets, for messages and files.
-        bytes_beside: of other sets of a run that the cache must hold too.
 
     Raises:
         InputError: no shards there, or no such split.
@@ -190,7 +189,6 @@ class ShardSet:
         self.fit = self.manifest.fit
         self._ends = list(itertools.accumulate(self.shard_sizes))
         self.bytes = sum(shard.bytes for shard in entry.shards)
-        self.bytes_beside = 0
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._indexes = _Indexes()
         self._lock = threading.Lock()
@@ -238,8 +236,19 @@ class ShardSet:
 
     @property
     def fits_cache(self) -> bool:
-        """Whether the whole split lies on the local disk, or the cache has room for it."""
-        return not self.remote or self.bytes + self.bytes_beside <= self.cache.limit
+        """Whether the split lies on the local disk, or the cache has room for it and the others.
+
+        Those are the other splits and sets that this process has open: what stays open stays on
+        the disk.
+        """
+        if not self.remote:
+            return True
+        sharing = {
+            (one.location, one.split): one.bytes
+            for one in list(ShardSet._alive)
+            if one.remote and one.cache.folder == self.cache.folder
+        }
+        return sum(sharing.values()) <= self.cache.limit
 
     @property
     def may_wait(self) -> bool:
@@ -345,7 +354,8 @@ class ShardSet:
             cancelled: ends the wait for a server when it is set.
         """
         if number not in self._open and number not in self._absent:
-            with contextlib.suppress(FetchError, PortraitDistError, CancelledDownloadError):
+            known = FetchError, PortraitDistError, CancelledDownloadError, OSError
+            with contextlib.suppress(*known):
                 self.files(number, cancelled)
 
     def key(self, sample: int) -> str:

@@ -96,9 +96,6 @@ class ShardSets:
         self._firsts = [part.first for part in self.parts]
         counts = [len(part.shards.shards) for part in self.parts]
         self._first_shards = list(itertools.accumulate(counts, initial=0))[:-1]
-        remote = [part.shards for part in self.parts if part.shards.remote]
-        for one in remote:
-            one.bytes_beside = sum(other.bytes for other in remote if other is not one)
 
     def __len__(self) -> int:
         return self.samples
@@ -254,13 +251,14 @@ def _open_each(
     if refused and not opened:
         raise refused
     seen: dict[str, str] = {}
-    for shards, _ in opened:
-        other = seen.setdefault(shards.identity, shards.shown)
-        if shards.samples and other != shards.shown:
+    for shards, one in opened:
+        shown = redact(one.location)
+        if shards.samples and (other := seen.get(shards.identity)):
             raise InputError(
-                f"{shards.shown}: its {split} split is that of {other}; give it once, with the sum "
-                "of both weights"
+                f"{shown}: its {split} split is that of {other}; give it once, with the sum of "
+                "both weights"
             )
+        seen[shards.identity] = shown
     return opened
 
 

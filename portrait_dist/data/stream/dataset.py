@@ -179,6 +179,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
             else SampleTransforms(options.transforms, self.seed, "augment.transforms")
         )
         self.damaged: dict[str, str] = {}
+        self._identity = self.shards.identity
         # Epoch and positions done, in shared memory: copies of this dataset in the processes of a
         # DataLoader, persistent ones too, see a change.
         self._progress = torch.zeros(2, dtype=torch.int64).share_memory_()
@@ -333,6 +334,11 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
             log.warning("skipped: %s", error)
 
     def __iter__(self) -> Iterator[StreamSample]:
+        if self.shards.identity != self._identity:  # opened again, by a worker process
+            raise InputError(
+                f"{self.shards.shown}: have changed since this dataset was made, by 'pack "
+                "--append' perhaps; make it, or the loader, again"
+            )
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         epoch, start = self._progress.tolist()

@@ -133,7 +133,7 @@ class PendingBatch:
         self._epoch, self._positions, self._samples = epoch, positions, samples
         self._image, self._alpha = image, alpha
         self._keys = [""] * len(samples)
-        self._errors: dict[int, Exception] = {}
+        self._errors: dict[int, BaseException] = {}
         self._skipped: set[int] = set()
         self._tasks_left = len(self.tasks)
         self._lock = threading.Lock()
@@ -166,7 +166,7 @@ class PendingBatch:
                 except DamagedDataError as error:
                     dataset.skip(self._samples[row], error)
                     self._skipped.add(row)
-        except Exception as error:
+        except BaseException as error:  # of any kind: a batch that is never done hangs the consumer
             # Raised at its batch and not now: the batches before it are good, and every run stops
             # alike.
             self._errors[row] = error
@@ -184,7 +184,7 @@ class PendingBatch:
         """Return the finished batch, without the skipped rows.
 
         Raises:
-            Exception: the error of the first row that has one.
+            BaseException: the error of the first row that has one.
             DamagedDataError: no row is left, so the ranks could not keep in step.
         """
         if self._errors:

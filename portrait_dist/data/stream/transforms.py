@@ -95,7 +95,7 @@ class SampleTransforms:
         try:
             found = self._call((image, mask), np.random.SeedSequence((self._seed, epoch, position)))
             new_image, new_mask = (np.asarray(one) for one in found)
-        except Exception as error:  # anybody's code
+        except (Exception, SystemExit) as error:  # anybody's code
             raise InputError(f"{self._name}: {key}: {kind_and_message(error)}") from error
         for new, old, what in ((new_image, image, "image"), (new_mask, mask, "mask")):
             if new.shape != old.shape or new.dtype != np.uint8:
