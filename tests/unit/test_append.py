@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -19,6 +20,7 @@ from portrait_dist.data.shards.append import append
 from portrait_dist.data.shards.reader import ShardSet, read_manifest
 from portrait_dist.data.shards.verify import verify
 from portrait_dist.data.shards.writer import PackResult, pack
+from portrait_dist.data.stream.dataset import AISegmentIterableDataset
 from portrait_dist.errors import DamagedDataError, InputError
 from tests.cli import assert_one_line, call
 from tests.dying import FILE_OPERATIONS, processes
@@ -46,6 +48,19 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def append_tiny(data: Path, out: Path) -> PackResult:
     return append(data, out, size=(16, 16), samples_per_shard=3)
+
+
+def test_a_worker_process_that_opens_grown_shards_gives_no_other_samples(
+    shards: Path, grown: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    pack(write_tree(tmp_path / "more", {"train": ["z"], "val": ["y"]}), other, size=(16, 16))
+    dataset = AISegmentIterableDataset(f"{shards},{other}", "train", 2)
+    sent = pickle.dumps(dataset)
+    append_tiny(grown, shards)
+    assert len(list(dataset)) == 8, "what was open stays as it was"
+    with pytest.raises(InputError, match="have changed since this dataset was made"):
+        list(pickle.loads(sent))
 
 
 @pytest.fixture(scope="module")

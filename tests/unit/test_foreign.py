@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import shutil
 import tarfile
 import threading
 from collections import Counter
@@ -99,6 +100,14 @@ def test_foreign_tars_give_the_pixels_and_the_exact_stream_of_packed_shards(tmp_
     one_rank = build_loader(theirs, "train", 8, 1, -1, 0, 1, size=(20, 20))
     for whole, *parts in zip(one_rank, *ranks, strict=True):
         assert whole.keys == [key for part in parts for key in part.keys]
+
+
+def test_a_tar_is_no_second_set_under_another_name(tmp_path: Path) -> None:
+    folder = tars(tmp_path / "theirs", {"train-0.tar": 6})
+    shutil.copy(folder / "train-0.tar", folder / "train-1.tar")
+    for other in (f"{folder}/train-1.tar", f"{folder}/./train-0.tar"):
+        with pytest.raises(InputError, match=r"train-.\.tar: its train split is that of \S+-0.tar"):
+            build_loader(f"{folder}/train-0.tar,{other}:2", "train", 2)
 
 
 def test_tars_are_indexed_once_and_again_when_they_change(

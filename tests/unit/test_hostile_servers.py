@@ -115,13 +115,20 @@ def next_batch(loader: StreamLoader) -> None:
         next(iter(loader))
 
 
+@pytest.mark.parametrize("server_is", ["away", "silent", "silent before its head"])
 def test_a_loader_that_is_closed_while_it_waits_for_a_server_ends_at_once(
-    server: ShardServer, cache: Cache
+    server: ShardServer, cache: Cache, server_is: str
 ) -> None:
-    cache.downloads = DownloadOptions(wait_for_server_seconds=3600, first_delay_seconds=1000)
+    cache.downloads = DownloadOptions(
+        wait_for_server_seconds=3600, first_delay_seconds=1000, timeout_seconds=3600
+    )
     others = threading.enumerate()
     loader = build_loader(server.address, "train", 8, workers=2, cache=cache)
-    server.failures = [503] * 10_000
+    if server_is == "away":
+        server.failures = [503] * 10_000
+    server.may_send.clear()
+    if server_is == "silent before its head":
+        server.instead = for_shards(lambda handler, data: handler.server.may_send.wait())
     # The consumer waits in a thread, as the main one would until a signal.
     threading.Thread(target=next_batch, args=(loader,), daemon=True).start()
 
@@ -129,10 +136,11 @@ def test_a_loader_that_is_closed_while_it_waits_for_a_server_ends_at_once(
         started = [thread for thread in threading.enumerate() if thread not in others]
         return sum(thread.name.startswith(names) for thread in started)
 
-    wait_for(lambda: len(server.asked) >= 3, what="requests that fail")
+    wait_for(lambda: len(server.asked) >= 3, what="requests that fail or wait")
     wait_for(lambda: running("decode-") == 2, what="all threads are there")
     pipeline._close_all()
-    wait_for(lambda: not running("decode-", "prefetch-"), what="the end of the threads")
+    names = "decode-", "prefetch-", "download-watch"
+    wait_for(lambda: not running(*names), 60, "the end of the threads")
 
 
 def test_a_missing_shard_is_damage_and_is_asked_for_again_after_a_while(

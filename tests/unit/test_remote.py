@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import shutil
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -137,6 +139,49 @@ def test_the_cache_keeps_its_size_and_evicts_the_least_recently_used(
     )
     with pytest.raises(InputError, match="smaller than one shard"):
         ShardSet(server.address, "train", cache=Cache(tmp_path / "small", gigabytes=1e-6)).read(0)
+
+
+def test_splits_that_are_open_together_keep_to_the_size_of_the_cache(
+    server: ShardServer, tmp_path: Path
+) -> None:
+    cache = Cache(tmp_path / "cache", downloads=DOWNLOADS)
+    splits = [ShardSet(server.address, split, cache=cache) for split in ("train", "val")]
+    sizes = [sum(shard.bytes for shard in opened.shards) for opened in splits]
+    cache.limit = sum(sizes)
+    assert [opened.fits_cache for opened in splits] == [True, True]
+    cache.limit -= 1
+    assert [opened.fits_cache for opened in splits] == [False, False], "each alone would fit"
+    del splits[1]
+    gc.collect()
+    assert splits[0].fits_cache
+
+
+def test_shards_that_the_cache_evicts_while_they_are_verified_are_fetched_again(
+    server: ShardServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, files, evicted = Cache(tmp_path / "cache", downloads=DOWNLOADS), ShardSet.files, set()
+
+    def evict(self: ShardSet, number: int, *rest: Any) -> tuple[Path, Path]:
+        found = files(self, number, *rest)
+        if (self.split, number) not in evicted:  # once each: another process made room
+            evicted.add((self.split, number))
+            found[number % 2].unlink()
+        return found
+
+    monkeypatch.setattr(ShardSet, "files", evict)
+    found = verify(server.address, 2, cache=cache)
+    assert (found.errors, found.ok) == ([], True)
+    assert found.samples == verify(folder, 2).samples
+
+    def never(self: ShardSet, *given: Any) -> tuple[Path, Path]:
+        tar, index = files(self, *given)
+        tar.unlink()
+        return tar, index
+
+    monkeypatch.setattr(ShardSet, "files", never)
+    gone = verify(server.address, 1, cache=cache).errors
+    assert gone
+    assert all(line.startswith(f"{server.address}/") for line in gone), "shards, no cache files"
 
 
 def limited(server: ShardServer, folder: Path, shards: float) -> ShardSet:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import pickle
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,7 @@ def test_whatever_can_take_a_generator_gets_the_samples_own(name: str) -> None:
         (lambda image, mask, _: (image, mask / 255.0), r"mask as float64 \[16, 16\]"),
         (lambda image, mask, _: image.missing, "AttributeError"),
         (lambda image, mask, _: None, "TypeError"),
+        (lambda image, mask, _: sys.exit("enough"), "SystemExit: enough"),
     ],
 )
 def test_what_fails_or_changes_shape_or_type_is_named_with_the_sample(
@@ -210,6 +212,19 @@ def test_what_fails_or_changes_shape_or_type_is_named_with_the_sample(
         SampleTransforms(wrong, 0, "augment.transforms")(
             image, mask, epoch=0, position=0, key="the-key"
         )
+
+
+class Odd(BaseException):
+    """No Exception, as those that end a thread without a word."""
+
+
+def test_an_error_of_any_kind_in_a_decoding_thread_reaches_the_consumer(tiny_shards: Path) -> None:
+    def fails(*_: object) -> None:
+        raise Odd
+
+    loader = build_loader(tiny_shards, "train", 6, workers=2, transforms=fails)
+    with pytest.raises(Odd):
+        next(iter(loader))
 
 
 def test_a_recipe_names_them_and_training_uses_them(tiny_shards: Path, tmp_path: Path) -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from portrait_dist.data.shards import format as shard_format
 from portrait_dist.data.shards.cache import Cache, FetchError
 from portrait_dist.data.shards.decode import decode_stored
 from portrait_dist.data.shards.foreign import is_foreign, open_splits
 from portrait_dist.data.shards.format import BLOCK, SUFFIXES, Manifest, ShardEntry, keys_sha256
-from portrait_dist.data.shards.reader import DamagedSampleError, ShardSet, read_manifest
+from portrait_dist.data.shards.reader import (
+    ATTEMPTS_AGAINST_EVICTION,
+    DamagedSampleError,
+    ShardSet,
+    read_manifest,
+)
 from portrait_dist.errors import DamagedDataError
 from portrait_dist.files import open_regular, read_regular
 from portrait_dist.system.address import is_address, redact
@@ -137,33 +144,59 @@ class _UnreadableError(Exception):
     """A file is missing or cannot be read; the message is a line of the result."""
 
 
-def _read(path: Path, limit: int) -> bytes:
-    with _readable(path):
+class _MissingError(_UnreadableError):
+    """It is missing."""
+
+
+def _read(path: Path, limit: int, shown: str = "") -> bytes:
+    with _readable(shown or str(path)):
         return read_regular(path, limit)
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(shown: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise _UnreadableError(f"{path}: is missing") from None
+        raise _MissingError(f"{shown}: is missing") from None
     except OSError as error:  # also a named pipe or a folder in its place
-        raise _UnreadableError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise _UnreadableError(f"{shown}: cannot be read ({error.strerror or error})") from error
+
+
+def _open(shards: ShardSet, number: int) -> tuple[IO[bytes], bytes]:
+    """Open a shard and read its index; again where the cache evicted one of them meanwhile."""
+    entry, name = shards.shards[number], shards.shard_name(number)
+    for attempt in itertools.count(1):
+        tar, index = shards.files(number)
+        shown = name.removesuffix(entry.name) + entry.index_name
+        try:
+            data = _read(index, shard_format.index_limit(entry.samples), shown)
+            with _readable(name):
+                return open(open_regular(tar), "rb"), data
+        except _MissingError:
+            if not shards.remote or attempt == ATTEMPTS_AGAINST_EVICTION:
+                raise
+    raise AssertionError
 
 
 def _check_shard(shards: ShardSet, number: int) -> tuple[list[str], list[str]]:
     """Keys of the whole samples of a shard, and a line for everything that is wrong with it."""
-    entry, name = shards.shards[number], shards.shard_name(number)
     try:
-        tar, index = shards.files(number)
-        data = _read(index, shard_format.index_limit(entry.samples))
-        with _readable(tar), open(open_regular(tar), "rb") as file:
-            length = file.seek(0, os.SEEK_END)
+        tar, data = _open(shards, number)
     except FetchError as error:
-        return [], [f"{name}: {error}"]
+        return [], [f"{shards.shard_name(number)}: {error}"]
     except _UnreadableError as error:
         return [], [str(error)]
+    with tar:
+        return _check_open(shards, number, tar, data)
+
+
+def _check_open(
+    shards: ShardSet, number: int, tar: IO[bytes], data: bytes
+) -> tuple[list[str], list[str]]:
+    """Check an open shard and the content of its index; returns what ``_check_shard`` does."""
+    entry, name = shards.shards[number], shards.shard_name(number)
+    length = tar.seek(0, os.SEEK_END)
     if hashlib.sha256(data).hexdigest() != entry.index_sha256:
         what = f"{entry.index_name} is not its index (its sha256 differs from the manifest's)"
         return [], [f"{name}: {what}"]
@@ -180,19 +213,20 @@ def _check_shard(shards: ShardSet, number: int) -> tuple[list[str], list[str]]:
     return keys, errors or _check_tar(tar, name, keys, records, SUFFIXES[shards.codec])
 
 
-def _check_hash(tar: Path, name: str, entry: ShardEntry) -> list[str]:
-    with open(open_regular(tar), "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256:
-            return []
+def _check_hash(tar: IO[bytes], name: str, entry: ShardEntry) -> list[str]:
+    tar.seek(0)
+    if hashlib.file_digest(tar, "sha256").hexdigest() == entry.sha256:  # type: ignore[arg-type]
+        return []
     return [f"{name}: its sha256 differs from the manifest's, though every sample is whole"]
 
 
-def _what_is_left(tar: Path, length: int, records: bytes, entry: ShardEntry) -> str:
+def _what_is_left(tar: IO[bytes], length: int, records: bytes, entry: ShardEntry) -> str:
     """For a tar of another length: the first sample that is cut off, or that has no mask."""
     expected = [shard_format.record_at(records, position) for position in range(entry.samples)]
     whole = sum(record.offset + record.length <= length for record in expected)
     names: list[str] = []
-    with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(tar) as members:
+    tar.seek(0)
+    with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(fileobj=tar) as members:
         names = [member.name for member in members]
     keys = [name.partition(".")[0] for name in names]
     alone = next((key for key in keys if keys.count(key) == 1), None)
@@ -225,7 +259,7 @@ def _check_samples(shards: ShardSet, number: int) -> tuple[list[str], list[str]]
 
 
 def _check_tar(
-    tar: Path, name: str, keys: list[str], records: bytes, suffixes: tuple[str, str]
+    tar: IO[bytes], name: str, keys: list[str], records: bytes, suffixes: tuple[str, str]
 ) -> list[str]:
     """Compare what ``tarfile`` finds in a tar with what its index lists."""
     expected = []
@@ -236,8 +270,9 @@ def _check_tar(
             (key + suffixes[0], record.offset, record.image),
             (key + suffixes[1], alpha_offset, record.alpha),
         ]
+    tar.seek(0)
     try:
-        with tarfile.open(tar) as members:
+        with tarfile.open(fileobj=tar) as members:
             found = [(member.name, member.offset, member.size) for member in members]
     except tarfile.TarError as error:
         return [f"{name}: is not a whole tar ({error})"]
