@@ -548,7 +548,7 @@ def _may_be_option(name: object, value: object) -> bool:
         return isinstance(value, (int, float, torch.Tensor))
     if name == "betas":
         return isinstance(value, (tuple, list)) and all(
-            isinstance(one, (float, torch.Tensor)) for one in value
+            isinstance(one, (int, float, torch.Tensor)) for one in value
         )
     return isinstance(value, torch.Tensor) or _is_plain(value)
 

@@ -14,6 +14,26 @@ from portrait_dist.losses import SoftIoULoss
 
 STOP_IN_STEP = "TESTS_STOP_IN_STEP"
 """Environment variable: training step in which :class:`Stopping` sends this process SIGTERM."""
+STOP_IN_VALIDATION = "TESTS_STOP_IN_VALIDATION"
+"""The same of a batch of validation, counted over all epochs."""
+
+
+class Coordinates(nn.Module):
+    """Sees where its pixels are, by buffers whose numbers share memory."""
+
+    y: Tensor
+    x: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
+        self.register_buffer("y", y)
+        self.register_buffer("x", x)
+        self.layer = nn.Conv2d(5, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        where = torch.stack([self.y, self.x]).expand(len(x), -1, -1, -1)
+        return self.layer(torch.cat([x, where], 1))
 
 
 class Halved(nn.Module):
@@ -90,10 +110,15 @@ class Stopping(SoftIoULoss):
 
     def __init__(self, **weights: float) -> None:
         super().__init__(**weights)
-        self.steps = 0
+        self.steps = self.validated = 0
 
     def forward(self, preds: Tensor, target: Tensor) -> Tensor:
         self.steps += torch.is_grad_enabled()
+        self.validated += not torch.is_grad_enabled() and preds.shape[-1] > 8
+        if not torch.is_grad_enabled() and str(self.validated) == os.environ.get(
+            STOP_IN_VALIDATION
+        ):
+            os.kill(os.getpid(), signal.SIGTERM)
         # The convention's trial call, and the validation's, are none of training's steps.
         if str(self.steps) == os.environ.get(STOP_IN_STEP) and len(preds) and preds.shape[-1] > 8:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -150,6 +175,47 @@ class Both(Foreground):
 
     def compute(self) -> Any:
         return torch.stack([self.total, self.count])
+
+
+class Batches(Foreground):
+    """Number of batches: its states are those of any metric that has seen none."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        self.total += self.counted(preds)
+        self.count += 1
+
+    def counted(self, preds: Tensor) -> int:
+        return 0
+
+
+class LaterBatches(Batches):
+    """All but the first one, so that both are equal after it."""
+
+    def counted(self, preds: Tensor) -> int:
+        return int(self.count > 0)
+
+
+def make_adam(params: Any, lr: float) -> torch.optim.Optimizer:
+    """An optimiser's factory, which is no class."""
+    return torch.optim.Adam(params, lr)
+
+
+class NeedsRate(torch.optim.SGD):
+    """Has no learning rate by default."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr, weight_decay=weight_decay)
+
+
+class Ruled(torch.optim.lr_scheduler.LRScheduler):
+    """Has a function among its attributes."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: float = 0.5) -> None:
+        self.rule = lambda epoch: factor**epoch
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        return [rate * self.rule(self.last_epoch) for rate in self.base_lrs]
 
 
 class Negative(torch.optim.lr_scheduler.LRScheduler):

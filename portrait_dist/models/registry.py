@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from portrait_dist.errors import InputError
@@ -43,7 +44,19 @@ def build(
         raise InputError(
             f"model.name={name}: builds a {type(found).__name__}, not a torch.nn.Module"
         )
+    own_memory_for_buffers(found)
     return found
+
+
+def own_memory_for_buffers(network: nn.Module) -> None:
+    """Copy buffers whose numbers share memory, as those of ``meshgrid``: none can be loaded."""
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and any(
+                stride == 0 and size > 1
+                for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
+            ):
+                module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
 
 
 def args_to_rebuild(name: str, args: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def make(config: Config, size: tuple[int, int], batch_size: int, *, new: bool) -
         train_metrics,
         valid_metrics,
         watched(config.metrics, valid_metrics, loss),
-        {**optimizer_params(config), **schedule_params(config)},
+        {**optimizer_params(config), **schedule_params(config, valid_metrics, loss)},
     )
 
 
@@ -465,17 +465,7 @@ def watched(config: MetricsConfig, metrics: list[Metric], loss: nn.Module) -> Wa
     Raises:
         InputError: there is none of that name.
     """
-    directions: dict[str, bool | None] = {"loss": False}
-    for metric in metrics:
-        parts_of = getattr(metric, "component_names", None)
-        if parts_of:
-            better = getattr(metric, "greater_component_is_better", {})
-            directions |= {name: better.get(name) for name in parts_of}
-        else:
-            greater = getattr(metric, "greater_is_better", None)
-            directions[type(metric).__name__] = (
-                metric.higher_is_better if greater is None else greater
-            )
+    directions = _directions(metrics)
     if config.watch not in directions:
         raise InputError(
             f"metrics.watch={config.watch}: there is no such value; "
@@ -492,6 +482,22 @@ def watched(config: MetricsConfig, metrics: list[Metric], loss: nn.Module) -> Wa
     return Watched(name, best)
 
 
+def _directions(metrics: list[Metric]) -> dict[str, bool | None]:
+    """Return the values that can be watched, and whether greater is better, if that is known."""
+    directions: dict[str, bool | None] = {"loss": False}
+    for metric in metrics:
+        parts_of = getattr(metric, "component_names", None)
+        if parts_of:
+            better = getattr(metric, "greater_component_is_better", {})
+            directions |= {name: better.get(name) for name in parts_of}
+        else:
+            greater = getattr(metric, "greater_is_better", None)
+            directions[type(metric).__name__] = (
+                metric.higher_is_better if greater is None else greater
+            )
+    return directions
+
+
 def _name_of_loss(loss: nn.Module) -> str:
     names = getattr(loss, "component_names", None)
     kind = type(loss).__name__
@@ -502,47 +508,72 @@ def _name_of_loss(loss: nn.Module) -> str:
 
 
 def optimizer_params(config: Config) -> dict[str, Any]:
-    """Return SuperGradients' parameters of the optimiser.
+    """Return SuperGradients' parameters of the optimiser, which was tried with them.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is none of that name, it refuses its arguments, or takes no plain step.
     """
     train, named = config.train, config.optimizer
     if not named.name:
-        extra: dict[str, Any] = (
-            {"momentum": 0.9, "nesterov": True} if train.optimizer == "sgd" else {}
-        )
-        own = {"weight_decay": train.weight_decay, "fused": True, **extra, **named.args}
-        return {"optimizer": OPTIMIZERS[train.optimizer], "optimizer_params": own}
+        own: dict[str, Any] = {"weight_decay": train.weight_decay}
+        if train.optimizer == "sgd":
+            own |= {"momentum": 0.9, "nesterov": True}
+        if not {"foreach", "differentiable"} & named.args.keys():
+            own["fused"] = True
+        params = {
+            "optimizer": OPTIMIZERS[train.optimizer],
+            "optimizer_params": {**own, **named.args},
+        }
+        return _tried_optimizer(params, config, f"train.optimizer={train.optimizer}")
+    setting = f"optimizer.name={named.name}"
     factory = parts.resolve(named.name, "optimizer.name", dict(OPTIMIZERS))
-    args = dict(named.args)
-    takes_decay = "weight_decay" in inspect.signature(factory).parameters
-    if takes_decay:
+    if not (inspect.isclass(factory) and issubclass(factory, torch.optim.Optimizer)):
+        raise InputError(f"{setting}: it is no class of torch.optim.Optimizer")
+    args, known = dict(named.args), inspect.signature(factory).parameters
+    if "weight_decay" in known:
         args.setdefault("weight_decay", train.weight_decay)
     elif train.weight_decay:
-        raise InputError(
-            f"optimizer.name={named.name}: it has no weight_decay; give train.weight_decay=0"
-        )
-    tried = nn.Parameter(torch.zeros(1))
+        raise InputError(f"{setting}: it has no weight_decay; give train.weight_decay=0")
+    for name, value in (("lr", train.lr), ("momentum", None)):
+        if name not in known:
+            continue
+        default = known[name].default
+        if default is inspect.Parameter.empty:  # the groups of parameters have their own rate
+            args.setdefault(name, value)
+        elif name == "momentum":  # else SuperGradients gives some classes one of its own
+            args.setdefault(name, default)
+    return _tried_optimizer({"optimizer": factory, "optimizer_params": args}, config, setting)
+
+
+def _tried_optimizer(params: dict[str, Any], config: Config, setting: str) -> dict[str, Any]:
+    """Build the optimiser for a small network as the training will, and take a step."""
+    from portrait_dist.training.sg_adapter import make_optimizer
+
+    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
     optimizer = parts.build(
-        lambda **given: factory([tried], lr=train.lr, **given), args, "optimizer.name", named.name
+        lambda **_: make_optimizer(network, params, decay_norms=config.train.decay_norms),
+        config.optimizer.args,
+        *setting.split("=", 1),
     )
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise InputError(f"optimizer.name={named.name}: it is no torch.optim.Optimizer")
     try:
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
-        tried.grad = torch.zeros(1)
+        for weight in network.parameters():
+            weight.grad = torch.zeros_like(weight)
         optimizer.step()
     except Exception as error:  # anybody's code
         raise InputError(
-            f"optimizer.name={named.name}: takes no plain step ({kind_and_message(error)}); "
+            f"{setting}: takes no plain step ({kind_and_message(error)}); "
             "it has to work with groups of weights, their gradients and no closure"
         ) from error
-    return {"optimizer": factory, "optimizer_params": args}
+    return params
 
 
-def schedule_params(config: Config) -> dict[str, Any]:
+def schedule_params(config: Config, metrics: list[Metric], loss: nn.Module) -> dict[str, Any]:
     """Return SuperGradients' parameters of the learning-rate schedule after the warm-up.
+
+    Args:
+        config: the configuration.
+        metrics: of the training.
+        loss: likewise; a schedule may follow their values.
 
     Raises:
         InputError: there is none of that name, or it refuses its arguments.
@@ -553,26 +584,51 @@ def schedule_params(config: Config) -> dict[str, Any]:
             "lr_mode": "CosineLRScheduler",
             "cosine_final_lr_ratio": config.train.lr_final_ratio,
         }
-    factory = parts.resolve(named.name, "schedule.name", {})
     if named.name.startswith(parts.SUPERGRADIENTS):  # its arguments are training parameters
-        return {"lr_mode": named.name.removeprefix(parts.SUPERGRADIENTS), **named.args}
+        from portrait_dist.training.sg_parts import sg_schedule
+
+        return sg_schedule(named.name, named.args)
     from portrait_dist.training.sg_parts import torch_schedule
 
+    args, schedule = dict(named.args), make_schedule(config)
+    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        followed, known = args.get("metric_name"), _directions(metrics)
+        if named.each != "epoch" or followed not in known:
+            raise InputError(
+                f"schedule.name={named.name}: follows a value of an epoch's training; give "
+                f"schedule.each=epoch and schedule.args.metric_name={'|'.join(known)}"
+            )
+        if followed == "loss":
+            args["metric_name"] = _name_of_loss(loss)
+    factory = parts.resolve(named.name, "schedule.name", {})
+    return {"lr_mode": torch_schedule(named.name, factory, args, named.each == "step")}
+
+
+def make_schedule(config: Config) -> Any:
+    """Build a schedule of torch for an optimiser of one weight, as it is at its start.
+
+    Raises:
+        InputError: there is none of that name, it refuses its arguments, or takes no step.
+    """
+    named, setting = config.schedule, f"schedule.name={config.schedule.name}"
+    factory = parts.resolve(named.name, "schedule.name", {})
     args = {name: value for name, value in named.args.items() if name != "metric_name"}
-    tried = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.train.lr)
-    schedule = parts.build(
-        lambda **given: factory(optimizer=tried, **given), args, "schedule.name", named.name
-    )
+
+    def build(**given: Any) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.train.lr)
+        return optimizer, factory(optimizer=optimizer, **given)
+
+    optimizer, schedule = parts.build(build, args, "schedule.name", named.name)
     needs_value = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
     try:
-        tried.step()
+        optimizer.step()
         schedule.step(*([0.0] if needs_value else []))
     except Exception as error:  # anybody's code
         raise InputError(
-            f"schedule.name={named.name}: takes no step ({kind_and_message(error)}); it has "
+            f"{setting}: takes no step ({kind_and_message(error)}); it has "
             "to work as those of torch.optim.lr_scheduler"
         ) from error
-    rate = float(tried.param_groups[0]["lr"])
+    rate = float(optimizer.param_groups[0]["lr"])
     if not 0 <= rate < math.inf:
-        raise InputError(f"schedule.name={named.name}: gives a learning rate of {rate}")
-    return {"lr_mode": torch_schedule(named.name, factory, named.args, named.each == "step")}
+        raise InputError(f"{setting}: gives a learning rate of {rate}")
+    return build(**args)[1]

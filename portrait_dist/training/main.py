@@ -137,6 +137,10 @@ def _train(
             params = _training_params(config, plan, trainer, made, resuming=start.info is not None)
             if plan.batches_per_epoch < len(loaders[0]):
                 params["max_train_batches"] = plan.batches_per_epoch
+            if (info := start.info) is not None:
+                trainer.on_restore = lambda found: resume.apply_changes(
+                    found, config, info, made.network.module
+                )
             trainer.train(made.network.module, params, *loaders)
             if distributed.rank() == 0:
                 RunFolder(config.run_dir).append("end", world_size=distributed.world_size())

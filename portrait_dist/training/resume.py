@@ -15,11 +15,13 @@ from portrait_dist import checkpoints, distributed
 from portrait_dist.checkpoints import CheckpointInfo
 from portrait_dist.config import ASK, FIXED, Config, settings
 from portrait_dist.errors import DamagedDataError, InputError, one_line, shorten
+from portrait_dist.recipes import parts
 from portrait_dist.runs.folder import LATEST, RunFolder
 from portrait_dist.system.address import redact
 from portrait_dist.training import components
 from portrait_dist.training.averaging import AverageOfBest
 from portrait_dist.training.plan import Plan
+from portrait_dist.training.state import plain_state
 
 SILENT = ("recipe", "run.", "data.workers", "data.prefetch_batches", "data.cache_", "train.threads")
 """Settings whose change is not worth a word."""
@@ -183,6 +185,72 @@ def _check_optimizer(
             f"{path}: damaged ({problem} of the optimizer); start again from its weights, with "
             "model.weights= and another run.name"
         )
+
+
+def apply_changes(
+    state: dict[str, Any], config: Config, info: CheckpointInfo, network: nn.Module
+) -> None:
+    """Put settings that a run changes on purpose over those that a checkpoint would bring back.
+
+    An optimiser's state holds its options, and that of a schedule of torch its arguments. What the
+    old and the new configuration build alike stays as it was saved.
+
+    Args:
+        state: of the checkpoint; it is changed.
+        config: of the run.
+        info: of the checkpoint.
+        network: without wrappers.
+    """
+    from portrait_dist.training.sg_adapter import make_optimizer
+
+    before = _as_it_was(config, info)
+    if before is None:
+        return
+    rates = [before.train.lr, config.train.lr]
+    then, now = (
+        make_optimizer(
+            network, components.optimizer_params(one), decay_norms=one.train.decay_norms
+        ).param_groups
+        for one in (before, config)
+    )
+    of_torch = config.schedule.name and not config.schedule.name.startswith(parts.SUPERGRADIENTS)
+    for saved, old, new in zip(
+        state["optimizer_state_dict"]["param_groups"], then, now, strict=True
+    ):
+        saved |= {
+            name: value
+            for name, value in new.items()
+            if name not in ("params", "lr", "name") and value != old.get(name)
+        }
+        # Schedules of SuperGradients compute the rate anew, those of torch from the one before.
+        if of_torch and rates[0] != rates[1]:
+            for name in {"lr", "initial_lr"} & saved.keys():
+                saved[name] *= rates[1] / rates[0]
+    if of_torch:
+        _change_schedule(state["torch_scheduler_state_dict"], before, config)
+
+
+def _change_schedule(saved: dict[str, Any], before: Config, config: Config) -> None:
+    """Write what another configuration gives a schedule at its start into its state."""
+    then, now = (plain_state(components.make_schedule(one)) for one in (before, config))
+    saved |= {
+        name: value
+        for name, value in now.items()
+        if name not in ("base_lrs", "_last_lr") and value != then.get(name)
+    }
+    for name in {"base_lrs", "_last_lr"} & saved.keys():
+        saved[name] = [rate * config.train.lr / before.train.lr for rate in saved[name]]
+
+
+def _as_it_was(config: Config, info: CheckpointInfo) -> Config | None:
+    """Return the configuration with the checkpoint's values; None where nothing has changed."""
+    before, changed = copy.deepcopy(config), False
+    for change in _changes(config, info):
+        section, _, name = change.key.partition(".")
+        if section in ("train", "optimizer", "schedule"):
+            setattr(getattr(before, section), name, change.before)
+            changed = True
+    return before if changed else None
 
 
 def _print_start(config: Config, info: CheckpointInfo) -> None:

@@ -459,6 +459,8 @@ class AdaptedTrainer(Trainer):
 
     checkpoint_writer: Callable[[str, dict[str, Any]], None]
     net: Any
+    train_metrics: MetricCollection
+    valid_metrics: MetricCollection
     train_monitored_values: dict[str, Any]
     _epoch_start_logging_values: dict[str, float]
     model_weight_averaging: Any
@@ -772,10 +774,12 @@ class AdaptedTrainer(Trainer):
 
     def _set_train_metrics(self, train_metrics_list: object) -> None:
         super()._set_train_metrics(train_metrics_list=train_metrics_list)
+        self.train_metrics = _apart(self.train_metrics)
         _add_directions(self.train_metrics, self.greater_train_metrics_is_better)
 
     def _set_valid_metrics(self, valid_metrics_list: object) -> None:
         super()._set_valid_metrics(valid_metrics_list=valid_metrics_list)
+        self.valid_metrics = _apart(self.valid_metrics)
         _add_directions(self.valid_metrics, self.greater_valid_metrics_is_better)
 
     def _train_epoch(self, context: PhaseContext, silent_mode: bool = False) -> tuple[float, ...]:
@@ -943,8 +947,10 @@ class AdaptedTrainer(Trainer):
         kept = copy.deepcopy(net.state_dict())
         net.load_state_dict(checkpoints.read(path)["net"])
         context.update_context(epoch=self.max_epochs)
-        values = self._validate_epoch(context, silent_mode=self.training_params.silent_mode)
-        net.load_state_dict(kept)
+        try:
+            values = self._validate_epoch(context, silent_mode=self.training_params.silent_mode)
+        finally:
+            net.load_state_dict(kept)
         if self.ddp_silent_mode:
             return
         named = self.in_field_names(values)
@@ -1036,6 +1042,15 @@ def _sg_trainer_flatten(values: Mapping[str, Any]) -> dict[str, float]:
 def _current(monitored: Mapping[str, Any]) -> dict[str, float]:
     """Return current values of SuperGradients' monitored values, as far as there are some."""
     return {name: one.current for name, one in monitored.items() if one.current is not None}
+
+
+def _apart(metrics: MetricCollection) -> MetricCollection:
+    """Return the same metrics, each updated by itself.
+
+    By default torchmetrics joins for good those whose states are equal after a first batch, which
+    two different metrics may be by chance.
+    """
+    return MetricCollection(list(metrics.values()), compute_groups=False)
 
 
 def _add_directions(metrics: MetricCollection, directions: dict[str, bool | None]) -> None:

@@ -7,12 +7,14 @@ these parts compute are in :mod:`portrait_dist.training.sg_adapter`.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from portrait_dist.errors import InputError, nearest, shorten
+from portrait_dist.recipes.parts import SUPERGRADIENTS
 from portrait_dist.training import sg_adapter
 
 sg_adapter.import_super_gradients()
@@ -75,6 +77,27 @@ def _network(name: str, *, pretrained: str = "", **args: Any) -> nn.Module:
         name, arch_params=args, num_classes=1, pretrained_weights=pretrained or None
     )
     return network
+
+
+def sg_schedule(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return SuperGradients' training parameters of a schedule of its own.
+
+    Args:
+        name: ``sg:`` and the name.
+        args: training parameters.
+
+    Raises:
+        InputError: there is none of that name, or a parameter is missing.
+    """
+    mode = name.removeprefix(SUPERGRADIENTS)
+    known = inspect.signature(find("schedule", mode)).parameters.values()
+    needed = {
+        one.name for one in known if one.default is one.empty and one.kind is not one.VAR_KEYWORD
+    }
+    missing = sorted(needed - args.keys() - {"max_epochs", "cosine_final_lr_ratio"})
+    if missing:
+        raise InputError(f"schedule.name={name}: give schedule.args.{missing[0]}")
+    return {"lr_mode": mode, **args}
 
 
 def torch_schedule(

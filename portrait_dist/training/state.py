@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
@@ -234,3 +236,51 @@ def lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.ndim == 4:
                 state[name] = value.contiguous(memory_format=torch.channels_last)
+
+
+def plain_state(schedule: Any) -> dict[str, Any]:
+    """Return a schedule's ``state_dict`` without functions and objects, which no checkpoint holds.
+
+    The schedule that loads it has its own.
+    """
+    return {name: value for name, value in schedule.state_dict().items() if _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    kinds = (int, float, str, torch.Tensor, np.ndarray, np.generic)
+    return value is None or isinstance(value, kinds)
+
+
+@dataclass(frozen=True)
+class ScheduleState:
+    """What a schedule changes as it advances.
+
+    Args:
+        groups: options of each of the optimiser's groups of parameters.
+        schedule: state of a schedule of torch; None without one.
+    """
+
+    groups: list[dict[str, Any]]
+    schedule: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, schedule: Any) -> ScheduleState:
+        """Copy it as it is now."""
+        groups = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
+        found = None if schedule is None else plain_state(schedule)
+        return cls(copy.deepcopy(groups), copy.deepcopy(found))
+
+    def put_into(self, entries: dict[str, Any]) -> None:
+        """Put it in the place of a checkpoint's own."""
+        groups = entries["optimizer_state_dict"]["param_groups"]
+        for group, kept in zip(groups, self.groups, strict=True):
+            group.update(kept)
+        if self.schedule is not None:
+            entries["torch_scheduler_state_dict"] = self.schedule

@@ -128,6 +128,10 @@ class PortraitTrainer(AdaptedTrainer):
         metadata: entries for the checkpoints' ``portrait_dist`` dict, such as the configuration.
             What network it is, the size of the images and the hash of the data are added.
         device, multi_gpu: refused with advice, as by SuperGradients' Trainer.
+
+    Attributes:
+        on_restore: called on every rank with a checkpoint that is resumed, before anything of it is
+            loaded; what it changes there is taken.
     """
 
     ema_class = FusedEMA
@@ -163,6 +167,7 @@ class PortraitTrainer(AdaptedTrainer):
         self.images_per_second = 0.0
         self.data_wait_share = 0.0
         self.checkpoint: dict[str, Any] = {}
+        self.on_restore: Callable[[dict[str, Any]], None] = lambda checkpoint: None
         self.losses = LossWatch()
         self.average: AverageOfBest | None = None
         self._images: state.ImageMetadata = {}
@@ -171,6 +176,7 @@ class PortraitTrainer(AdaptedTrainer):
         self._rank_states: list[state.RankState] | None = []
         self._versions = versions()
         self._sums_of_training: state.Sums | None = None
+        self._schedule_of_training: state.ScheduleState | None = None
         self._last_position = Position(0, {})
         self._last_save = time.monotonic()
 
@@ -472,6 +478,9 @@ class PortraitTrainer(AdaptedTrainer):
         sums = state.sums_so_far(context.loss_avg_meter, self.train_metrics)
         # A copy: the metrics are reset before a stop in the validation could save them.
         self._sums_of_training = checkpoints.host_copy(sums)
+        self._schedule_of_training = state.ScheduleState.of(
+            self.optimizer, self._torch_lr_scheduler
+        )
 
     def _gather_states(self, sums: state.Sums | None = None) -> list[state.RankState] | None:
         """Gather every rank's random state on rank 0, 16 kB each; over gloo where it can."""
@@ -637,9 +646,14 @@ class PortraitTrainer(AdaptedTrainer):
     def _stop_in_validation(self, stopped: bool, context: PhaseContext) -> None:
         flag = torch.tensor([float(stopped)], device=self.torch_device)
         distributed.sum_over_ranks([flag])
-        if flag.item() > 0:
-            self._save_within_epoch(context, self._last_position)
+        if flag.item() == 0:
+            return
+        if context.epoch < self.max_epochs:
+            self._save_within_epoch(context, self._last_position, validating=True)
             self._stop(context, f"validation of epoch {context.epoch + 1}")
+        # Of the averaged model, whose weights the network has now: the run is saved already.
+        context.update_context(epoch=self.max_epochs - 1)
+        self._stop(context, "the validation of the averaged model")
 
     # Checkpoints ----------------------------------------------------------------------------------
 
@@ -661,6 +675,7 @@ class PortraitTrainer(AdaptedTrainer):
         """
         found = checkpoints.read_on_every_rank(checkpoint)
         checkpoints.check_resumable(found, checkpoint)
+        self.on_restore(found)
         try:
             self.load_weights(found)
         except RuntimeError as error:
@@ -780,11 +795,19 @@ class PortraitTrainer(AdaptedTrainer):
         if self.ema:
             entries["ema_net"] = unwrap_model(self.ema_model.ema).state_dict()
         if self._torch_lr_scheduler is not None:
-            entries["torch_scheduler_state_dict"] = self._torch_lr_scheduler.state_dict()
+            entries["torch_scheduler_state_dict"] = state.plain_state(self._torch_lr_scheduler)
         return entries
 
-    def _save_within_epoch(self, context: PhaseContext, position: Position) -> None:
-        """Save ``ckpt_latest.pth`` between two steps. Every rank calls it; rank 0 writes."""
+    def _save_within_epoch(
+        self, context: PhaseContext, position: Position, *, validating: bool = False
+    ) -> None:
+        """Save ``ckpt_latest.pth`` between two steps. Every rank calls it; rank 0 writes.
+
+        Args:
+            context: of the epoch.
+            position: in its training part.
+            validating: that part is over; a schedule has advanced, and will again after a resume.
+        """
         self._last_position = position
         if not self._can_save(position):
             return
@@ -799,6 +822,8 @@ class PortraitTrainer(AdaptedTrainer):
             self.saver.join()
             entries = self._state(context.epoch, float(self.best_metric), metrics)
             entries["portrait_dist"]["position"] = asdict(position)
+            if validating and self._schedule_of_training:
+                self._schedule_of_training.put_into(entries)
             files = EpochFiles(context.epoch, checkpoints.host_copy(entries), latest=LATEST)
             self.saver.save(files, Path(self.checkpoints_dir_path), self.sg_logger)
         self._last_save = time.monotonic()

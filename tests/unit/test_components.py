@@ -155,7 +155,9 @@ def test_the_watched_value_knows_its_direction() -> None:
 def test_optimisers_and_schedules_by_name_get_their_arguments_and_wrong_ones_are_named() -> None:
     def params_of(*keys: str) -> dict[str, Any]:
         loaded = config.load(None, list(keys))
-        return components.optimizer_params(loaded) | components.schedule_params(loaded)
+        metrics = components.make_metrics(loaded.metrics)
+        schedule = components.schedule_params(loaded, metrics, components.make_loss(loaded, None))
+        return components.optimizer_params(loaded) | schedule
 
     found = params_of(
         "optimizer.name=sg:Lion",
@@ -170,11 +172,15 @@ def test_optimisers_and_schedules_by_name_get_their_arguments_and_wrong_ones_are
     assert schedule["step_size"] == 2
     for keys, message in (
         (["optimizer.name=torch.optim.SGD", "optimizer.args.speed=1"], r"optimizer\.args\.NAME"),
-        (["optimizer.name=torch.optim.LBFGS", "train.weight_decay=0"], "no closure"),
+        (["optimizer.name=torch.optim.LBFGS", "train.weight_decay=0"], "parameter groups"),
         (["optimizer.name=torch.optim.SparseAdam", "train.weight_decay=0"], "dense gradients"),
         (["optimizer.name=torch.nn.Conv2d", "train.weight_decay=0"], r"optimizer\.name=torch"),
         (["schedule.name=torch.optim.lr_scheduler.StepLR"], "step_size"),
         (["schedule.name=sg:Cosine"], "none of this name"),
+        (["schedule.name=sg:StepLRScheduler"], r"give schedule\.args\.lr_decay_factor"),
+        (["schedule.name=torch.optim.lr_scheduler.ReduceLROnPlateau"], r"metric_name=loss\|"),
+        ([f"optimizer.name={NETS}:make_adam"], "no class of torch.optim.Optimizer"),
+        (["optimizer.args.nonsense=1"], r"train\.optimizer=adam: .*nonsense"),
         ([f"schedule.name={NETS}:Negative"], "gives a learning rate of -1"),
         ([f"schedule.name={NETS}:Stepless"], "takes no step"),
     ):

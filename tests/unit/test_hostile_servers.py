@@ -110,6 +110,10 @@ def test_what_cannot_be_reached_is_never_skipped_as_damage(
     assert loader.damaged == {}
 
 
+def wait_for_the_end(handler: Handler, data: bytes) -> None:
+    handler.server.may_send.wait()
+
+
 def next_batch(loader: StreamLoader) -> None:
     with contextlib.suppress(IndexError, StopIteration):  # its pipeline is closed meanwhile
         next(iter(loader))
@@ -128,7 +132,7 @@ def test_a_loader_that_is_closed_while_it_waits_for_a_server_ends_at_once(
         server.failures = [503] * 10_000
     server.may_send.clear()
     if server_is == "silent before its head":
-        server.instead = for_shards(lambda handler, data: handler.server.may_send.wait())
+        server.instead = for_shards(wait_for_the_end)
     # The consumer waits in a thread, as the main one would until a signal.
     threading.Thread(target=next_batch, args=(loader,), daemon=True).start()
 
