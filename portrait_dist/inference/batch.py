@@ -27,6 +27,7 @@ from portrait_dist.inference.labels import Labels, find_samples, pack_labels
 from portrait_dist.inference.outputs import ImageFormat, OutputPlan, plan_outputs
 from portrait_dist.inference.photos import (
     KINDS,
+    STDIN,
     FailedPhoto,
     Found,
     Photo,
@@ -396,6 +397,8 @@ def _calibrate(segmenter: PortraitSegmenter, photos: Sequence[Photo]) -> None:
 
 def _readable(photos: Iterable[Photo]) -> Iterator[ImageArray]:
     for photo in photos:
+        if photo.path == STDIN:  # it can be read once
+            continue
         with contextlib.suppress(PortraitDistError):  # it is reported when it is predicted
             yield photo.read()
 
@@ -459,6 +462,7 @@ class PhotoWork:
         self.segmenter, self.plan = segmenter, plan
         self.journal, self.batch_size = journal, batch_size
         self.failed: list[FailedPhoto] = []
+        self._identities: dict[str, str] = {}
 
     def carry_out(
         self, photos: Sequence[Photo], done_before: int, skipped: dict[str, int]
@@ -528,6 +532,8 @@ class PhotoWork:
         return None
 
     def _read(self, photo: Photo) -> PreparedPhoto:
+        # Before it is read: one that is replaced meanwhile is not done.
+        self._identities[photo.name] = photo.identity()
         return self.segmenter.prepare(photo.read())
 
     def _predicted(
@@ -562,7 +568,7 @@ class PhotoWork:
         # Before the first byte: after a kill the half of its files is known to be ours.
         self.journal.begin(photo)
         written = self.plan.write(photo.name, encoded)
-        self.journal.end(photo)
+        self.journal.end(photo, self._identities.pop(photo.name))
         return written
 
 

@@ -135,9 +135,12 @@ def needs_no_file(text: str) -> bool:
 def _parse_colour(text: str) -> Array | None:
     """Parse a colour as float32 RGB [3] in [0, 1]; None for any other text."""
     try:
-        return np.asarray(ImageColor.getrgb(text)[:3], np.float32) / 255
+        levels = ImageColor.getrgb(text)[:3]
     except ValueError:
         return None
+    if not all(level in range(256) for level in levels):  # such as rgb(300,0,0)
+        return None
+    return np.asarray(levels, np.float32) / 255
 
 
 def blurred(photo: ImageArray, alpha: Alpha) -> Array:

@@ -12,12 +12,14 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from portrait_dist import files
 from portrait_dist.inference.photos import STDIN, Photo
 
+T = TypeVar("T")
 PATTERN = ".predict*.jsonl"
 OF_PART = re.compile(r"\.predict-[0-9]+-of-([0-9]{1,9})\.jsonl")
 
@@ -51,8 +53,8 @@ class Journal:
     def __init__(self, folder: Path, settings: str, part: int = 0, parts: int = 1) -> None:
         self.part, self.parts, self.settings = part, parts, settings
         self.path = folder / journal_name(part, parts)
-        self._done: dict[str, str] = {}
-        self._begun: set[str] = set()
+        self._done: dict[tuple[str, str], str] = {}
+        self._begun: set[tuple[str, str]] = set()
         self._descriptor = -1
         self.most_parts = 1
         for path in sorted(folder.glob(PATTERN)) if folder.is_dir() else ():
@@ -60,32 +62,41 @@ class Journal:
                 self.most_parts = max(self.most_parts, int(of_part[1]))
             for entry in files.json_objects(_content(path)):
                 if entry.get("settings") == settings and isinstance(entry.get("name"), str):
-                    self._begun.add(entry["name"])
+                    key = entry["name"], str(entry.get("photo", ""))
+                    self._begun.add(key)
                     if isinstance(entry.get("done"), str):
-                        self._done[entry["name"]] = entry["done"]
+                        self._done[key] = entry["done"]
 
     def is_done(self, photo: Photo, targets: list[Path]) -> bool:
         """Say whether the photo, unchanged, was done with these settings, and its outputs exist."""
-        if photo.path == STDIN or self._done.get(photo.name) != photo.identity():
+        if photo.path == STDIN or _first(self._done.get, photo) != photo.identity():
             return False
         return all(_size(path) > 0 for path in targets)
 
     def is_ours(self, photo: Photo) -> bool:
         """Say whether this command began to write the photo's outputs before."""
-        return photo.name in self._begun
+        return any(key in self._begun for key in _keys(photo))
 
     def was_cut_short(self, photo: Photo) -> bool:
         """Say whether a process that has ended was writing the photo's outputs."""
-        return photo.name in self._begun and photo.name not in self._done
+        return self.is_ours(photo) and _first(self._done.get, photo) is None
 
     def begin(self, photo: Photo) -> None:
         """Note that the photo's outputs are about to be written."""
-        self._append({"settings": self.settings, "name": photo.name})
+        self._append(self._entry(photo))
 
-    def end(self, photo: Photo) -> None:
-        """Note that they are written."""
-        done = photo.identity()
-        self._append({"settings": self.settings, "name": photo.name, "done": done})
+    def end(self, photo: Photo, identity: str) -> None:
+        """Note that they are written.
+
+        Args:
+            photo: it.
+            identity: which it had before it was read.
+        """
+        self._append({**self._entry(photo), "done": identity})
+
+    def _entry(self, photo: Photo) -> dict[str, str]:
+        name, path = _keys(photo)[0]
+        return {"settings": self.settings, "name": name, "photo": path}
 
     def _append(self, entry: dict[str, str]) -> None:
         with files.explained(self.path):
@@ -114,6 +125,16 @@ class Journal:
         """Remove the file: everything is done, and nothing is left to continue."""
         with contextlib.suppress(OSError):
             self.path.unlink()
+
+
+def _keys(photo: Photo) -> list[tuple[str, str]]:
+    """Return (name, path), by which a photo is known; an older journal has the name alone."""
+    path = "-" if photo.path == STDIN else os.path.abspath(photo.path)
+    return [(photo.name, path), (photo.name, "")]
+
+
+def _first(get: Callable[[tuple[str, str]], T | None], photo: Photo) -> T | None:
+    return next((found for key in _keys(photo) if (found := get(key)) is not None), None)
 
 
 def _content(path: Path) -> bytes:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from portrait_dist.data.source.pictures import DepthError, orientation_of, rgb_of, upright
 from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError, one_line
 from portrait_dist.preprocessing import ImageArray
 
@@ -294,6 +295,8 @@ def _decode(file: Path | io.BytesIO, path: Path, max_pixels: int | None = None) 
             if max_pixels is not None and pixels > max_pixels:
                 raise Image.DecompressionBombError(f"{pixels:,}, at most {max_pixels:,} are taken")
             return _upright(image)
+    except DepthError as error:
+        raise InputError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
         raise DamagedDataError(f"{path}: {_why_not_a_photo(path)}") from error
     except Image.DecompressionBombError as error:
@@ -309,7 +312,8 @@ def _decode(file: Path | io.BytesIO, path: Path, max_pixels: int | None = None) 
 
 
 def _upright(image: Image.Image) -> ImageArray:
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    pixels = rgb_of(image)
+    return upright(pixels, orientation_of(image))
 
 
 def _check_regular(path: Path) -> None:

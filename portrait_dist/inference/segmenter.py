@@ -301,8 +301,11 @@ class PortraitSegmenter:
         Returns:
             float32 [H, W] in [0, 1].
         """
-        if self.largest:
-            small = keep_largest(small)
+        if self.largest:  # of the photo, not of what continues its edges around it
+            top, left, inner_height, inner_width = photo.placement.inner
+            inside = slice(top, top + inner_height), slice(left, left + inner_width)
+            whole, small = small, small.copy()
+            small[inside] = keep_largest(whole[inside])
         height, width = photo.photo.shape[:2]
         alpha = enlarge(small, photo.placement, height, width)
         if not self.refine:

@@ -246,6 +246,9 @@ class Service:
             self.metrics.answered(status, time.monotonic() - began)
 
     async def _answer(self, request: Request) -> Response:
+        from starlette.exceptions import HTTPException
+        from starlette.requests import ClientDisconnect
+
         limits = self.limits
         try:
             async with asyncio.timeout(limits.timeout_seconds):
@@ -260,6 +263,10 @@ class Service:
             return _refuse(413, f"the photo has more than {limits.max_bytes:,} bytes")
         except TimeoutError:
             return _refuse(504, f"not done within {limits.timeout_seconds:g} s")
+        except HTTPException as error:  # a form that is none
+            return _refuse(error.status_code, error.detail)
+        except ClientDisconnect:  # nobody reads the answer; 499 is the web servers' number for it
+            return _refuse(499, "the client left before its photo was there")
 
     async def _image(self, data: bytes, plan: OutputPlan) -> Response:
         from starlette.responses import Response
@@ -299,6 +306,7 @@ def create_app(
     """
     check_service_installed()
     from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.routing import Route
@@ -316,6 +324,7 @@ def create_app(
             Middleware(TrustedHostMiddleware, allowed_hosts=list(host_names), www_redirect=False),
             Middleware(_BoundedBody, max_bytes=limits.max_bytes),
         ],
+        exception_handlers={HTTPException: _refuse_as_json},
         lifespan=_close_service_at_the_end,
     )
     app.state.service = service
@@ -433,6 +442,16 @@ def _refuse(status: int, reason: str) -> Response:
     from starlette.responses import JSONResponse
 
     return JSONResponse({"error": reason}, status_code=status)
+
+
+async def _refuse_as_json(request: Request, error: Exception) -> Response:
+    """Answer for a path or method that there is not."""
+    from starlette.exceptions import HTTPException
+
+    assert isinstance(error, HTTPException)
+    answer = _refuse(error.status_code, error.detail)
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 def _plan_of(request: Request) -> OutputPlan:

@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -237,18 +238,44 @@ class _Frames:
         self.rate = self.stream.average_rate or self.stream.base_rate or 25
         seconds = (container.duration or 0) / 1e6
         self.total = self.stream.frames or round(seconds * float(self.rate))
+        self.seconds = _seconds(container, self.stream)
+        self.sideways = False
 
     def __iter__(self) -> Iterator[ImageArray]:
-        found = 0
+        found, last = 0, 0.0
         for frame in self.container.decode(self.stream):
+            if frame.is_corrupt:
+                raise DamagedDataError(f"{self.source}: frame {found + 1} is damaged")
             # Without times of its own a frame comes one frame's time after the one before.
             step = round(1 / (self.rate * self.stream.time_base)) or 1
             self.times.append(frame.pts if frame.pts is not None else found * step)
             found += 1
+            last = float((self.times[-1] + max(step, frame.duration or 0)) * self.stream.time_base)
             image = frame.to_ndarray(format="rgb24")
-            yield np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90) % 4))
+            turns = round(frame.rotation / 90) % 4
+            self.sideways = turns % 2 == 1
+            yield np.ascontiguousarray(np.rot90(image, turns))
         if not found:
             raise DamagedDataError(f"{self.source}: holds no frame that can be read")
+        # FFmpeg ends some formats where they are cut off, and leaves out what it cannot decode.
+        if last < self.seconds - max(1.0, 0.02 * self.seconds):
+            raise DamagedDataError(
+                f"{self.source}: ends after {last:.1f} of {self.seconds:.1f} s; it is cut off or "
+                "damaged"
+            )
+
+
+def _seconds(container: Any, stream: Any) -> float:
+    """Return when a video says that its last frame ends; 0 where it does not."""
+    if stream.duration is not None:
+        return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+    parts = stream.metadata.get("DURATION", "").split(":")  # of Matroska: 00:01:02.345
+    with contextlib.suppress(ValueError):
+        if len(parts) == 3:
+            return sum(float(part) * unit for part, unit in zip(parts, (3600, 60, 1), strict=True))
+    if len(container.streams) == 1 and container.duration is not None:
+        return float(container.duration + (container.start_time or 0)) / 1e6
+    return 0.0
 
 
 def _write(
@@ -268,6 +295,9 @@ def _write(
             height, width = image.shape[0] // 2 * 2, image.shape[1] // 2 * 2
             if not count:
                 size = stream.height, stream.width = height, width
+                if ratio := frames.stream.sample_aspect_ratio:  # of a pixel
+                    ratio = 1 / ratio if frames.sideways else ratio
+                    stream.codec_context.sample_aspect_ratio = ratio
             elif size != (height, width):
                 raise DamagedDataError(f"{frames.source}: frame {count + 1} has another size")
             even = np.ascontiguousarray(image[:height, :width])

@@ -98,7 +98,7 @@ _TRANSPOSITIONS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
-    """Return (width, height) of a picture of any type that Pillow opens.
+    """Return (width, height) of a picture of any type that Pillow opens, as :func:`rgb_of` does.
 
     Raises:
         ValueError: damaged, or no picture.
@@ -108,7 +108,10 @@ def picture_size(data: bytes) -> tuple[int, int]:
     # The limit is an error of its own below; a warning for each large photo helps nobody.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
-        return Image.open(io.BytesIO(data)).size
+        picture = Image.open(io.BytesIO(data))
+        if picture.format == "TIFF" and orientation_of(picture) != 1:
+            picture.load()  # some versions of Pillow turn it there
+        return picture.size
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise ValueError(reason(error)) from error
 
@@ -123,19 +126,46 @@ def reason(error: Exception) -> str:
 
 
 def picture_orientation(data: bytes) -> int:
-    """Return how a picture of any type is to be shown, as :func:`exif_orientation` does."""
+    """Return how a picture of any type is to be shown, as :func:`exif_orientation` does.
+
+    Of what :func:`rgb_of` gives: 1 for a TIFF.
+    """
     from PIL import Image
 
     try:
-        return orientation_of(Image.open(io.BytesIO(data)))
+        picture = Image.open(io.BytesIO(data))
+        if picture.format == "TIFF":
+            picture.load()
+        return orientation_of(picture)
     except DAMAGED:
         return 1
 
 
-def decode_picture(data: bytes) -> NDArray[np.uint8]:
-    """Decode a picture of any type that Pillow opens to uint8 [H, W, 3], as it is stored.
+class DepthError(ValueError):
+    """A picture has pixels of more than 16 bits."""
 
+
+def rgb_of(picture: Image.Image) -> NDArray[np.uint8]:
+    """Return the pixels of an opened picture, uint8 [H, W, 3], as they are stored.
+
+    Those of a TIFF are as they are shown: Pillow turns them, and then forgets the orientation.
     Transparency is ignored: the colours behind it are the image.
+
+    Raises:
+        DepthError: more than 16 bits a pixel and channel.
+    """
+    picture.load()
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        levels = np.asarray(picture).astype(np.uint32)
+        grey = ((levels + 128) // 257).astype(np.uint8)  # Pillow would cut them off at 255
+        return np.repeat(grey[..., None], 3, axis=2)
+    if picture.mode in ("I", "F"):
+        raise DepthError("has 32 bits a pixel; save it with 8 or 16")
+    return np.array(picture.convert("RGB"))  # a copy: torch warns of read-only arrays
+
+
+def decode_picture(data: bytes) -> NDArray[np.uint8]:
+    """Decode a picture of any type that Pillow opens to uint8 [H, W, 3]; see :func:`rgb_of`.
 
     Raises:
         ValueError: damaged.
@@ -144,7 +174,7 @@ def decode_picture(data: bytes) -> NDArray[np.uint8]:
 
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            return np.array(picture.convert("RGB"))  # a copy: torch warns of read-only arrays
+            return rgb_of(picture)
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise ValueError(reason(error)) from error
 
