@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from portrait_dist.data.shards.decode import decode_stored
+from portrait_dist.data.shards.encode import Settings, encode_pair
+from portrait_dist.data.source.pairs import LEVELS, Pair
+from portrait_dist.data.source.pictures import decode_picture, upright
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.inference.compositing import (
     blurred,
@@ -111,6 +116,63 @@ def test_photos_of_any_colour_mode_are_read(tmp_path: Path, mode: str) -> None:
     image.save(tmp_path / "photo.tif")
     assert read_photo(tmp_path / "photo.tif").shape == (20, 30, 3)
     assert read_photo(tmp_path / "photo.tif").min() >= 253
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_grey_levels_of_16_bits_keep_their_brightness(tmp_path: Path, suffix: str) -> None:
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(levels * 257).save(path)
+    assert np.array_equal(read_photo(path)[..., 1], levels)
+    assert np.array_equal(decode_picture(path.read_bytes())[..., 1], levels)
+    Image.fromarray(levels.astype(np.float32) / 255).save(tmp_path / "float.tif")
+    with pytest.raises(InputError, match=r"float\.tif: has 32 bits a pixel"):
+        read_photo(tmp_path / "float.tif")
+
+
+def test_a_photo_with_a_tag_that_is_wrong_is_read(tmp_path: Path) -> None:
+    orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    resolution = struct.pack("<HHI4s", 0x011A, 2, 4, b"72\0\0")  # a text, where it is a number
+    tags = b"II*\0" + struct.pack("<IH", 8, 2) + orientation + resolution + bytes(4)
+    Image.new("RGB", (20, 30)).save(tmp_path / "odd.jpg", exif=b"Exif\0\0" + tags)
+    assert read_photo(tmp_path / "odd.jpg").shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_type_of_photo_is_read_and_packed_upright(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    stored = np.zeros((24, 40, 3), np.uint8)
+    stored[:8, :8], stored[:8, 32:] = (255, 0, 0), (0, 255, 0)  # two corners are marked
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo, mask = tmp_path / f"p.{suffix}", tmp_path / "p-mask.png"
+    Image.fromarray(stored).save(photo, exif=exif, quality=95)  # of JPEG and WebP
+    shown = upright(stored, orientation)
+    Image.fromarray(shown[..., 0]).save(mask)
+    assert np.abs(read_photo(photo).astype(int) - shown).mean() < 6
+    pair = Pair("p", photo, mask, "", LEVELS)
+    encoded = encode_pair(pair, Settings((80, 80), "raw", 95, 10))
+    image, alpha = decode_stored(encoded.image, encoded.alpha, "raw")
+    assert ((image[..., 0] > 128) == (alpha > 128)).mean() > 0.98
+
+
+def test_the_largest_person_is_that_of_the_photo_not_of_what_continues_its_edges(
+    segmenter: PortraitSegmenter,
+) -> None:
+    largest = PortraitSegmenter(
+        segmenter.model, segmenter.size, device="cpu", precision="fp32", largest=True, refine=False
+    )
+    prepared = largest.prepare(np.zeros((60, 240, 3), np.uint8))
+    top, left, height, width = prepared.placement.inner
+    assert top > height, "most of what the network sees is not the photo"
+    small = np.zeros((prepared.placement.height, prepared.placement.width), np.float32)
+    small[top + 1 : top + height - 2, left + 2 : left + 10] = 1  # the person
+    small[top + height - 1 :, left + width - 4 : left + width] = 1  # an island that is continued
+    alpha = largest.finish(prepared, small)
+    assert alpha[:, :120].mean() > 0.1
+    assert alpha[:, 180:].max() == 0
 
 
 def test_bad_photos_are_named_with_what_to_do(segmenter: PortraitSegmenter, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 from portrait_dist.distributed import job_part
+from portrait_dist.inference import batch
 from portrait_dist.inference import photos as photos_module
 from portrait_dist.inference.photos import name_outputs
+from portrait_dist.inference.segmenter import PreparedPhoto
 from portrait_dist.models import int8
 from tests import blobs, cli
 from tests.waiting import wait_for
@@ -54,6 +56,43 @@ def files(folder: Path) -> list[str]:
 
 def outputs(*names: str) -> list[str]:
     return sorted(f"{name}.{kind}.png" for name in names for kind in KINDS)
+
+
+def test_photos_of_another_folder_never_take_the_place_of_outputs(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    (photos / "broken.jpg").write_bytes(b"no photo")  # so that there is something to continue
+    assert predict(checkpoint, photos, "--out", out).exit_code == 3
+    before = (out / "one.mask.png").read_bytes()
+    other.mkdir()
+    Image.fromarray(blobs.photo(40, 50, seed=9)[0]).save(other / "one.jpg")
+    cli.assert_one_line(predict(checkpoint, other, "--out", out), 2, "one", "--force")
+    assert (out / "one.mask.png").read_bytes() == before
+    (photos / "broken.jpg").unlink()
+    again = predict(checkpoint, os.path.relpath(photos), "--out", out)
+    assert (again.exit_code, again.json["done_before"]) == (0, 3), "the same by another path"
+
+
+def test_a_photo_that_is_replaced_after_it_was_read_is_done_again(
+    checkpoint: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, out = batch.PhotoWork._read, tmp_path / "out"
+
+    def replaced(self: batch.PhotoWork, photo: photos_module.Photo) -> PreparedPhoto:
+        prepared = read(self, photo)
+        if photo.name == "two":
+            Image.fromarray(blobs.photo(30, 90, seed=8)[0]).save(photo.path)
+        return prepared
+
+    (photos / "broken.jpg").write_bytes(b"no photo")
+    monkeypatch.setattr(batch.PhotoWork, "_read", replaced)
+    assert predict(checkpoint, photos, "--out", out).exit_code == 3
+    monkeypatch.undo()
+    (photos / "broken.jpg").unlink()
+    again = predict(checkpoint, photos, "--out", out)
+    assert (again.exit_code, again.json["photos"], again.json["done_before"]) == (0, 1, 2)
+    assert Image.open(out / "two.mask.png").size == (90, 30)
 
 
 def test_a_folder_gives_mask_cutout_and_side_by_side_of_every_photo_at_its_own_size(

@@ -97,6 +97,37 @@ def running(segmenter: PortraitSegmenter, limits: ServiceLimits | None = None) -
     assert not thread.is_alive(), "it ends when it is asked to"
 
 
+def test_what_is_no_form_no_path_or_no_colour_is_refused_as_json_and_counted(
+    segmenter: PortraitSegmenter,
+) -> None:
+    with running(segmenter) as service:
+        form = "multipart/form-data"
+        answers = [
+            service.post(b"abc", **{"Content-Type": form}),
+            service.post(b"abc", **{"Content-Type": f"{form}; boundary=x"}),
+            service.post(b"abc", "background=rgb(300,0,0)"),
+            service.get("/nothing"),
+            service.get("/segment"),
+        ]
+        assert [answer.status for answer in answers] == [400, 400, 400, 404, 405]
+        assert all(answer.error for answer in answers)
+        assert 'status="500"' not in service.get("/metrics").body.decode()
+
+
+def test_a_client_that_leaves_is_no_error_of_the_service(
+    segmenter: PortraitSegmenter, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with running(segmenter) as service:
+        host, port = service.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            head = "POST /segment HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\nabc"
+            client.sendall(head.encode())
+            wait_for(lambda: service.service.working == 1, what="the request is there")
+        wait_for(lambda: service.service.working == 0, what="it is over")
+        assert 'status="499"' in service.get("/metrics").body.decode()
+    assert "Traceback" not in capfd.readouterr().err
+
+
 class HeldUp:
     """Holds the network up until it is let go."""
 

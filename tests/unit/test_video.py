@@ -56,6 +56,29 @@ def video(checkpoint: Path, *arguments: str | Path) -> cli.Result:
     return cli.call("video", "--checkpoint", checkpoint, "--device", "cpu", *arguments)
 
 
+def test_a_video_that_is_cut_off_is_named_and_nothing_is_written(
+    trained_checkpoint: Path, tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole.mkv", tmp_path / "cut.mkv"
+    with av.open(str(whole), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+        for number in range(20):
+            image = np.random.default_rng(number).integers(0, 255, (48, 64, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    out = tmp_path / "out.mp4"
+    options = ("--out", out, "--only", "mask", "--no-refine")
+    refused = video(trained_checkpoint, cut, *options)
+    cli.assert_one_line(refused, 3, f"{cut}: ends after", "of 4.0 s")
+    assert not out.exists()
+    assert video(trained_checkpoint, whole, *options).exit_code == 0
+    with av.open(str(out)) as container:
+        assert container.streams.video[0].sample_aspect_ratio == Fraction(4, 3)
+
+
 def test_a_video_of_masks_has_the_masks_and_times_of_its_frames(
     trained_checkpoint: Path, clip: Path, tmp_path: Path
 ) -> None:
