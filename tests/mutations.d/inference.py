@@ -118,7 +118,7 @@ MUTATIONS = [
     ),
     Mutation(
         file="portrait_dist/inference/journal.py",
-        old='        self._append({"settings": self.settings, "name": photo.name})\n',
+        old="        self._append(self._entry(photo))\n",
         new="",
         test=PREDICT + "killed_within_a_photo_the_same_command_continues_and_gives_the_same_files",
         why="a killed predict continues without --force",
@@ -282,8 +282,8 @@ MUTATIONS = [
     ),
     Mutation(
         file="portrait_dist/training/components.py",
-        old="        optimizer.step()\n",
-        new="",
+        old="            weight.grad = torch.zeros_like(weight)\n        optimizer.step()\n",
+        new="            weight.grad = torch.zeros_like(weight)\n",
         test="tests/unit/test_components.py::"
         "test_optimisers_and_schedules_by_name_get_their_arguments_and_wrong_ones_are_named",
         why="an optimiser that takes no plain step is refused before anything starts",

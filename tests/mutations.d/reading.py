@@ -42,8 +42,8 @@ MUTATIONS = [
     ),
     Mutation(
         file=DOWNLOAD,
-        old="            pace.check(length)\n        with _local_disk():",
-        new="        with _local_disk():",
+        old="            pace.check(length)\n",
+        new="",
         test=f"{HOSTILE}::test_a_drip_ends_and_is_resumed_where_it_was",
         why="a drip ends",
     ),

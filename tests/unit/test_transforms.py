@@ -218,6 +218,7 @@ class Odd(BaseException):
     """No Exception, as those that end a thread without a word."""
 
 
+@pytest.mark.timeout(60)
 def test_an_error_of_any_kind_in_a_decoding_thread_reaches_the_consumer(tiny_shards: Path) -> None:
     def fails(*_: object) -> None:
         raise Odd
