@@ -555,6 +555,8 @@ def _tried_optimizer(params: dict[str, Any], config: Config, setting: str) -> di
         config.optimizer.args,
         *setting.split("=", 1),
     )
+    if params["optimizer_params"].get("capturable"):  # takes steps on a GPU only
+        return params
     try:
         for weight in network.parameters():
             weight.grad = torch.zeros_like(weight)
