@@ -15,11 +15,13 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from portrait_dist.data import build_loader
 from portrait_dist.data.shards import writer
 from portrait_dist.data.source import split
+from portrait_dist.data.source.masks import decode_mask
+from portrait_dist.inference.photos import read_photo
 
 
 def arrange(photos: Path, masks: Path, raw: Path) -> int:
@@ -31,10 +33,10 @@ def arrange(photos: Path, masks: Path, raw: Path) -> int:
     images.mkdir(parents=True)
     mattes.mkdir(parents=True)
     for path in sorted(photos.iterdir()):
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        image = Image.fromarray(read_photo(path))
         image.save(images / f"{path.stem}.jpg", quality=95)
     for path in sorted(masks.iterdir()):
-        alpha = Image.open(path).convert("L")
+        alpha = Image.fromarray(decode_mask(path.read_bytes()))
         matte = Image.new("RGBA", alpha.size)
         matte.putalpha(alpha)
         matte.save(mattes / f"{path.stem}.png")

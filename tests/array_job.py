@@ -26,8 +26,10 @@ def main() -> None:
     elif allocation.restarts == 0:
         wait_for(lambda: len(list(folder.glob("*-0"))) == 2, 60, "the other task runs")
         assert job_state(allocation.label) == "RUNNING"
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which comes with the requeue, as in a job
         requeue(allocation, [node_name()])
-        signal.pause()  # until SLURM ends this attempt
+        while True:
+            signal.pause()  # until SLURM kills this attempt
 
 
 if __name__ == "__main__":

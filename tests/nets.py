@@ -218,6 +218,13 @@ class Ruled(torch.optim.lr_scheduler.LRScheduler):
         return [rate * self.rule(self.last_epoch) for rate in self.base_lrs]
 
 
+def in_turn(optimizer: torch.optim.Optimizer, first: int = 2) -> Any:
+    """One schedule after another."""
+    schedules = torch.optim.lr_scheduler
+    parts: list[Any] = [schedules.StepLR(optimizer, 1, 0.5), schedules.StepLR(optimizer, 2, 0.1)]
+    return schedules.SequentialLR(optimizer, parts, [first])
+
+
 class Negative(torch.optim.lr_scheduler.LRScheduler):
     """Gives no learning rate."""
 

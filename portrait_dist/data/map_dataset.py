@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import ColorJitter
 from torchvision.transforms import functional as F
@@ -27,7 +27,13 @@ from portrait_dist.data.source.locations import (
 )
 from portrait_dist.data.source.masks import NotAMaskError, decode_mask
 from portrait_dist.data.source.pairs import ALPHA, Pair
-from portrait_dist.data.source.pictures import MOST_BYTES, orientation_of, upright
+from portrait_dist.data.source.pictures import (
+    MOST_BYTES,
+    DepthError,
+    orientation_of,
+    rgb_of,
+    upright,
+)
 from portrait_dist.data.source.split import MANIFEST, open_data, pair_paths
 from portrait_dist.errors import DamagedDataError, InputError
 from portrait_dist.preprocessing import MEAN, STD
@@ -80,18 +86,20 @@ class AISegmentDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def read(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Return image (RGB) and mask (L) of a pair at their own size."""
         pair = self.pairs[index]
-        image, mask = _decode(pair.image), _decode_mask(pair)
-        if (orientation := orientation_of(image)) != 1:  # as ``pack`` does
-            turned = ImageOps.exif_transpose(image)
-            if mask.size == image.size != turned.size:
-                mask = Image.fromarray(upright(np.asarray(mask), orientation))
-            image = turned
+        stored, mask = _decode(pair.image), _decode_mask(pair)
+        orientation = orientation_of(stored)
+        try:
+            image = Image.fromarray(upright(rgb_of(stored), orientation))  # as ``pack`` does
+        except DepthError as error:
+            raise InputError(f"{shown(pair.image)}: {error}") from error
+        if mask.size == stored.size != image.size:
+            mask = Image.fromarray(upright(np.asarray(mask), orientation))
         if image.size != mask.size:
             raise InputError(
                 f"{shown(pair.matte)}: {mask.size}, but its image {shown(pair.image)} has "
                 f"{image.size}; bring both to one size"
             )
-        return image.convert("RGB"), mask
+        return image, mask
 
     def augment(self, image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
         """Flip both and jitter the image.

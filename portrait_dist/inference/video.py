@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -257,11 +258,13 @@ class _Frames:
             yield np.ascontiguousarray(np.rot90(image, turns))
         if not found:
             raise DamagedDataError(f"{self.source}: holds no frame that can be read")
-        # FFmpeg ends some formats where they are cut off, and leaves out what it cannot decode.
+        # FFmpeg ends some formats where they are cut off, and leaves out what it cannot decode. No
+        # error: some files show their last frame for seconds, and do not say so.
         if last < self.seconds - max(1.0, 0.02 * self.seconds):
-            raise DamagedDataError(
-                f"{self.source}: ends after {last:.1f} of {self.seconds:.1f} s; it is cut off or "
-                "damaged"
+            seconds = f"{last:.1f} of {self.seconds:.1f} s"
+            print(
+                f"{self.source}: its frames end after {seconds}; is it cut off or damaged?",
+                file=sys.stderr,
             )
 
 
@@ -274,7 +277,7 @@ def _seconds(container: Any, stream: Any) -> float:
         if len(parts) == 3:
             return sum(float(part) * unit for part, unit in zip(parts, (3600, 60, 1), strict=True))
     if len(container.streams) == 1 and container.duration is not None:
-        return float(container.duration + (container.start_time or 0)) / 1e6
+        return float(container.duration) / 1e6
     return 0.0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from portrait_dist.errors import InputError
 from portrait_dist.models.unet import UNet
@@ -52,10 +53,9 @@ def own_memory_for_buffers(network: nn.Module) -> None:
     """Copy buffers whose numbers share memory, as those of ``meshgrid``: none can be loaded."""
     for module in network.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and any(
-                stride == 0 and size > 1
-                for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
-            ):
+            if buffer is None or is_lazy(buffer) or buffer.layout != torch.strided:
+                continue
+            if 0 in buffer.stride() and buffer.numel() > 1:
                 module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
 
 

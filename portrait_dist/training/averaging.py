@@ -214,7 +214,7 @@ def mean_of_files(paths: Sequence[Path]) -> tuple[dict[str, torch.Tensor], dict[
             elif name in sums:
                 sums[name] += tensor
             else:
-                sums[name] = tensor.double()
+                sums[name] = tensor.to(torch.float64, copy=True)  # tied ones are two sums
     mean = {
         name: (sums[name] / len(paths)).to(tensor.dtype) if tensor.is_floating_point() else tensor
         for name, tensor in state["net"].items()

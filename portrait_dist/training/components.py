@@ -606,8 +606,12 @@ def schedule_params(config: Config, metrics: list[Metric], loss: nn.Module) -> d
     return {"lr_mode": torch_schedule(named.name, factory, args, named.each == "step")}
 
 
-def make_schedule(config: Config) -> Any:
-    """Build a schedule of torch for an optimiser of one weight, as it is at its start.
+def make_schedule(config: Config, optimizer: torch.optim.Optimizer | None = None) -> Any:
+    """Build a schedule of torch as it is at its start.
+
+    Args:
+        config: the configuration.
+        optimizer: for which; one of a single weight, with which the schedule is tried, when None.
 
     Raises:
         InputError: there is none of that name, it refuses its arguments, or takes no step.
@@ -615,22 +619,24 @@ def make_schedule(config: Config) -> Any:
     named, setting = config.schedule, f"schedule.name={config.schedule.name}"
     factory = parts.resolve(named.name, "schedule.name", {})
     args = {name: value for name, value in named.args.items() if name != "metric_name"}
+    if optimizer is not None:
+        return factory(optimizer=optimizer, **args)
 
     def build(**given: Any) -> tuple[torch.optim.Optimizer, Any]:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.train.lr)
         return optimizer, factory(optimizer=optimizer, **given)
 
-    optimizer, schedule = parts.build(build, args, "schedule.name", named.name)
+    tried, schedule = parts.build(build, args, "schedule.name", named.name)
     needs_value = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
     try:
-        optimizer.step()
+        tried.step()
         schedule.step(*([0.0] if needs_value else []))
     except Exception as error:  # anybody's code
         raise InputError(
             f"{setting}: takes no step ({kind_and_message(error)}); it has "
             "to work as those of torch.optim.lr_scheduler"
         ) from error
-    rate = float(optimizer.param_groups[0]["lr"])
+    rate = float(tried.param_groups[0]["lr"])
     if not 0 <= rate < math.inf:
         raise InputError(f"{setting}: gives a learning rate of {rate}")
-    return build(**args)[1]
+    return schedule

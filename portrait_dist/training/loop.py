@@ -279,7 +279,8 @@ class LossWatch:
 
 def weights_are_finite(net: nn.Module) -> bool:
     """Check all parameters (waits for the device). Buffers may hold infinities, as masks do."""
-    parameters = [one.detach() for one in net.parameters() if one.is_floating_point()]
+    floating = (one.detach() for one in net.parameters() if one.is_floating_point())
+    parameters = [one for one in floating if one.numel()]  # of nothing there is no norm
     if not parameters:
         return True
     # One kernel for all tensors, and one number each: a NaN or infinity survives the maximum norm.

@@ -201,45 +201,78 @@ def apply_changes(
         info: of the checkpoint.
         network: without wrappers.
     """
-    from portrait_dist.training.sg_adapter import make_optimizer
-
     before = _as_it_was(config, info)
     if before is None:
         return
-    rates = [before.train.lr, config.train.lr]
-    then, now = (
-        make_optimizer(
-            network, components.optimizer_params(one), decay_norms=one.train.decay_norms
-        ).param_groups
-        for one in (before, config)
-    )
-    of_torch = config.schedule.name and not config.schedule.name.startswith(parts.SUPERGRADIENTS)
-    for saved, old, new in zip(
-        state["optimizer_state_dict"]["param_groups"], then, now, strict=True
+    (then, old), (now, new) = (_at_the_start(one, network) for one in (before, config))
+    for saved, *fresh in zip(
+        state["optimizer_state_dict"]["param_groups"],
+        then.param_groups,
+        now.param_groups,
+        strict=True,
     ):
-        saved |= {
-            name: value
-            for name, value in new.items()
-            if name not in ("params", "lr", "name") and value != old.get(name)
-        }
         # Schedules of SuperGradients compute the rate anew, those of torch from the one before.
-        if of_torch and rates[0] != rates[1]:
-            for name in {"lr", "initial_lr"} & saved.keys():
-                saved[name] *= rates[1] / rates[0]
-    if of_torch:
-        _change_schedule(state["torch_scheduler_state_dict"], before, config)
+        if new is not None:
+            saved["lr"] *= fresh[1].get("initial_lr", 1) / fresh[0].get("initial_lr", 1)
+        _merge(saved, *fresh)
+    if new is not None:
+        _merge(state["torch_scheduler_state_dict"], plain_state(old), plain_state(new))
 
 
-def _change_schedule(saved: dict[str, Any], before: Config, config: Config) -> None:
-    """Write what another configuration gives a schedule at its start into its state."""
-    then, now = (plain_state(components.make_schedule(one)) for one in (before, config))
-    saved |= {
-        name: value
-        for name, value in now.items()
-        if name not in ("base_lrs", "_last_lr") and value != then.get(name)
-    }
-    for name in {"base_lrs", "_last_lr"} & saved.keys():
-        saved[name] = [rate * config.train.lr / before.train.lr for rate in saved[name]]
+def _at_the_start(config: Config, network: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+    """Build the optimiser, and the schedule where it is one of torch, as a new run has them."""
+    from portrait_dist.training.sg_adapter import make_optimizer
+
+    named, train = config.schedule.name, config.train
+    optimizer = make_optimizer(
+        network,
+        components.optimizer_params(config),
+        decay_norms=train.decay_norms,
+        lr=train.lr,
+    )
+    if not named or named.startswith(parts.SUPERGRADIENTS):
+        return optimizer, None
+    return optimizer, components.make_schedule(config, optimizer)
+
+
+RATES = ("initial_lr", "base_lrs", "_last_lr")
+"""What follows the learning rate in proportion: a run may have scaled it by its ranks."""
+
+
+def _merge(saved: dict[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Change what differs between two states of a start; the rest is how far the run is."""
+    for name, value in new.items():
+        before = old.get(name)
+        if name in ("params", "lr", "name") or _same(value, before):
+            continue
+        if name in RATES and name in saved:
+            saved[name] = _in_proportion(saved[name], before, value)
+        elif _are_states(states := [saved.get(name), before, value]):
+            for three in zip(*states, strict=True):
+                _merge(*three)
+        else:
+            saved[name] = value
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    return bool(one == other)
+
+
+def _in_proportion(saved: Any, old: Any, new: Any) -> Any:
+    if isinstance(saved, (list, tuple)):
+        return [_in_proportion(*three) for three in zip(saved, old, new, strict=True)]
+    return saved * (new / old) if old else new
+
+
+def _are_states(values: list[Any]) -> bool:
+    """Whether all are lists of equally many states, as those of schedules of schedules."""
+    return (
+        all(isinstance(one, (list, tuple)) and one for one in values)
+        and len({len(one) for one in values}) == 1
+        and all(isinstance(state, dict) for one in values for state in one)
+    )
 
 
 def _as_it_was(config: Config, info: CheckpointInfo) -> Config | None:

@@ -1009,7 +1009,7 @@ class AdaptedTrainer(Trainer):
 
 
 def make_optimizer(
-    network: nn.Module, params: Mapping[str, Any], *, decay_norms: bool
+    network: nn.Module, params: Mapping[str, Any], *, decay_norms: bool, lr: float = 1e-3
 ) -> torch.optim.Optimizer:
     """Build the optimiser with the groups of parameters that SuperGradients gives it.
 
@@ -1017,6 +1017,7 @@ def make_optimizer(
         network: without wrappers.
         params: ``optimizer`` and ``optimizer_params``.
         decay_norms: whether biases and norms are in the group that decays.
+        lr: learning rate at the start.
     """
     given = {
         "optimizer": params["optimizer"],
@@ -1026,7 +1027,7 @@ def make_optimizer(
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said again when the training builds its own
-        return build_optimizer(network, 1e-3, types.SimpleNamespace(**given))
+        return build_optimizer(network, lr, types.SimpleNamespace(**given))
 
 
 def _sg_trainer_flatten(values: Mapping[str, Any]) -> dict[str, float]:
@@ -1050,7 +1051,11 @@ def _apart(metrics: MetricCollection) -> MetricCollection:
     By default torchmetrics joins for good those whose states are equal after a first batch, which
     two different metrics may be by chance.
     """
-    return MetricCollection(list(metrics.values()), compute_groups=False)
+    apart = MetricCollection(
+        [], compute_groups=False, prefix=metrics.prefix, postfix=metrics.postfix
+    )
+    apart._modules.update(metrics._modules)
+    return apart
 
 
 def _add_directions(metrics: MetricCollection, directions: dict[str, bool | None]) -> None:

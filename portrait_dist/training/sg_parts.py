@@ -26,6 +26,7 @@ from super_gradients.common.environment.omegaconf_utils import (  # noqa: E402
 from super_gradients.common.registry import registry  # noqa: E402
 from super_gradients.training import models  # noqa: E402
 from super_gradients.training.losses.bce_dice_loss import BCEDiceLoss  # noqa: E402
+from super_gradients.training.params import DEFAULT_TRAINING_PARAMS  # noqa: E402
 from super_gradients.training.pretrained_models import PRETRAINED_NUM_CLASSES  # noqa: E402
 
 
@@ -94,7 +95,8 @@ def sg_schedule(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     needed = {
         one.name for one in known if one.default is one.empty and one.kind is not one.VAR_KEYWORD
     }
-    missing = sorted(needed - args.keys() - {"max_epochs", "cosine_final_lr_ratio"})
+    given = {name for name, value in DEFAULT_TRAINING_PARAMS.items() if value is not None}
+    missing = sorted(needed - args.keys() - given - {"max_epochs"})
     if missing:
         raise InputError(f"schedule.name={name}: give schedule.args.{missing[0]}")
     return {"lr_mode": mode, **args}

@@ -243,15 +243,22 @@ def plain_state(schedule: Any) -> dict[str, Any]:
 
     The schedule that loads it has its own.
     """
-    return {name: value for name, value in schedule.state_dict().items() if _is_plain(value)}
+    found: dict[str, Any] = _plain(schedule.state_dict())
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):  # in it, too: of a schedule of schedules each has one
+        return {name: _plain(one) for name, one in value.items() if _is_plain(one)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value
 
 
 def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
-    kinds = (int, float, str, torch.Tensor, np.ndarray, np.generic)
+    kinds = (int, float, str, dict, torch.Tensor, np.ndarray, np.generic)
     return value is None or isinstance(value, kinds)
 
 

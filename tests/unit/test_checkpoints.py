@@ -22,7 +22,7 @@ from portrait_dist.errors import DamagedDataError, InputError, PortraitDistError
 from portrait_dist.models import UNet
 from portrait_dist.runs.folder import RunLock
 from portrait_dist.training import state as run_state
-from portrait_dist.training.averaging import OLD_FILE, AverageOfBest, complete
+from portrait_dist.training.averaging import OLD_FILE, AverageOfBest, complete, mean_of_files
 from tests.damage import cut, flip_bit
 from tests.jobs import largest_difference
 
@@ -423,6 +423,15 @@ def test_the_average_is_the_mean_of_the_best_of_one_network_that_changes_in_plac
             assert int(tensor) == 7
     average.cleanup()
     assert [path.name for path in tmp_path.iterdir()] == ["average_model.pth"]
+
+
+def test_tensors_that_are_one_in_a_file_are_averaged_each(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.pth" for number in range(2)]
+    for number, path in enumerate(paths):
+        tied = torch.full((2,), float(number), dtype=torch.float64)
+        torch.save({"net": {"one": tied, "other": tied}}, path)
+    mean, _ = mean_of_files(paths)
+    assert [tensor.tolist() for tensor in mean.values()] == [[0.5, 0.5]] * 2
 
 
 def test_a_value_that_is_not_finite_never_enters_the_average(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from portrait_dist.data.map_dataset import AISegmentDataset
 from portrait_dist.data.shards.decode import decode_stored
 from portrait_dist.data.shards.encode import Settings, encode_pair
 from portrait_dist.data.source.pairs import LEVELS, Pair
@@ -125,6 +126,13 @@ def test_grey_levels_of_16_bits_keep_their_brightness(tmp_path: Path, suffix: st
     Image.fromarray(levels * 257).save(path)
     assert np.array_equal(read_photo(path)[..., 1], levels)
     assert np.array_equal(decode_picture(path.read_bytes())[..., 1], levels)
+    folder = tmp_path / "pairs"
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    Image.fromarray(levels * 257).save(folder / "images" / f"a.{suffix}")
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(folder / "masks" / "a.png")
+    image, _ = AISegmentDataset(folder, "train").read(0)
+    assert np.array_equal(np.asarray(image)[..., 1], levels)
     Image.fromarray(levels.astype(np.float32) / 255).save(tmp_path / "float.tif")
     with pytest.raises(InputError, match=r"float\.tif: has 32 bits a pixel"):
         read_photo(tmp_path / "float.tif")

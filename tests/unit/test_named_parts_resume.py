@@ -126,6 +126,43 @@ def test_settings_that_a_run_changes_on_purpose_are_taken(
     assert sorted(groups(run, "lr")) == pytest.approx([0.00002])
 
 
+CYCLE = ("schedule.name=torch.optim.lr_scheduler.CyclicLR", "schedule.args.cycle_momentum=false")
+ONE_CYCLE = ("schedule.name=torch.optim.lr_scheduler.OneCycleLR", "schedule.args.total_steps=8")
+
+
+@pytest.mark.parametrize(
+    ("keys", "before", "changed"),
+    [
+        # What a run with the new settings from its start would have now.
+        ((f"schedule.name={NETS}:in_turn",), (), ("train.lr=0.002",)),
+        (CYCLE, ("schedule.args.base_lr=0.1", "schedule.args.max_lr=1"), ("train.lr=0.002",)),
+        (
+            CYCLE,
+            ("schedule.args.base_lr=0.1", "schedule.args.max_lr=1"),
+            ("schedule.args.base_lr=0.2", "schedule.args.max_lr=2"),
+        ),
+        (ONE_CYCLE, ("schedule.args.max_lr=0.1",), ("schedule.args.max_lr=0.2",)),
+    ],
+)
+def test_schedules_of_every_form_take_what_changes_and_keep_how_far_they_are(
+    tiny_shards: Path,
+    tmp_path: Path,
+    keys: tuple[str, ...],
+    before: tuple[str, ...],
+    changed: tuple[str, ...],
+) -> None:
+    keys = ("train.average_best=false", "train.lr=0.004", "run.accept_changes=true", *keys)
+    for name, settings in (("run", before), ("new", (*before, *changed))):
+        done = train(tmp_path, tiny_shards, name, 3, *keys, *settings)
+        assert done.exit_code == 0, done.stderr
+    for name in ("run", "new"):
+        done = train(tmp_path, tiny_shards, name, 4, *keys, *before, *changed)
+        assert done.exit_code == 0, done.stderr
+    for option in ("lr", "initial_lr"):
+        one, other = (sorted(groups(tmp_path / name, option)) for name in ("run", "new"))
+        assert one == pytest.approx(other), option
+
+
 def test_metrics_that_are_equal_after_the_first_batch_stay_two(
     tiny_shards: Path, tmp_path: Path
 ) -> None:

@@ -402,6 +402,17 @@ def test_a_list_names_the_files_of_a_tree_in_place_of_a_walk(tmp_path: Path) -> 
     assert list(found) == [pair for pair in walked if "p05" not in pair.key]
 
 
+def test_a_folder_in_the_root_may_have_the_roots_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = images_and_masks(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    names = sorted(str(path.relative_to(raw)) for path in raw.rglob("*") if path.is_file())
+    Path("names.txt").write_text("\n".join(names))
+    options = ("--list", "names.txt", "--mode", "reference", "--out", "data", "--json")
+    assert call("prepare", "--raw", "images", *options).json["pairs"] == len(KEYS)
+
+
 @pytest.mark.parametrize("mode", ["link", "reference"])
 def test_a_list_may_name_files_as_find_prints_them(
     tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch

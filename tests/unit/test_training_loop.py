@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -22,11 +23,20 @@ from portrait_dist.metrics import SoftIoU
 from portrait_dist.models import UNet
 from portrait_dist.training import LoopOptions, PortraitTrainer
 from portrait_dist.training.device_batches import DeviceBatches, samples_in, tensors_in
+from portrait_dist.training.loop import weights_are_finite
 from portrait_dist.training.preemption import StopSignals, exchange_interval
 from portrait_dist.training.sg_adapter import Callback, Trainer, use_device
 from tests.jobs import largest_difference
 
 torch.set_num_threads(1)
+
+
+def test_weights_that_are_none_are_finite() -> None:
+    net = torch.nn.Linear(2, 1)
+    net.register_parameter("nothing", torch.nn.Parameter(torch.zeros(1, 0, 3)))
+    assert weights_are_finite(net)
+    torch.nn.init.constant_(net.weight, math.nan)
+    assert not weights_are_finite(net)
 
 
 @pytest.fixture(scope="module")

@@ -492,7 +492,8 @@ class _Watch:
                 connection = self._connection
                 with contextlib.suppress(OSError):
                     if connection is not None:
-                        connection.shutdown(socket.SHUT_RDWR)
+                        # Not the method of a TLS socket, which then reads on without decrypting.
+                        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 class _SameHostRedirects(urllib.request.HTTPRedirectHandler):

@@ -12,7 +12,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,16 +152,22 @@ def rgb_of(picture: Image.Image) -> NDArray[np.uint8]:
     Transparency is ignored: the colours behind it are the image.
 
     Raises:
-        DepthError: more than 16 bits a pixel and channel.
+        DepthError: more than 16 bits a pixel and channel, and levels beyond 0 to 255.
     """
     picture.load()
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+    of_16_bits = picture.mode == "I" and picture.format in ("PNG", "PPM")
+    if picture.mode.startswith("I;16") or of_16_bits:
         levels = np.asarray(picture).astype(np.uint32)
         grey = ((levels + 128) // 257).astype(np.uint8)  # Pillow would cut them off at 255
         return np.repeat(grey[..., None], 3, axis=2)
-    if picture.mode in ("I", "F"):
+    if picture.mode in ("I", "F") and not _are_bytes(np.asarray(picture)):
         raise DepthError("has 32 bits a pixel; save it with 8 or 16")
     return np.array(picture.convert("RGB"))  # a copy: torch warns of read-only arrays
+
+
+def _are_bytes(levels: NDArray[Any]) -> bool:
+    """Whether levels of 32 bits are 0 to 255; those of 0 to 1 would come out black."""
+    return bool(levels.size and 1 < levels.max() <= 255 and levels.min() >= 0)
 
 
 def decode_picture(data: bytes) -> NDArray[np.uint8]:

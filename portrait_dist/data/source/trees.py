@@ -183,11 +183,16 @@ class ListedTree:
 
     def __init__(self, root: str, names: Path, given: str = "") -> None:
         self.root = root.rstrip("/") or root
-        self._beginnings = {f"{self.root}/", f"{(given or root).rstrip('/')}/"}
         self.shown = redact(self.root)
         # Names of a folder are one text: 10^6 strings take 70 MB, their text 25.
         texts: dict[str, bytearray] = defaultdict(bytearray)
         with readable(names), open(open_regular(names), encoding="utf-8") as lines:
+            self._beginning = f"{self.root}/"
+            # A folder in the root may have the root's name: only if every line begins with it.
+            written = f"{given.rstrip('/')}/"
+            if given and all(line.startswith(written) for line in lines if line.strip()):
+                self._beginning = written
+            lines.seek(0)
             for line in lines:
                 if path := self._relative(line.rstrip("\r\n"), names):
                     folder, _, name = path.rpartition("/")
@@ -200,10 +205,7 @@ class ListedTree:
                 self._folders[folder].add(name)
 
     def _relative(self, line: str, names: Path) -> str:
-        for beginning in self._beginnings:
-            if line.startswith(beginning):
-                line = line[len(beginning) :]
-                break
+        line = line.removeprefix(self._beginning)
         line = line.removeprefix("./")
         if "\0" in line:
             raise InputError(
