@@ -35,14 +35,6 @@ MUTATIONS = [
         why="a task of an array is requeued alone",
     ),
     Mutation(
-        file="portrait_dist/slurm/node_check.py",
-        old='f"JobId={allocation.label}"',
-        new='f"JobId={allocation.job}"',
-        test="tests/slurm/test_requeue_decisions.py::"
-        "test_the_task_that_has_the_arrays_own_number_requeues_itself_alone",
-        why="nodes are excluded for one task of an array",
-    ),
-    Mutation(
         file=CONTAINER,
         old="if not os.path.isabs(value) and os.path.realpath(path).startswith(here):",
         new="if not os.path.isabs(value) and not os.path.exists(path):",
@@ -124,7 +116,7 @@ MUTATIONS = [
     Mutation(
         file="portrait_dist/data/shards/sets.py",
         old="if shards.samples and (other := seen.get(shards.identity)):",
-        new="if shards.samples and (other := seen.get(shards.identity)) != shards.shown and other:",
+        new="if shards.samples and (other := seen.get(shards.shown)):",
         test="tests/unit/test_foreign.py::test_a_tar_is_no_second_set_under_another_name",
         why="no content is taken as two sets",
     ),
@@ -160,7 +152,7 @@ MUTATIONS = [
         file=RESUME,
         old='if name in ("params", "lr", "name") or _same(value, before):',
         new='if name in ("params", "lr", "name"):',
-        test=f"{NAMED}settings_that_a_run_changes_on_purpose_are_taken",
+        test=f"{NAMED}schedules_of_every_form_take_what_changes_and_keep_how_far_they_are",
         why="a schedule keeps how far it is when its arguments change",
     ),
     Mutation(

@@ -152,11 +152,9 @@ def test_schedules_of_every_form_take_what_changes_and_keep_how_far_they_are(
     changed: tuple[str, ...],
 ) -> None:
     keys = ("train.average_best=false", "train.lr=0.004", "run.accept_changes=true", *keys)
-    for name, settings in (("run", before), ("new", (*before, *changed))):
-        done = train(tmp_path, tiny_shards, name, 3, *keys, *settings)
-        assert done.exit_code == 0, done.stderr
-    for name in ("run", "new"):
-        done = train(tmp_path, tiny_shards, name, 4, *keys, *before, *changed)
+    steps = (("run", 3, before), ("run", 4, (*before, *changed)), ("new", 4, (*before, *changed)))
+    for name, epochs, settings in steps:
+        done = train(tmp_path, tiny_shards, name, epochs, *keys, *settings)
         assert done.exit_code == 0, done.stderr
     for option in ("lr", "initial_lr"):
         one, other = (sorted(groups(tmp_path / name, option)) for name in ("run", "new"))
