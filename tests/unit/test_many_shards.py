@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,17 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sets of other tests, whose threads may end late, take part in dividing descriptors."""
+    gc.collect()
+    monkeypatch.setattr(ShardSet, "_alive", weakref.WeakSet())
+
+
+@pytest.mark.usefixtures("alone")
 def test_600_shards_of_100_samples_are_all_kept_open_where_the_limit_allows_it(
     many: Path, descriptors: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gc.collect()
     descriptors(2048)
     opened = ShardSet(many, "train")
     assert (opened.samples, opened.most_open) == (60_000, 600)
@@ -109,10 +117,10 @@ def test_600_shards_of_100_samples_are_all_kept_open_where_the_limit_allows_it(
     assert open_descriptors() <= before, "descriptors outlive the set"
 
 
+@pytest.mark.usefixtures("alone")
 def test_shards_open_at_a_time_follow_the_limit_and_indexes_stay_in_memory(
     many: Path, descriptors: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gc.collect()
     descriptors(612)
     opened = ShardSet(many, "train")
     assert opened.most_open == 612 - 512 - 1
@@ -128,10 +136,10 @@ def test_shards_open_at_a_time_follow_the_limit_and_indexes_stay_in_memory(
     assert len(keys) == 1
 
 
+@pytest.mark.usefixtures("alone")
 def test_splits_divide_the_descriptors_between_them(
     many: Path, descriptors: Callable[[int], None]
 ) -> None:
-    gc.collect()
     descriptors(812)
     first, second = ShardSet(many, "train"), ShardSet(many, "train")
     assert first.most_open + second.most_open <= 812 - 512
