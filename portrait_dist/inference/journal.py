@@ -12,14 +12,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from portrait_dist import files
 from portrait_dist.inference.photos import STDIN, Photo
 
-T = TypeVar("T")
 PATTERN = ".predict*.jsonl"
 OF_PART = re.compile(r"\.predict-[0-9]+-of-([0-9]{1,9})\.jsonl")
 
@@ -69,7 +67,7 @@ class Journal:
 
     def is_done(self, photo: Photo, targets: list[Path]) -> bool:
         """Say whether the photo, unchanged, was done with these settings, and its outputs exist."""
-        if photo.path == STDIN or _first(self._done.get, photo) != photo.identity():
+        if photo.path == STDIN or self._done_as(photo) != photo.identity():
             return False
         return all(_size(path) > 0 for path in targets)
 
@@ -79,7 +77,11 @@ class Journal:
 
     def was_cut_short(self, photo: Photo) -> bool:
         """Say whether a process that has ended was writing the photo's outputs."""
-        return self.is_ours(photo) and _first(self._done.get, photo) is None
+        return self.is_ours(photo) and self._done_as(photo) is None
+
+    def _done_as(self, photo: Photo) -> str | None:
+        """Return the identity with which the photo was done; None where it was not."""
+        return next((self._done[key] for key in _keys(photo) if key in self._done), None)
 
     def begin(self, photo: Photo) -> None:
         """Note that the photo's outputs are about to be written."""
@@ -131,10 +133,6 @@ def _keys(photo: Photo) -> list[tuple[str, str]]:
     """Return (name, path), by which a photo is known; an older journal has the name alone."""
     path = "-" if photo.path == STDIN else os.path.abspath(photo.path)
     return [(photo.name, path), (photo.name, "")]
-
-
-def _first(get: Callable[[tuple[str, str]], T | None], photo: Photo) -> T | None:
-    return next((found for key in _keys(photo) if (found := get(key)) is not None), None)
 
 
 def _content(path: Path) -> bytes:

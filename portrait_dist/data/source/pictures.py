@@ -108,10 +108,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
     # The limit is an error of its own below; a warning for each large photo helps nobody.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
-        picture = Image.open(io.BytesIO(data))
-        if picture.format == "TIFF" and orientation_of(picture) != 1:
-            picture.load()  # some versions of Pillow turn it there
-        return picture.size
+        return _opened(data).size
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise ValueError(reason(error)) from error
 
@@ -130,15 +127,20 @@ def picture_orientation(data: bytes) -> int:
 
     Of what :func:`rgb_of` gives: 1 for a TIFF.
     """
-    from PIL import Image
-
     try:
-        picture = Image.open(io.BytesIO(data))
-        if picture.format == "TIFF":
-            picture.load()
-        return orientation_of(picture)
+        return orientation_of(_opened(data))
     except DAMAGED:
         return 1
+
+
+def _opened(data: bytes) -> Image.Image:
+    """Open a picture by its header; a TIFF that is to be turned is decoded, which turns it."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(data))
+    if picture.format == "TIFF" and orientation_of(picture) != 1:
+        picture.load()
+    return picture
 
 
 class DepthError(ValueError):

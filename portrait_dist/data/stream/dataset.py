@@ -179,7 +179,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
             else SampleTransforms(options.transforms, self.seed, "augment.transforms")
         )
         self.damaged: dict[str, str] = {}
-        self._identity = self.shards.identity
+        self._identity = ""  # of its shards, in the process that sent this one
         # Epoch and positions done, in shared memory: copies of this dataset in the processes of a
         # DataLoader, persistent ones too, see a change.
         self._progress = torch.zeros(2, dtype=torch.int64).share_memory_()
@@ -334,7 +334,7 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
             log.warning("skipped: %s", error)
 
     def __iter__(self) -> Iterator[StreamSample]:
-        if self.shards.identity != self._identity:  # opened again, by a worker process
+        if self._identity and self.shards.identity != self._identity:
             raise InputError(
                 f"{self.shards.shown}: have changed since this dataset was made, by 'pack "
                 "--append' perhaps; make it, or the loader, again"
@@ -363,7 +363,8 @@ class AISegmentIterableDataset(IterableDataset[StreamSample]):
     # Open shards hold file descriptors and locks, which do not pickle: a worker process opens its
     # own.
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "shards"}
+        kept = {name: value for name, value in self.__dict__.items() if name != "shards"}
+        return {**kept, "_identity": self.shards.identity}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
