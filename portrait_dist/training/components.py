@@ -592,7 +592,7 @@ def schedule_params(config: Config, metrics: list[Metric], loss: nn.Module) -> d
         return sg_schedule(named.name, named.args)
     from portrait_dist.training.sg_parts import torch_schedule
 
-    args, schedule = dict(named.args), make_schedule(config)
+    args, schedule = dict(named.args), _tried_schedule(config)
     if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
         followed, known = args.get("metric_name"), _directions(metrics)
         if named.each != "epoch" or followed not in known:
@@ -606,27 +606,29 @@ def schedule_params(config: Config, metrics: list[Metric], loss: nn.Module) -> d
     return {"lr_mode": torch_schedule(named.name, factory, args, named.each == "step")}
 
 
-def make_schedule(config: Config, optimizer: torch.optim.Optimizer | None = None) -> Any:
+def make_schedule(config: Config, optimizer: torch.optim.Optimizer) -> Any:
     """Build a schedule of torch as it is at its start.
 
     Args:
         config: the configuration.
-        optimizer: for which; one of a single weight, with which the schedule is tried, when None.
+        optimizer: whose learning rates it sets.
 
     Raises:
-        InputError: there is none of that name, it refuses its arguments, or takes no step.
+        InputError: there is none of that name, or it refuses its arguments.
     """
-    named, setting = config.schedule, f"schedule.name={config.schedule.name}"
+    named = config.schedule
     factory = parts.resolve(named.name, "schedule.name", {})
     args = {name: value for name, value in named.args.items() if name != "metric_name"}
-    if optimizer is not None:
-        return factory(optimizer=optimizer, **args)
+    return parts.build(
+        lambda **given: factory(optimizer=optimizer, **given), args, "schedule.name", named.name
+    )
 
-    def build(**given: Any) -> tuple[torch.optim.Optimizer, Any]:
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.train.lr)
-        return optimizer, factory(optimizer=optimizer, **given)
 
-    tried, schedule = parts.build(build, args, "schedule.name", named.name)
+def _tried_schedule(config: Config) -> Any:
+    """Build a schedule of torch for an optimiser of one weight, and let it take a step."""
+    setting = f"schedule.name={config.schedule.name}"
+    tried = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.train.lr)
+    schedule = make_schedule(config, tried)
     needs_value = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
     try:
         tried.step()
